@@ -1,0 +1,76 @@
+"""Files that appear whole or not at all, and are read without trusting them."""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from command_line import InputError
+
+
+@contextlib.contextmanager
+def replaced(path):
+    """Context of a temporary path beside `path`, renamed to it once the block has ended well and the bytes are on disk."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(descriptor)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_bytes(path, content):
+    """Write bytes to `path`, whole or not at all."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_csv(table, path):
+    """Write a DataFrame without its index, whole or not at all."""
+    with replaced(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def read_csv(path, columns):
+    """DataFrame of a CSV with exactly `columns`; InputError that names the file if it is missing or damaged."""
+    try:
+        table = pd.read_csv(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
+    if list(table.columns) != list(columns) or table.empty or table.isna().to_numpy().any():
+        raise InputError(
+            f"{path} is damaged: expected rows without gaps and the columns {', '.join(columns)}; make it again"
+        )
+    return table
+
+
+def write_json(path, content):
+    """Write a dict as indented JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path):
+    """Dict of a JSON file; InputError that names the file if it is missing or damaged."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: expected a model directory that a training script wrote") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: expected a JSON object")
+    return content
