@@ -1,0 +1,242 @@
+"""Latents of misaligned image/text pairs and the mixing networks that turn them into observations.
+
+    s ~ N(0, Σ_s)                                     semantics, shared by image and text
+    s̃_i = s_i + b_i ε_i   for i ∈ I_ρ ∩ I_θ           perturbation bias ρ: stated wrongly
+    z_x = (s, m_x),   z_t = (s̃ restricted to I_θ, m_t)   selection bias θ: left out
+    x = g_x(z_x),     t = g_t(z_t)
+
+The theory: contrastive learning on (x, t) identifies the unbiased block s_{I_θ \\ I_ρ} and nothing else.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.stats import wishart
+from torch import nn
+
+# Streams of random numbers that one seed gives. Latents' covariances and the mixing depend on the training seed alone.
+STREAMS = {
+    "covariance": 0,
+    "mixing": 1,
+    "init": 2,
+    "train": 3,
+    "monitor": 4,
+    "evaluate": 5,
+    "probe": 6,
+    "downstream": 7,
+}
+
+
+def seed_sequence(seed, stream, substream=0):
+    """NumPy SeedSequence of one named stream of `seed`; streams of one seed are independent of each other."""
+    return np.random.SeedSequence([int(seed), STREAMS[stream], int(substream)])
+
+
+def seeded_generator(seed, stream, device="cpu", substream=0):
+    """torch.Generator on `device`, seeded for one named stream (a key of STREAMS) of `seed`."""
+    state = int(seed_sequence(seed, stream, substream).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device=device).manual_seed(state)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# subsets of the semantics: I_θ and I_ρ by number
+
+
+def subset_count(n):
+    """Number of non-empty subsets of {0 … n−1}."""
+    return 2**n - 1
+
+
+def subset_from_index(index, n):
+    """Subset number `index` of {0 … n−1} as a sorted tuple; −1 is the empty set.
+
+    The non-empty subsets are numbered from 0 in graded lexicographic order: by size, then lexicographically. The number
+    is unranked with binomial coefficients, so that n = 30 costs as little as n = 3. Raises ValueError out of range.
+    """
+    if index == -1:
+        return ()
+    if not 0 <= index < subset_count(n):
+        raise ValueError(f"subset number {index} is outside -1 … {subset_count(n) - 1} for {n} semantics")
+    size = 1
+    while index >= math.comb(n, size):
+        index -= math.comb(n, size)
+        size += 1
+    subset = []
+    for element in range(n):
+        if len(subset) == size:
+            break
+        starting_here = math.comb(n - element - 1, size - len(subset) - 1)
+        if index < starting_here:
+            subset.append(element)
+        else:
+            index -= starting_here
+    return tuple(subset)
+
+
+def index_from_subset(subset, n):
+    """Number of a subset of {0 … n−1}: the inverse of `subset_from_index`; the empty set is −1."""
+    subset = sorted(set(subset))
+    if not subset:
+        return -1
+    if subset[0] < 0 or subset[-1] >= n:
+        raise ValueError(f"{set(subset)} is not a subset of 0 … {n - 1}")
+    size = len(subset)
+    index = sum(math.comb(n, smaller) for smaller in range(1, size))
+    previous = -1
+    for position, element in enumerate(subset):
+        for skipped in range(previous + 1, element):
+            index += math.comb(n - skipped - 1, size - position - 1)
+        previous = element
+    return index
+
+
+# --------------------------------------------------------------------------------------------------------------
+# latents
+
+
+@dataclass
+class Latents:
+    """One batch of latents, each tensor float32 on the sampler's device.
+
+    s, s_tilde: (B, semantics_n); m_x, m_t: (B, modality_n); selected: the indices I_θ that the text speaks of.
+    """
+
+    s: torch.Tensor
+    s_tilde: torch.Tensor
+    m_x: torch.Tensor
+    m_t: torch.Tensor
+    selected: tuple
+
+    @cached_property
+    def z_x(self):
+        """(B, semantics_n + modality_n): latents of the image."""
+        return torch.cat((self.s, self.m_x), dim=1)
+
+    @cached_property
+    def z_t(self):
+        """(B, |I_θ| + modality_n): latents of the text."""
+        return torch.cat((self.s_tilde[:, list(self.selected)], self.m_t), dim=1)
+
+
+class MisalignedLatents:
+    """Distribution of (s, s̃, m_x, m_t) under selection bias θ and perturbation bias ρ (Section 3 of the paper).
+
+    theta, beta: numbers of I_θ and I_ρ (see `subset_from_index`; beta −1 is no perturbation). `seed` fixes the covariances
+    alone, the samples come from the generator given to `sample`. protocol "code": modality covariances are the identity
+    with independent semantics, and with dependence Σ_ε = Σ_s and Σ_mx = Σ_mt; "paper": all are drawn separately, the
+    modality covariances from a Wishart in both cases. Raises ValueError for numbers that give no unbiased block.
+    """
+
+    def __init__(self, semantics_n, modality_n, theta, beta, seed, *, change_prob=0.75, causal_dependence=False,
+                 margin_param=1.0, cond_param=1.0, protocol="code", device="cpu"):  # fmt: skip
+        self.semantics_n, self.modality_n = semantics_n, modality_n
+        self.selected = subset_from_index(theta, semantics_n)
+        perturbable = subset_from_index(beta, semantics_n)
+        self.perturbed = tuple(i for i in self.selected if i in perturbable)
+        self.unbiased = tuple(i for i in self.selected if i not in perturbable)
+        if not self.unbiased:
+            raise ValueError(
+                f"theta {theta} selects {set(self.selected) or '∅'} and beta {beta} perturbs {set(perturbable) or '∅'}: "
+                "no unbiased semantics are left to learn; choose beta so that it does not cover theta"
+            )
+        self.change_prob = change_prob
+        self.device = torch.device(device)
+        self.covariances = self._covariances(seed, causal_dependence, margin_param, cond_param, protocol)
+        self._factors = {
+            name: torch.linalg.cholesky(torch.from_numpy(matrix)).float().to(self.device)
+            for name, matrix in self.covariances.items()
+        }
+        self._perturbs = torch.zeros(semantics_n, device=self.device)
+        self._perturbs[list(self.perturbed)] = 1.0
+
+    def _covariances(self, seed, causal_dependence, margin_param, cond_param, protocol):
+        """The four covariance matrices as float64 arrays: s, epsilon, m_x, m_t."""
+        sizes = {"s": self.semantics_n, "epsilon": self.semantics_n, "m_x": self.modality_n, "m_t": self.modality_n}
+        shared = {"s": 0, "epsilon": 0, "m_x": 1, "m_t": 1}
+        separate = {"s": 0, "epsilon": 2, "m_x": 1, "m_t": 3}
+        substreams = shared if protocol == "code" else separate
+
+        def drawn(name):
+            rng = np.random.default_rng(seed_sequence(seed, "covariance", substreams[name]))
+            return np.reshape(
+                wishart.rvs(df=sizes[name], scale=np.eye(sizes[name]), random_state=rng), (sizes[name],) * 2
+            )
+
+        covariances = {}
+        for name, size in sizes.items():
+            is_modality = name in ("m_x", "m_t")
+            if causal_dependence or (is_modality and protocol == "paper"):
+                covariances[name] = drawn(name)
+            else:
+                scale = cond_param if name == "epsilon" else margin_param
+                covariances[name] = np.eye(size) * scale**2
+        return covariances
+
+    def sample(self, size, generator):
+        """`size` independent draws as Latents, from a generator on this distribution's device."""
+        n, m = self.semantics_n, self.modality_n
+        widths = (n, m, m, n) if self.perturbed else (n, m, m)
+        normal = torch.randn(size, sum(widths), generator=generator, device=self.device).split(widths, dim=1)
+        s, m_x, m_t = (unit @ self._factors[name].T for unit, name in zip(normal, ("s", "m_x", "m_t"), strict=False))
+        s_tilde = s
+        if self.perturbed:
+            changed = torch.rand(size, n, generator=generator, device=self.device) < self.change_prob
+            s_tilde = s + self._perturbs * changed * (normal[3] @ self._factors["epsilon"].T)
+        return Latents(s, s_tilde, m_x, m_t, self.selected)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# mixing
+
+CONDITION_DRAWS = 25_000  # random matrices whose condition numbers set the bound …
+CONDITION_RANK = 25  # … which is element 25 of the sorted list: their 0.001-quantile
+
+
+def random_unit_column_matrices(count, size, rng):
+    """(count, size, size) float64: entries U(−1, 1), each column scaled to unit 2-norm."""
+    matrices = rng.uniform(-1, 1, (count, size, size))
+    return matrices / np.linalg.norm(matrices, axis=1, keepdims=True)
+
+
+def condition_numbers(matrices):
+    """(count,) float64: 2-norm condition numbers of a batch of square matrices."""
+    singular = torch.linalg.svdvals(torch.from_numpy(matrices)).numpy()
+    return singular[:, 0] / singular[:, -1]
+
+
+def well_conditioned_matrices(count, size, rng):
+    """(count, size, size) float64: unit-column matrices redrawn until their condition number is at most the 0.001-quantile."""
+    bound = np.sort(condition_numbers(random_unit_column_matrices(CONDITION_DRAWS, size, rng)))[CONDITION_RANK]
+    kept = np.empty((0, size, size))
+    while len(kept) < count:
+        drawn = random_unit_column_matrices(2_500, size, rng)
+        kept = np.concatenate((kept, drawn[condition_numbers(drawn) <= bound]))
+    return kept[:count]
+
+
+class MixingNetwork(nn.Module):
+    """Frozen invertible generative function g: R^d → R^d; square linear layers without bias, LeakyReLU(0.2) between them."""
+
+    def __init__(self, size, n_layers=3):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(n_layers)).requires_grad_(False)
+
+    @torch.no_grad()
+    def draw(self, rng):
+        """Set the weights to well-conditioned ones from a NumPy generator, in place; returns the network."""
+        weights = well_conditioned_matrices(len(self.layers), self.layers[0].in_features, rng)
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.weight.copy_(torch.from_numpy(weight))
+        return self
+
+    @torch.no_grad()
+    def forward(self, z):
+        """(B, d) latents → (B, d) observations."""
+        for i, layer in enumerate(self.layers):
+            if i > 0:
+                z = nn.functional.leaky_relu(z, 0.2)
+            z = layer(z)
+        return z
