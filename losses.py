@@ -1,0 +1,120 @@
+"""The contrastive objectives: pure functions of encodings."""
+
+import math
+
+import torch
+
+# Distances held at once, in elements: 8 MiB in float64 stay in a CPU's cache, a GPU wants larger blocks.
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+
+
+def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0):
+    """Symmetric multimodal contrastive loss, Eq. 2 of the paper as it is estimated; a scalar tensor.
+
+        ℓ(a, p; n) = mean_i [ d(a_i, p_i) + log( (exp(−d(a_i, p_i)) + Σ_j exp(−d(a_i, n_j))) / (M + 1) ) ]
+        L = ½ [ ℓ(h_x, h_t; negatives_x) + ℓ(h_t, h_x; negatives_t) ],      d(u, v) = Σ_k |u_k − v_k|^p / τ
+
+    h_x, h_t: (B, D) float encodings of B pairs. negatives_x, negatives_t: (M, D) encodings of independent draws of the
+    anchor's own modality; left out, an anchor's negatives are the M = B − 1 other anchors of the batch. The B × M
+    distances are formed in blocks of rows and never kept: a block yields its part of the gradients in the same pass.
+    Raises ValueError for shapes that do not fit and for p < 1.
+    """
+    if h_x.ndim != 2 or h_x.shape != h_t.shape:
+        raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
+    if p < 1:
+        raise ValueError(f"the exponent p is {p}; it must be at least 1")
+    if (negatives_x is None) != (negatives_t is None):
+        raise ValueError("negatives_x and negatives_t: give both or neither")
+    in_batch = negatives_x is None
+    if in_batch and len(h_x) < 2:
+        raise ValueError("negatives from the batch need at least two pairs")
+    if not in_batch:
+        for name, negatives in (("negatives_x", negatives_x), ("negatives_t", negatives_t)):
+            if negatives.ndim != 2 or negatives.shape[1] != h_x.shape[1] or not len(negatives):
+                raise ValueError(f"{name} {tuple(negatives.shape)} must be (M, {h_x.shape[1]}), M > 0")
+    if in_batch:
+        negatives_x, negatives_t = h_x, h_t
+    # half-precision encodings are compared in float32, whatever precision produced them
+    h_x, h_t, negatives_x, negatives_t = (
+        h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t, negatives_x, negatives_t)
+    )
+    with torch.autocast(h_x.device.type, enabled=False):
+        loss_x = _AnchorLoss.apply(h_x, h_t, negatives_x, p, tau, in_batch)
+        loss_t = _AnchorLoss.apply(h_t, h_x, negatives_t, p, tau, in_batch)
+    return (loss_x + loss_t) / 2
+
+
+class _AnchorLoss(torch.autograd.Function):
+    """ℓ(a, p; n). A block of rows holds all their negatives, so its soft-max weights, and with them the gradients, are final."""
+
+    @staticmethod
+    def forward(ctx, anchors, positives, negatives, p, tau, in_batch):
+        rows, columns = len(anchors), len(negatives)
+        difference = anchors.double() - positives.double()
+        positive_distance = difference.abs().pow(p).sum(dim=1, keepdim=True) / tau
+        centre = negatives.double().mean(dim=0)
+        a, n = anchors.double() - centre, negatives.double() - centre
+        block_rows = max(1, BLOCK_ELEMENTS[anchors.device.type] // columns)
+        if p == 2:
+            negative_logits, gradients = _squared_distance_logits, _squared_distance_gradients
+        else:
+            negative_logits, gradients = _power_distance_logits, _power_distance_gradients
+            block_rows = max(1, block_rows // a.shape[1])
+        log_sums, positive_weights, grad_a, grad_n = [], [], [], torch.zeros_like(negatives)
+        for start in range(0, rows, block_rows):
+            block = slice(start, start + block_rows)
+            logits = negative_logits(a[block], n, p, tau)
+            if in_batch:  # a diagonal of the block is the anchors themselves
+                logits.diagonal(offset=start).fill_(-math.inf)
+            # soft-max over the negatives and the positive; divided by their sum only once they have become (rows, D)
+            positive_logit = -positive_distance[block]
+            largest = torch.maximum(logits.amax(dim=1, keepdim=True), positive_logit)
+            weights = logits.sub_(largest).to(anchors.dtype).exp_()
+            positive = torch.exp(positive_logit - largest)
+            total = weights.sum(dim=1, keepdim=True).double() + positive
+            log_sums.append(largest + total.log())
+            positive_weights.append(positive / total)
+            block_grad_a, block_grad_n = gradients(weights, total.to(weights.dtype), a[block], n, p, tau)
+            grad_a.append(block_grad_a)
+            grad_n += block_grad_n
+        # ∂/∂d of d + logsumexp(−d, …) is 1 − (soft-max weight of the positive)
+        slope = p / tau * difference.abs().pow(p - 1) * difference.sign()
+        grad_positive = ((1 - torch.cat(positive_weights)) * slope).to(anchors.dtype)
+        grad_anchors = torch.cat(grad_a) + grad_positive
+        ctx.save_for_backward(grad_anchors / rows, -grad_positive / rows, grad_n / rows)
+        loss = positive_distance.mean() + torch.cat(log_sums).mean() - math.log(columns + (not in_batch))
+        return loss.to(anchors.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_anchors, grad_positives, grad_negatives = ctx.saved_tensors
+        return grad_output * grad_anchors, grad_output * grad_positives, grad_output * grad_negatives, None, None, None
+
+
+def _squared_distance_logits(a, n, p, tau):
+    """−‖a − n‖²/τ as one product of augmented float64 matrices: exact however far apart the encodings lie."""
+    left = torch.cat((2 * a, a.square().sum(dim=1, keepdim=True), torch.ones_like(a[:, :1])), dim=1) / tau
+    right = torch.cat((n, -torch.ones_like(n[:, :1]), -n.square().sum(dim=1, keepdim=True)), dim=1)
+    return left @ right.T
+
+
+def _squared_distance_gradients(weights, total, a, n, p, tau):
+    """Σ_j w_ij (n_j − a_i) and Σ_i w_ij (a_i − n_j) times 2/τ: the sums of the weights come along as a column of ones."""
+    a, n = a.to(weights.dtype), n.to(weights.dtype)
+    weighted_n = weights @ torch.cat((n, torch.ones_like(n[:, :1])), dim=1) / total
+    weighted_a = (torch.cat((a, torch.ones_like(a[:, :1])), dim=1) / total).T @ weights
+    grad_a = (weighted_n[:, :-1] - weighted_n[:, -1:] * a) * (2 / tau)
+    grad_n = (weighted_a[:-1].T - weighted_a[-1:].T * n) * (2 / tau)
+    return grad_a, grad_n
+
+
+def _power_distance_logits(a, n, p, tau):
+    """−Σ_k |a_k − n_k|^p / τ for any p ≥ 1, by the differences themselves."""
+    return (a.unsqueeze(1) - n.unsqueeze(0)).abs_().pow_(p).sum(dim=2).div_(-tau)
+
+
+def _power_distance_gradients(weights, total, a, n, p, tau):
+    """Gradients of `_power_distance_logits` under the soft-max's weights."""
+    difference = (a.unsqueeze(1) - n.unsqueeze(0)).to(weights.dtype)
+    slope = difference.abs().pow_(p - 1).mul_(difference.sign_()).mul_((weights / total).unsqueeze(2)).mul_(-p / tau)
+    return slope.sum(dim=1), -slope.sum(dim=0)

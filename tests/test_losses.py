@@ -1,0 +1,127 @@
+"""The loss against its formula written out in float64."""
+
+import pytest
+import torch
+
+import losses
+from losses import multimodal_contrastive_loss
+
+
+def written_out(a, positive, negatives, p=2.0, tau=1.0):
+    """ℓ(a, p; n) of Eq. 2 as a textbook writes it, with the B × M × D tensor of differences."""
+    d_positive = (a - positive).abs().pow(p).sum(dim=1) / tau
+    d_negative = (a[:, None] - negatives[None]).abs().pow(p).sum(dim=2) / tau
+    logits = torch.cat((-d_positive[:, None], -d_negative), dim=1)
+    count = torch.tensor(len(negatives) + 1.0, dtype=torch.float64)
+    return (d_positive + torch.logsumexp(logits, dim=1) - count.log()).mean()
+
+
+def written_out_symmetric(h_x, h_t, n_x, n_t, p=2.0, tau=1.0):
+    return (written_out(h_x, h_t, n_x, p, tau) + written_out(h_t, h_x, n_t, p, tau)) / 2
+
+
+def value_and_gradients(loss, tensors, dtype, **options):
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    value = loss(*leaves, **options)
+    value.backward()
+    return value.detach().double(), [leaf.grad.double() for leaf in leaves]
+
+
+def encodings(sizes, dimensions, scale=1.0, offset=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    # rounded to float32, so that both precisions see the same numbers
+    return [(torch.randn(n, dimensions, generator=generator) * scale + offset).double() for n in sizes]
+
+
+def relative(found, expected):
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("p, tau", [(2.0, 1.0), (2.0, 0.3), (1.0, 1.0), (3.0, 2.0), (1.5, 0.7)])
+@pytest.mark.parametrize("pairs, negatives, dimensions", [(40, 40, 10), (33, 7, 3), (1, 5, 1)])
+def test_value_and_gradients_in_float64(p, tau, pairs, negatives, dimensions, monkeypatch):
+    monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 150)  # several blocks, the last one short
+    tensors = encodings((pairs, pairs, negatives, negatives), dimensions)
+    value, gradients = value_and_gradients(multimodal_contrastive_loss, tensors, torch.float64, p=p, tau=tau)
+    expected, expected_gradients = value_and_gradients(written_out_symmetric, tensors, torch.float64, p=p, tau=tau)
+    assert abs(value - expected) <= 1e-12 * max(1, abs(expected))
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        assert relative(found, wanted) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "scale, offset",
+    [(1.0, 0.0), (1e-4, 0.0), (30.0, 0.0), (1e4, 0.0), (1.0, 1e3), (0.01, 100.0)],
+    ids=["unit", "collapsed", "spread", "far apart", "far from the origin", "collapsed and far"],
+)
+def test_float32_is_within_1e_5_also_at_extremes(scale, offset):
+    h_x, noise, n_x, n_t = encodings((300, 300, 300, 300), 10, scale, offset)
+    h_t = (h_x + 0.1 * (noise - offset)).float().double()
+    tensors = (h_x, h_t, n_x, n_t)
+    value, gradients = value_and_gradients(multimodal_contrastive_loss, tensors, torch.float32)
+    expected, expected_gradients = value_and_gradients(written_out_symmetric, tensors, torch.float64)
+    assert torch.isfinite(value) and abs(value - expected) <= 1e-5 * max(1, abs(expected))
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        assert torch.isfinite(found).all()
+        assert relative(found, wanted) < 1e-5 or wanted.norm() < 1e-30
+
+
+def test_negatives_from_the_batch_leave_the_anchor_out(monkeypatch):
+    monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 100)
+    h_x, h_t = encodings((23, 23), 4)
+
+    def one_by_one(h_x, h_t, p):
+        others = [torch.arange(23) != i for i in range(23)]
+        rows = [
+            written_out_symmetric(h_x[i : i + 1], h_t[i : i + 1], h_x[others[i]], h_t[others[i]], p) for i in range(23)
+        ]
+        return torch.stack(rows).mean()
+
+    for p in (2.0, 1.0):
+        value, gradients = value_and_gradients(multimodal_contrastive_loss, (h_x, h_t), torch.float64, p=p)
+        expected, expected_gradients = value_and_gradients(one_by_one, (h_x, h_t), torch.float64, p=p)
+        assert abs(value - expected) < 1e-12
+        for found, wanted in zip(gradients, expected_gradients, strict=True):
+            assert relative(found, wanted) < 1e-10
+
+
+def test_identical_encodings_have_the_loss_of_chance_and_perfect_ones_its_bound():
+    same = torch.ones(8, 3)
+    assert multimodal_contrastive_loss(same, same, same, same).item() == pytest.approx(0, abs=1e-6)
+    apart = torch.arange(8.0)[:, None] * 100
+    negatives = apart + 1e4
+    assert multimodal_contrastive_loss(apart, apart, negatives, negatives).item() == pytest.approx(
+        -torch.tensor(9.0).log()
+    )
+
+
+def test_autocast_does_not_reach_the_loss():
+    tensors = encodings((50, 50, 50, 50), 5)
+    plain = multimodal_contrastive_loss(*(tensor.float() for tensor in tensors))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(multimodal_contrastive_loss(*(tensor.float() for tensor in tensors)), plain)
+        low = multimodal_contrastive_loss(*(tensor.bfloat16() for tensor in tensors))
+    assert low.dtype == torch.float32 and abs(low - plain) < 0.1
+
+
+def test_no_gradient_flows_where_none_is_asked():
+    h_x, h_t, n_x, n_t = (tensor.float() for tensor in encodings((9, 9, 9, 9), 2))
+    h_x.requires_grad_()
+    multimodal_contrastive_loss(h_x, h_t, n_x, n_t).backward()
+    assert h_x.grad is not None and h_t.grad is None
+
+
+@pytest.mark.parametrize(
+    "shapes, options, message",
+    [
+        (((4, 2), (5, 2), (4, 2), (4, 2)), {}, "one shape"),
+        (((4, 2), (4, 2), (4, 3), (4, 2)), {}, "negatives_x"),
+        (((4, 2), (4, 2), (4, 2), (0, 2)), {}, "negatives_t"),
+        (((4, 2), (4, 2), (4, 2)), {}, "both or neither"),
+        (((1, 2), (1, 2)), {}, "two pairs"),
+        (((4, 2), (4, 2)), {"p": 0.5}, "exponent"),
+    ],
+)
+def test_arguments_that_do_not_fit(shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        multimodal_contrastive_loss(*(torch.zeros(shape) for shape in shapes), **options)
