@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+import latent_spaces
+import main_numeric
+import probes
+from command_line import run_script
+
+TINY = "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --batch-size 16 --train-steps 40 --log-steps 10 --num-eval-batches 1 --mlp-eval"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and the suite may share its machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """run(flags) → (exit code, stdout, stderr) of main_numeric.py in a models folder of the test.
+
+    Fewer draws for the mixing, fewer samples and shorter fits for the probes, and no drawing: what is tested is the rest.
+    """
+    monkeypatch.setattr(main_numeric, "EVAL_BATCH", 300)
+    monkeypatch.setattr(latent_spaces, "CONDITION_DRAWS", 1000)
+    monkeypatch.setattr(probes, "MAX_EPOCHS", 20)
+    monkeypatch.setattr(main_numeric, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
+
+    def call(flags="", model="m", base=TINY, model_dir=tmp_path / "models"):
+        argv = [*base.split(), "--model-dir", str(model_dir), "--model-id", model, *flags.split()]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: main_numeric.main(argv))
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call

@@ -1,0 +1,427 @@
+"""main_numeric.py as a user runs it: every flag, the files it writes, and one line for whatever is wrong."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import main_numeric
+import training
+from latent_spaces import seeded_generator
+from tests.conftest import TINY
+
+ROOT = Path(main_numeric.__file__).parent
+FILES = [
+    "args.json",
+    "checkpoint.pt",
+    "f_t.pt",
+    "f_x.pt",
+    "g_t.pt",
+    "g_x.pt",
+    "results.csv",
+    "results.png",
+    "train_log.csv",
+]
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    """A trained model: its directory, and what the run printed."""
+    code, out, err = run("--seed 1")
+    assert code == 0, err
+    return tmp_path / "models/m", out
+
+
+def test_a_run_writes_the_specified_files(trained):
+    directory, out = trained
+    assert sorted(contents(directory)) == FILES
+    results = pd.read_csv(directory / "results.csv")
+    assert list(results.columns) == ["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"]
+    factors = ["s_0", "s_1", "s_2", "s_inv", "m_x", "m_t"]
+    assert list(results.itertuples(index=False, name=None))[0][:2] == ("hz_x", "s_0")
+    assert results.predicted_factors.tolist() == factors * 2
+    assert results.encoding.tolist() == ["hz_x"] * 6 + ["hz_t"] * 6
+    assert np.isfinite(results[["r2_linear", "r2_nonlinear"]]).all(axis=None)
+    log = pd.read_csv(directory / "train_log.csv")
+    assert log.step.tolist() == [10, 20, 30, 40]
+    assert {"loss", "seconds", "hz_x_s_0", "hz_t_m_t"} <= set(log.columns)
+
+
+def test_a_run_says_in_words_what_it_does(trained):
+    _, out = trained
+    for words in (
+        "I_θ = {s_0, s_1}",
+        "the text leaves out {s_2}",
+        "I_θ \\ I_ρ = {s_0, s_1}",
+        "R^4 and R^3 → R^2",
+        "CPU",
+        "40 steps of 16 pairs",
+    ):
+        assert words in out
+    assert sum(line.startswith("step ") for line in out.splitlines()) == 4
+    assert "s_0 *" in out and "nonlinear R²" in out and "\r" not in out
+
+
+def test_the_perturbed_factors_are_evaluated(run, tmp_path):
+    assert run("--seed 1 --beta-value 3 --theta-value 6")[0] == 0
+    results = pd.read_csv(tmp_path / "models/m/results.csv")
+    assert results.predicted_factors.tolist()[:9] == [
+        "s_0",
+        "s_1",
+        "s_2",
+        "s_inv",
+        "tilde_s_0",
+        "tilde_s_1",
+        "m_x",
+        "m_t",
+        "s_0",
+    ]
+
+
+def test_one_seed_one_result(run, tmp_path):
+    for model, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(f"--seed {seed} --model-id {model}")[0] == 0
+    a, b, c = (contents(tmp_path / "models" / model) for model in "abc")
+    for name in ("f_x.pt", "f_t.pt", "g_x.pt", "g_t.pt", "results.csv"):
+        assert a[name] == b[name] != c[name]
+
+
+def test_how_often_progress_is_logged_changes_nothing(run, tmp_path):
+    for model, steps in (("a", 10), ("b", 7)):
+        assert run(f"--seed 1 --model-id {model} --log-steps {steps}")[0] == 0
+    a, b = (contents(tmp_path / "models" / model) for model in "ab")
+    assert a["f_x.pt"] == b["f_x.pt"] and a["results.csv"] == b["results.csv"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--beta-value 0 --change-prob 0.2", "--causal-dependence", "--margin-param 2", "--beta-value 0 --cond-param 3", "--n-mixing-layer 2",
+     "--encoding-size 4", "--init he", "--lr-schedule onecycle", "--lr 0.01", "--negatives batch", "--protocol paper", "--precision bf16",
+     "--batch-size 20", "--train-steps 41", "--modality-n 2", "--semantics-n 4"],
+)  # fmt: skip
+def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
+    base = "--seed 1" + (" --beta-value 0" if "beta" in flags else "")
+    monkeypatch.setattr(main_numeric, "write_evaluation", lambda *_: {})
+    for model, extra in (("plain", ""), ("changed", flags)):
+        code, _, err = run(f"{base} {extra} --model-id {model}")
+        assert code == 0, err
+    plain, changed = (contents(tmp_path / "models" / model) for model in ("plain", "changed"))
+    assert plain["f_x.pt"] != changed["f_x.pt"]
+
+
+def test_the_recipe_sets_what_is_not_given(run, tmp_path):
+    argv = "--recipe fast --no-cuda --seed 1 --lr 0.002 --model-dir x"
+    args, given = main_numeric.parse_flags(argv.split())
+    main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
+    fast = main_numeric.RECIPES["fast"]
+    assert (
+        args.lr == 0.002 and args.init == "he" and args.batch_size == fast["batch_size"] and args.negatives == "batch"
+    )
+    args, given = main_numeric.parse_flags([])
+    main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
+    defaults = {"model_dir": "models", "model_id": None, "encoding_size": 0, "semantics_n": 10, "modality_n": 5, "theta_value": 1022, "beta_value": -1,
+                "change_prob": 0.75, "causal_dependence": False, "margin_param": 1.0, "cond_param": 1.0, "n_mixing_layer": 3, "seed": None,
+                "batch_size": 6144, "lr": 1e-4, "train_steps": 100001, "log_steps": 1000, "evaluate": False, "num_eval_batches": 5, "mlp_eval": False,
+                "no_cuda": False, "load_args": False, "protocol": "code", "init": "default", "lr_schedule": "constant", "precision": "fp32",
+                "negatives": "independent"}  # fmt: skip
+    assert {name: getattr(args, name) for name in defaults} == defaults
+
+
+def test_no_model_id_and_no_seed_are_made_printed_and_stored(tmp_path, capsys, run):
+    argv = [*TINY.split(), "--model-dir", str(tmp_path)]
+    for _ in range(2):
+        assert main_numeric.main(argv) == 0
+    out = capsys.readouterr().out
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["numeric_theta3_beta-1", "numeric_theta3_beta-1-2"]
+    seeds = [json.loads((tmp_path / name / "args.json").read_text())["seed"] for name in names]
+    assert seeds[0] != seeds[1] and all(
+        f"{tmp_path / name}, seed {seed}" in out for name, seed in zip(names, seeds, strict=True)
+    )
+
+
+def test_kernel_ridge_is_the_nonlinear_probe_without_mlp_eval(run, tmp_path, trained):
+    directory, _ = trained
+    mlp = pd.read_csv(directory / "results.csv")
+    base = TINY.replace("--mlp-eval", "")
+    assert run("--seed 1", model="k", base=base)[0] == 0
+    ridge = pd.read_csv(tmp_path / "models/k/results.csv")
+    assert np.allclose(mlp.r2_linear, ridge.r2_linear) and not np.allclose(mlp.r2_nonlinear, ridge.r2_nonlinear)
+    # the noise aside, both see the same
+    assert np.abs(mlp.r2_nonlinear.clip(0) - ridge.r2_nonlinear.clip(0)).max() < 0.3
+
+
+# --------------------------------------------------------------------------------------------------------------
+# --evaluate, --load-args
+
+
+def test_evaluation_again_has_the_same_model_and_latents_but_other_samples(run, trained):
+    directory, _ = trained
+    before = contents(directory)
+    code, out, err = run("--evaluate --seed 5", base="--no-cuda")
+    assert code == 0, err
+    after = contents(directory)
+    for name in ("f_x.pt", "f_t.pt", "g_x.pt", "g_t.pt", "checkpoint.pt", "train_log.csv"):
+        assert before[name] == after[name]
+    assert after["results_seed2.csv"] == before["results.csv"] != after["results.csv"], "the earlier results are kept"
+    first, again = pd.read_csv(directory / "results_seed2.csv"), pd.read_csv(directory / "results.csv")
+    assert np.abs(first.r2_linear - again.r2_linear).max() < 0.2, "the same model and the same latents"
+    stored = json.loads(after["args.json"])
+    assert stored["seed"] == 1 and stored["eval_seed"] == 5 and stored["finished"]
+    assert "I_θ = {s_0, s_1}" in out
+    # and back: the evaluation's seed alone decides
+    assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
+    assert contents(directory)["results.csv"] == before["results.csv"]
+
+
+def test_dependent_latents_are_evaluated_with_the_covariances_of_the_training(run, tmp_path, monkeypatch):
+    assert run("--seed 1 --causal-dependence")[0] == 0
+    seen = []
+    real = main_numeric.evaluate
+
+    def noted(networks, latents, *arguments):
+        seen.append(latents.sample(5, seeded_generator(0, "train")).s)
+        return real(networks, latents, *arguments)
+
+    monkeypatch.setattr(main_numeric, "evaluate", noted)
+    assert run("--evaluate --seed 9", base="--no-cuda")[0] == 0
+    expected = (
+        main_numeric.MisalignedLatents(3, 1, 3, -1, 1, causal_dependence=True).sample(5, seeded_generator(0, "train")).s
+    )
+    assert torch.equal(seen[0], expected)
+
+
+def test_a_flag_that_contradicts_args_json_is_named_with_both_values(run, trained):
+    directory, _ = trained
+    before = contents(directory)
+    code, out, err = run("--evaluate --seed 5 --theta-value 2", base="--no-cuda")
+    assert code == 2 and "--theta-value 2 contradicts 3" in err and len(err.splitlines()) == 1
+    assert contents(directory) == before
+    code, out, _ = run("--evaluate --seed 5 --theta-value 2 --load-args", base="--no-cuda")
+    assert code == 0 and "--theta-value 3 is taken from" in out and "I_θ = {s_0, s_1}" in out
+    code, _, err = run("--resume --lr 0.5", base="--no-cuda")
+    assert code == 2 and "--lr 0.5 contradicts 0.0001" in err
+
+
+def test_evaluation_may_change_its_own_flags(run, trained):
+    directory, _ = trained
+    assert run("--evaluate --seed 5 --num-eval-batches 2", base="--no-cuda")[0] == 0
+    assert json.loads(contents(directory)["args.json"])["num_eval_batches"] == 2
+
+
+def test_evaluation_without_a_seed_draws_one_that_is_not_the_training_s(run, trained, monkeypatch):
+    directory, _ = trained
+    drawn = iter([1, 1, 77])
+    monkeypatch.setattr(main_numeric, "drawn_seed", lambda: next(drawn))
+    assert run("--evaluate", base="--no-cuda")[0] == 0
+    assert json.loads(contents(directory)["args.json"])["eval_seed"] == 77
+
+
+# --------------------------------------------------------------------------------------------------------------
+# finished models are safe
+
+
+def test_a_finished_model_is_not_overwritten_without_overwrite(run, trained):
+    directory, _ = trained
+    before = contents(directory)
+    code, _, err = run("--seed 2")
+    assert code == 2 and "--overwrite" in err and contents(directory) == before
+    code, out, _ = run("--resume")
+    assert code == 0 and "finished already" in out and contents(directory) == before
+    assert run("--seed 2 --overwrite")[0] == 0
+    after = contents(directory)
+    assert sorted(after) == FILES and after["f_x.pt"] != before["f_x.pt"]
+
+
+def test_an_unfinished_run_is_not_overwritten_either(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            main_numeric, "evaluate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        assert run("--seed 1")[0] == 2
+    before = contents(tmp_path / "models/m")
+    code, _, err = run("--seed 2")
+    assert code == 2 and "--resume" in err and contents(tmp_path / "models/m") == before
+
+
+def test_resume_starts_what_never_began(run, tmp_path):
+    assert run("--seed 1 --resume", "fresh")[0] == 0
+    assert sorted(contents(tmp_path / "models/fresh")) == FILES
+
+
+# --------------------------------------------------------------------------------------------------------------
+# bad input: one line, exit code 2, nothing changed
+
+
+def fails(run, flags, words, **options):
+    code, out, err = run(flags, **options)
+    assert code == 2, (out, err)
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and "Traceback" not in err
+    assert words in err, err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--theta-value 7", "--theta-value 7 is out of range: 3 semantics have the subsets 0 … 6"),
+        ("--theta-value -1", "--theta-value -1 is out of range"),
+        ("--beta-value 7", "--beta-value 7 is out of range: 3 semantics have the subsets -1 … 6"),
+        ("--beta-value -2", "--beta-value"),
+        ("--theta-value 3 --beta-value 3", "no unbiased semantics are left"),
+        ("--theta-value 0 --beta-value 6", "no unbiased semantics are left"),
+        ("--semantics-n 0", "--semantics-n"),
+        ("--semantics-n -3", "--semantics-n"),
+        ("--modality-n 0", "--modality-n"),
+        ("--batch-size 0", "--batch-size"),
+        ("--train-steps 0", "--train-steps"),
+        ("--log-steps -1", "--log-steps"),
+        ("--encoding-size -1", "--encoding-size"),
+        ("--n-mixing-layer 0", "--n-mixing-layer"),
+        ("--num-eval-batches 0", "--num-eval-batches"),
+        ("--change-prob 1.5", "--change-prob"),
+        ("--change-prob -0.1", "--change-prob"),
+        ("--change-prob nan", "--change-prob"),
+        ("--lr 0", "--lr"),
+        ("--lr inf", "--lr"),
+        ("--lr nan", "--lr"),
+        ("--margin-param 0", "--margin-param"),
+        ("--cond-param -1", "--cond-param"),
+        ("--seed -1", "--seed"),
+        ("--seed x", "--seed"),
+        ("--precision fp64", "--precision"),
+        ("--precision tf32", "--precision tf32 needs a CUDA device"),
+        ("--init xavier", "--init"),
+        ("--recipe slow", "--recipe"),
+        ("--protocol text", "--protocol"),
+        ("--no-such-flag", "--no-such-flag"),
+        ("--resume --overwrite", "exclude each other"),
+        ("--evaluate", "args.json is missing"),
+        ("--load-args", "args.json is missing"),
+    ],
+)
+def test_bad_flags(run, tmp_path, flags, words):
+    fails(run, flags, words)
+    assert not (tmp_path / "models").exists()
+
+
+def test_evaluation_with_the_training_seed(run, trained):
+    before = contents(trained[0])
+    fails(run, "--evaluate --seed 1", "--seed 1 is the training seed", base="--no-cuda")
+    assert contents(trained[0]) == before
+
+
+@pytest.mark.parametrize(
+    "name, damage, words",
+    [
+        ("args.json", None, "args.json is missing"),
+        ("args.json", b'{"seed": 1,', "args.json is damaged"),
+        ("args.json", b"[]", "args.json is damaged"),
+        ("args.json", b'{"theta_value": 3}', "args.json is damaged"),
+        ("args.json", b'{"seed": 1}', "args.json has no"),
+        ("f_x.pt", None, "f_x.pt is missing"),
+        ("f_t.pt", b"PK", "f_t.pt is damaged"),
+        ("g_x.pt", b"", "g_x.pt is damaged"),
+    ],
+)
+def test_damaged_model_directories(run, trained, name, damage, words):
+    directory, _ = trained
+    if damage is None:
+        (directory / name).unlink()
+    else:
+        (directory / name).write_bytes(damage)
+    before = contents(directory)
+    fails(run, "--evaluate --seed 5", words, base="--no-cuda")
+    assert contents(directory) == before
+
+
+def test_a_truncated_weight_file_and_one_of_another_shape(run, trained):
+    directory, _ = trained
+    whole = (directory / "f_x.pt").read_bytes()
+    (directory / "f_x.pt").write_bytes(whole[: len(whole) // 2])
+    fails(run, "--evaluate --seed 5", "f_x.pt is damaged", base="--no-cuda")
+    (directory / "f_x.pt").write_bytes((directory / "f_t.pt").read_bytes())
+    fails(run, "--evaluate --seed 5", "expected (40, 4)", base="--no-cuda")
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(run, tmp_path, trained):
+    directory, _ = trained
+    stored = json.loads((directory / "args.json").read_text())
+    (directory / "args.json").write_text(json.dumps({**stored, "finished": False}))
+    checkpoint = (directory / "checkpoint.pt").read_bytes()
+    for damaged in (checkpoint[:1000], b""):
+        (directory / "checkpoint.pt").write_bytes(damaged)
+        before = contents(directory)
+        fails(run, "--resume", "checkpoint.pt is damaged", base="--no-cuda")
+        after = contents(directory)
+        assert {**before, "args.json": 0} == {**after, "args.json": 0}
+    training.save_torch({"progress": {}}, directory / "checkpoint.pt")
+    fails(run, "--resume", "checkpoint.pt is not a checkpoint of this run", base="--no-cuda")
+
+
+def test_places_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    fails(run, "", "file", model_dir=tmp_path / "file")
+    fails(run, "", "file is a file", model="file", model_dir=tmp_path)
+    assert (tmp_path / "file").read_text() == "x"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.csv").write_text("x")
+    fails(run, "", "holds files but no args.json", model="notes", model_dir=tmp_path)
+    assert (tmp_path / "notes/a.csv").read_text() == "x"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_write_permission(run, tmp_path):
+    (tmp_path / "models").mkdir(mode=0o555)
+    fails(run, "", "Permission denied")
+
+
+def test_a_full_disk_loses_nothing(run, tmp_path):
+    """A limit on the size of files stands for the full disk: the checkpoint is the first file that does not fit."""
+    assert run("--seed 1 --train-steps 20")[0] == 0
+    directory = tmp_path / "models/m"
+    stored = json.loads((directory / "args.json").read_text())
+    (directory / "args.json").write_text(json.dumps({**stored, "finished": False, "train_steps": 40}))
+    before = contents(directory)
+    command = [
+        sys.executable,
+        "main_numeric.py",
+        "--no-cuda",
+        "--resume",
+        "--model-dir",
+        str(tmp_path / "models"),
+        "--model-id",
+        "m",
+    ]
+    limit = len(before["checkpoint.pt"]) // 2
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "File too large" in done.stderr, (
+        done.stderr
+    )
+    after = contents(directory)
+    assert {**before, "args.json": 0} == {**after, "args.json": 0}, "no half-written file, and the checkpoint as it was"
+    assert run("--resume", base="--no-cuda")[0] == 0
+
+
+def test_help_groups_the_flags_and_needs_nothing():
+    done = subprocess.run([sys.executable, "main_numeric.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for words in (
+        "setting: what the text says of the image",
+        "evaluation",
+        "selection bias θ",
+        "perturbation bias ρ",
+        "(paper 6144, fast",
+    ):
+        assert words in done.stdout

@@ -1,0 +1,260 @@
+"""The probes against scikit-learn, one target at a time."""
+
+import math
+
+import pytest
+import torch
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.neural_network import MLPRegressor
+from sklearn.preprocessing import StandardScaler
+
+import probes
+
+# networks that use all their epochs belong to what is compared
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+
+def make_data(samples, seed=0, size=3):
+    """Standardised encodings x and t, and targets from predictable to noise, with `samples` rows to fit and to test."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(2 * samples, *shape, generator=generator)
+
+    latent = normal(size)
+    encodings = {}
+    for name in ("x", "t"):
+        h = torch.tanh(latent @ torch.randn(size, size, generator=generator) / 2) + latent / 2 + 0.02 * normal(size)
+        encodings[name] = probes.standardise(h[:samples], h[samples:])
+    targets = {
+        "linear": latent[:, :1],
+        "square": latent[:, :1] ** 2 - latent[:, 1:2],
+        "half": latent[:, 1:2] + normal(1),
+        "noise": normal(1),
+        "several": torch.cat((latent[:, :2], normal(1)), dim=1),
+    }
+    fit_targets = {name: target[:samples] for name, target in targets.items()}
+    return encodings, fit_targets, {name: target[samples:] for name, target in targets.items()}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_standardise_agrees_with_scikit_learn_constant_features_too():
+    h = torch.randn(500, 4, generator=generator()) * torch.tensor([1e-3, 1.0, 50.0, 1.0]) + 3
+    h[:, 3] = 0.1
+    expected = StandardScaler().fit(h[:300].double().numpy())
+    for part, own in zip((h[:300], h[300:]), probes.standardise(h[:300], h[300:]), strict=True):
+        assert own.dtype == torch.float32
+        transformed = torch.from_numpy(expected.transform(part.double().numpy()))
+        torch.testing.assert_close(own.double(), transformed, rtol=1e-5, atol=1e-5)
+
+
+def test_r2_agrees_with_scikit_learn_constant_outputs_too():
+    target, prediction = torch.randn(2, 50, 4, generator=generator(), dtype=torch.float64)
+    target[:, 2:], prediction[:, 2] = 1.5, 1.5  # constant, and predicted exactly in one of two outputs
+    expected = r2_score(target.numpy(), prediction.numpy())
+    assert probes.r2_scores(target, prediction) == pytest.approx(expected, abs=1e-12)
+    assert probes.r2_scores(target[:, 0], prediction[:, 0]) < 0
+
+
+def test_linear_agrees_with_scikit_learn():
+    encodings, fit_targets, test_targets = make_data(400)
+    fit_h, test_h = encodings["x"]
+    # a duplicate and a constant feature leave the least squares problem singular
+    fit_h, test_h = (torch.cat((h, h[:, :1], torch.zeros(len(h), 1)), dim=1) for h in (fit_h, test_h))
+    scores = probes.linear_r2(fit_h, fit_targets, test_h, test_targets)
+    predictions = probes.fit_linear(fit_h, fit_targets, test_h)
+    for name in fit_targets:
+        model = LinearRegression().fit(fit_h.double().numpy(), fit_targets[name].double().numpy())
+        expected = model.predict(test_h.double().numpy())
+        torch.testing.assert_close(predictions[name], torch.from_numpy(expected), rtol=0, atol=1e-6)
+        assert scores[name] == pytest.approx(r2_score(test_targets[name].numpy(), expected), abs=1e-6)
+    assert scores["linear"] > 0.9 and scores["noise"] < 0.05
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_networks_follow_mlp_regressor_step_by_step(outputs, monkeypatch):
+    """From the same weights over the same minibatches: the same number of epochs and the same predictions."""
+    encodings, fit_targets, _ = make_data(430)
+    fit_h, test_h = encodings["x"]
+    target = fit_targets["several" if outputs == 3 else "square"]
+    networks, epochs = train({"x": (fit_h, test_h)}, [target])
+    shared = generator()
+    row = probes._initial_row(4, outputs, shared)
+    hidden, output, bias = (part.double().numpy()[0] for part in probes._views(row[None], 4, outputs))
+    monkeypatch.setattr(
+        MLPRegressor,
+        "_init_coef",
+        lambda self, fan_in, fan_out, dtype: (
+            (hidden[:-1].copy(), hidden[-1].copy()) if fan_out == 100 else (output.T.copy(), bias[:, 0].copy())
+        ),
+    )
+    monkeypatch.setattr(
+        "sklearn.neural_network._multilayer_perceptron.shuffle",
+        lambda index, random_state: torch.randperm(len(index), generator=shared).numpy(),
+    )
+    expected = MLPRegressor().fit(fit_h.double().numpy(), target.squeeze(1).double().numpy())
+    assert expected.n_iter_ == epochs[0]
+    own = probes._network_outputs(networks, probes._with_ones(test_h)[None], torch.tensor([0]), outputs)[0].T
+    prediction = torch.from_numpy(expected.predict(test_h.double().numpy()).reshape(len(test_h), outputs))
+    torch.testing.assert_close(own.double(), prediction, rtol=0, atol=2e-3)
+
+
+def train(encodings, targets):
+    inputs = torch.stack([probes._with_ones(fit_h) for fit_h, _ in encodings.values()])
+    source = torch.arange(len(targets)) % len(encodings)
+    return probes._train_networks(inputs, source, torch.stack(targets, dim=1), probes._squared_error, generator())
+
+
+def test_mlp_agrees_with_scikit_learn():
+    encodings, fit_targets, test_targets = make_data(1000)
+    scores = probes.mlp_r2(encodings, fit_targets, test_targets, generator())
+    assert list(scores) == [(encoding, target) for encoding in encodings for target in fit_targets]
+    for (encoding, target), score in scores.items():
+        fit_h, test_h = encodings[encoding]
+        model = MLPRegressor(random_state=0).fit(fit_h.numpy(), fit_targets[target].squeeze(1).numpy())
+        expected = r2_score(test_targets[target].numpy(), model.predict(test_h.numpy()).reshape(len(test_h), -1))
+        # at this size MLPRegressor differs by as much from itself with another seed, most of all on noise
+        assert score == pytest.approx(expected, abs=0.06 if expected < 0.2 else 0.02)
+    assert scores["x", "square"] > 0.9 and 0.3 < scores["x", "half"] < 0.6 and scores["x", "noise"] < 0.05
+
+
+def test_a_target_alone_gives_the_same_as_among_others():
+    """Each network stops by its own loss, and neither the others nor their leaving change it."""
+    encodings, fit_targets, test_targets = make_data(600)
+    together = probes.mlp_r2(encodings, fit_targets, test_targets, generator())
+    columns = [fit_targets[name] for name in ("linear", "square", "half", "noise")]
+    _, epochs = train({"x": encodings["x"]}, columns)
+    assert len(set(epochs.tolist())) > 1  # not all stop at once
+    for name, column, count in zip(("linear", "square", "half", "noise"), columns, epochs, strict=True):
+        assert abs(train({"x": encodings["x"]}, [column])[1].item() - count.item()) <= 1
+        alone = probes.mlp_r2({"t": encodings["t"]}, {name: fit_targets[name]}, test_targets, generator())
+        assert alone["t", name] == pytest.approx(together["t", name], abs=2e-3)
+
+
+def test_mlp_repeats_exactly_and_leaves_the_global_generator_alone():
+    data = make_data(300)
+    state = torch.get_rng_state()
+    first = probes.mlp_r2(*data, generator())
+    assert first == probes.mlp_r2(*data, generator())
+    assert first != probes.mlp_r2(*data, generator(1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_encodings_of_several_sizes():
+    encodings, fit_targets, test_targets = make_data(300)
+    narrow = {"n": tuple(h[:, :2] for h in encodings["x"])}
+    both = probes.mlp_r2(encodings | narrow, fit_targets, test_targets, generator())
+    alone = probes.mlp_r2(narrow, fit_targets, test_targets, generator())
+    for key, score in alone.items():
+        assert both[key] == pytest.approx(score, abs=1e-5)
+
+
+def grid_search(fit_h, target):
+    grid = {"alpha": probes.ALPHAS, "gamma": probes.GAMMAS}
+    search = GridSearchCV(KernelRidge(kernel="rbf"), grid, cv=KFold(probes.FOLDS))
+    return search.fit(fit_h.double().numpy(), target.double().numpy())
+
+
+@pytest.mark.parametrize(("samples", "direct_size"), [(301, 4096), (302, 0)])
+def test_kernel_ridge_agrees_with_grid_search(samples, direct_size, monkeypatch):
+    """The same α, γ and R², with a factorisation for each α and with one for all."""
+    monkeypatch.setattr(probes, "DIRECT_SIZE", direct_size)
+    encodings, fit_targets, test_targets = make_data(samples)
+    fit_h, test_h = (torch.cat((h, h[:, :1]), dim=1) for h in encodings["x"])
+    fit_h[1] = fit_h[0]  # a duplicate sample
+    scores, best = probes.kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets, return_best=True)
+    assert scores == probes.kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets)
+    for name, target in fit_targets.items():
+        search = grid_search(fit_h, target)
+        assert best[name] == (search.best_params_["alpha"], search.best_params_["gamma"])
+        expected = r2_score(test_targets[name].numpy(), search.predict(test_h.double().numpy()))
+        assert scores[name] == pytest.approx(expected, abs=1e-6 if direct_size else 1e-4)
+    assert len(set(best.values())) > 1
+
+
+def test_kernel_ridge_breaks_ties_as_grid_search_does():
+    encodings, _, _ = make_data(60)
+    constant = {"constant": torch.zeros(60, 1)}  # predicted exactly by every α and γ
+    _, best = probes.kernel_ridge_r2(encodings["x"][0], constant, encodings["x"][1], constant, return_best=True)
+    assert best == {"constant": (probes.ALPHAS[0], probes.GAMMAS[0])}
+
+
+@pytest.mark.parametrize("gamma", probes.GAMMAS)
+def test_shared_coefficients_equal_a_factorisation_for_each_alpha(gamma):
+    encodings, fit_targets, _ = make_data(500)
+    h, targets = encodings["x"][0].double(), torch.cat(list(fit_targets.values()), dim=1).double()
+    centre = math.sqrt(probes.ALPHAS[0] * probes.ALPHAS[-1])
+    solve = probes._ridge_solver(h, gamma, centre, torch.float64)
+    kernel = torch.exp(-gamma * torch.cdist(h, h).square())
+    shared = probes._shared_coefficients(solve, targets, centre, probes.ALPHAS)
+    for alpha, own in zip(probes.ALPHAS, shared, strict=True):
+        expected = torch.linalg.solve(kernel + alpha * torch.eye(len(h), dtype=torch.float64), targets)
+        assert (own - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_precision_follows_the_largest_eigenvalue():
+    h = make_data(3000)[0]["x"][0].double()
+    assert probes._precision(h, 0.01) == torch.float64  # nearly all entries are 1
+    assert probes._precision(h, 100.0) == torch.float32
+    assert probes._precision(torch.zeros_like(h), 100.0) == torch.float64
+
+
+def test_a_float32_factor_that_fails_is_made_in_float64():
+    h, targets = torch.zeros(50, 2, dtype=torch.float64), torch.randn(50, 1, generator=generator()).double()
+    alpha = 1e-8  # lost in float32 beside 1
+    solution = probes._ridge_solver(h, 1.0, alpha, torch.float32)(targets)
+    kernel = torch.ones(50, 50, dtype=torch.float64) + alpha * torch.eye(50, dtype=torch.float64)
+    torch.testing.assert_close(kernel @ solution, targets, rtol=0, atol=1e-4)
+
+
+def test_wrong_inputs_are_named():
+    encodings, fit_targets, test_targets = make_data(20)
+    fit_h, test_h = encodings["x"]
+
+    def all_probes(fit_h, fit_targets, test_h, test_targets):
+        yield lambda: probes.linear_r2(fit_h, fit_targets, test_h, test_targets)
+        yield lambda: probes.mlp_r2({"x": (fit_h, test_h)}, fit_targets, test_targets, generator())
+        yield lambda: probes.kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets)
+
+    damaged = fit_h.clone()
+    damaged[3, 1] = math.nan
+    infinite = fit_targets | {"half": fit_targets["half"] / 0}
+    fewer = {name: target[:10] for name, target in test_targets.items()}
+    cases = [
+        ((damaged, fit_targets, test_h, test_targets), "fitting encoding.*not finite"),
+        ((fit_h, fit_targets, test_h / 0, test_targets), "test encoding.*not finite"),
+        ((fit_h, infinite, test_h, test_targets), "half.*not finite"),
+        ((fit_h, fit_targets, test_h, fewer), r"linear.*\(10, 1\).*\(20, k\)"),
+        ((fit_h, fit_targets, test_h, {"linear": test_targets["linear"]}), "no test targets for: square"),
+        ((fit_h, fit_targets, test_h[:, :2], test_targets), "must have shapes"),
+    ]
+    for arguments, message in cases:
+        for probe in all_probes(*arguments):
+            with pytest.raises(ValueError, match=message):
+                probe()
+    with pytest.raises(ValueError, match="5 samples to fit"):
+        probes.kernel_ridge_r2(fit_h[:5], {"y": fit_targets["half"][:5]}, test_h, {"y": test_targets["half"]})
+    with pytest.raises(ValueError, match="diverged"):
+        probes.mlp_r2({"x": (fit_h * 1e30, test_h)}, fit_targets, test_targets, generator())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees_with_cpu():
+    encodings, fit_targets, test_targets = make_data(500)
+    results = {}
+    for device in ("cpu", "cuda"):
+        fit_h, test_h = (h.to(device) for h in encodings["x"])
+        fit, test = ({name: y.to(device) for name, y in part.items()} for part in (fit_targets, test_targets))
+        results[device] = (
+            probes.linear_r2(fit_h, fit, test_h, test),
+            probes.kernel_ridge_r2(fit_h, fit, test_h, test),
+            probes.mlp_r2({"x": (fit_h, test_h)}, fit, test, generator()),
+        )
+    for own, expected, tolerance in zip(results["cuda"], results["cpu"], (1e-6, 1e-6, 1e-2), strict=True):
+        assert own == pytest.approx(expected, abs=tolerance)

@@ -1,0 +1,323 @@
+"""A run can be killed at any moment: it resumes bit for bit, and nothing that was complete is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import files
+import latent_spaces
+import main_numeric
+import training
+from command_line import InputError
+from tests.conftest import TINY
+
+ROOT = Path(training.__file__).parent
+SEED = "--seed 3"
+
+
+def outcome(directory):
+    """Everything a run computes, as bytes; durations left out."""
+    weights = {name: (directory / name).read_bytes() for name in ("f_x.pt", "f_t.pt", "g_x.pt", "g_t.pt")}
+    log = pd.read_csv(directory / "train_log.csv").drop(columns="seconds")
+    return weights, (directory / "results.csv").read_bytes(), log.to_csv()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program may catch it."""
+
+
+def killed_after(monkeypatch, steps):
+    """Have the run die in the middle of a step once `steps` steps were done in this process."""
+    real, count = main_numeric.multimodal_contrastive_loss, iter(range(10**9))
+
+    def dying(*arguments):
+        if next(count) == steps:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(main_numeric, "multimodal_contrastive_loss", dying)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch, recipe):
+    flags = f"{SEED} --recipe {recipe} --beta-value 0"
+    assert run(flags, "whole")[0] == 0
+    rng = random.Random(recipe)
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            killed_after(patch, rng.randrange(18))
+            with pytest.raises(Killed):
+                run(f"{flags} --resume", "killed")
+    code, out, _ = run("--resume", "killed")
+    assert code == 0 and "resumed from step" in out
+    assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
+
+
+def test_a_run_killed_while_it_evaluates_needs_no_training(run, tmp_path, monkeypatch):
+    assert run(SEED, "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(main_numeric, "evaluate", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(SEED, "killed")
+    killed_after(monkeypatch, 0)
+    assert run("--resume", "killed")[0] == 0
+    assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
+
+
+def start(tmp_path, *flags):
+    """main_numeric.py in a process of its own, long enough to be stopped."""
+    command = [sys.executable, "main_numeric.py", *TINY.split(), "--seed", "3", "--model-dir", str(tmp_path), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_process_ends_as_one_that_never_was(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(latent_spaces, "CONDITION_DRAWS", 25_000)
+    steps = "--train-steps 300 --log-steps 20"
+    process = start(tmp_path / "models", *steps.split(), "--model-id", "killed")
+    wait_for(tmp_path / "models/killed/checkpoint.pt", process)
+    process.kill()
+    process.communicate()
+    assert training.load_torch(tmp_path / "models/killed/checkpoint.pt")["progress"]["step"] < 300
+    assert run(f"--resume {steps}", "killed")[0] == 0
+    assert run(f"{SEED} {steps}", "whole")[0] == 0
+    (weights, results, _), (expected_weights, expected_results, _) = (
+        outcome(tmp_path / "models" / m) for m in ("killed", "whole")
+    )
+    assert weights == expected_weights and results == expected_results
+    losses = [pd.read_csv(tmp_path / "models" / m / "train_log.csv").loss.tolist() for m in ("killed", "whole")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(tmp_path, signum):
+    process = start(tmp_path, "--model-id", "p", "--train-steps", "100000", "--log-steps", "7")
+    wait_for(tmp_path / "p/checkpoint.pt", process)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    step = training.load_torch(tmp_path / "p/checkpoint.pt")["progress"]["step"]
+    assert f"stopped by {signal.Signals(signum).name} after step {step} of 100000" in err
+    assert f"--model-dir {tmp_path} --model-id p --resume" in err and len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err + out
+
+
+def test_a_second_signal_is_not_swallowed(tmp_path):
+    with training._StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resuming_from_a_checkpoint_between_two_lines_of_the_log(tmp_path, run, monkeypatch):
+    """A signal comes in mid-interval: the mean loss of the interval and the weights are those of an uninterrupted run."""
+    run(SEED, "whole")
+    real, count = main_numeric.multimodal_contrastive_loss, iter(range(10**9))
+
+    def signalled(*arguments):
+        if next(count) == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_numeric, "multimodal_contrastive_loss", signalled)
+        code, _, err = run(SEED, "stopped")
+    assert code == 128 + signal.SIGTERM and "after step 17 of 40" in err
+    assert run("--resume", "stopped")[0] == 0
+    assert outcome(tmp_path / "models/stopped") == outcome(tmp_path / "models/whole")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the loop against one written out
+
+
+def toy_args(**changes):
+    return Namespace(**{"lr": 0.01, "lr_schedule": "constant", "train_steps": 12, "log_steps": 5, "precision": "fp32", "model_dir": "models",
+                        "model_id": "toy", **changes})  # fmt: skip
+
+
+def toy_problem():
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(4, 3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return module, generator, lambda share_done: 30 * module(torch.randn(8, 4, generator=generator)).square().sum()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
+def test_the_loop_is_adam_with_clipping_and_a_schedule(tmp_path, schedule):
+    module, generator, compute_loss = toy_problem()
+    training.train(
+        {"m": module}, compute_loss, toy_args(lr_schedule=schedule), tmp_path, {"g": generator}, torch.device("cpu")
+    )
+    plain, _, plain_loss = toy_problem()
+    mean = [torch.zeros_like(p) for p in plain.parameters()]
+    square = [torch.zeros_like(p) for p in plain.parameters()]
+    for step in range(12):
+        progress = step / 12
+        lr = 0.01
+        if schedule == "onecycle":
+            warm = 0.04 + 0.96 * (1 - np.cos(np.pi * progress / 0.1)) / 2
+            lr *= warm if progress < 0.1 else 1e-4 + (1 + np.cos(np.pi * (progress - 0.1) / 0.9)) / 2
+        gradients = torch.autograd.grad(plain_loss(None), list(plain.parameters()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert norm > 2, "the clipping must be at work"
+        for p, g, m, v in zip(plain.parameters(), gradients, mean, square, strict=True):
+            g = g * 2 / norm
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g * g)
+            p.data -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_onecycle_warms_up_and_comes_down():
+    rate = [training.LR_SCHEDULES["onecycle"](step / 1000) for step in range(1001)]
+    assert (
+        rate[0] == pytest.approx(0.04) and max(rate) == pytest.approx(1, abs=1e-3) and rate[-1] == pytest.approx(1e-4)
+    )
+    assert np.argmax(rate) == 100 and all(a <= b for a, b in zip(rate[:100], rate[1:101], strict=True))
+    assert all(a >= b for a, b in zip(rate[101:], rate[102:], strict=False))
+
+
+def test_the_log_holds_the_mean_loss_of_each_interval(tmp_path):
+    module, generator, compute_loss = toy_problem()
+    losses = []
+
+    def noted(share_done):
+        losses.append(compute_loss(share_done))
+        return losses[-1]
+
+    training.train(
+        {"m": module},
+        noted,
+        toy_args(),
+        tmp_path,
+        {"g": generator},
+        torch.device("cpu"),
+        monitor=lambda: ({"extra": 7}, ""),
+    )
+    log = pd.read_csv(tmp_path / "train_log.csv")
+    assert log.step.tolist() == [5, 10, 12] and (log.extra == 7).all()
+    values = np.array([loss.item() for loss in losses])
+    assert np.allclose(log.loss, [values[:5].mean(), values[5:10].mean(), values[10:].mean()])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    module, generator, compute_loss = toy_problem()
+    count = iter(range(100))
+    args = toy_args()
+    with pytest.raises(InputError, match="the loss is nan within the steps up to 10"):
+        training.train({"m": module}, lambda share: compute_loss(share) * (float("nan") if next(count) > 6 else 1), args, tmp_path,
+                       {"g": generator}, torch.device("cpu"))  # fmt: skip
+    assert training.load_torch(tmp_path / "checkpoint.pt")["progress"]["step"] == 5
+
+
+def test_bf16_is_used_where_it_is_asked_for(tmp_path):
+    module, generator, _ = toy_problem()
+    seen = []
+
+    def compute_loss(share_done):
+        output = module(torch.randn(8, 4, generator=generator))
+        seen.append(output.dtype)
+        return output.float().square().sum()
+
+    training.train(
+        {"m": module},
+        compute_loss,
+        toy_args(precision="bf16", train_steps=1),
+        tmp_path,
+        {"g": generator},
+        torch.device("cpu"),
+    )
+    assert seen == [torch.bfloat16] and module.weight.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------------
+# files
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "a.csv"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), files.replaced(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+    files.write_bytes(target, b"new")
+    assert target.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_weights_load_with_and_without_the_prefix_of_a_wrapper(tmp_path):
+    module, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    torch.save({f"module.{name}": value for name, value in module.state_dict().items()}, tmp_path / "w.pt")
+    assert torch.equal(training.load_weights(other, tmp_path / "w.pt").weight, module.weight)
+    training.save_weights(nn.Sequential(module), tmp_path / "w.pt")
+    assert list(training.load_torch(tmp_path / "w.pt")) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "is missing"),
+        (b"not a file of torch", "is damaged"),
+        ({"weight": torch.zeros(3, 2)}, "bias is nothing"),
+        ({"weight": torch.zeros(2, 2), "bias": torch.zeros(3)}, r"weight is \(2, 2\), expected \(3, 2\)"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "x": torch.zeros(1)}, "x is not a weight"),
+        ([1, 2], "does not hold weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, content, message):
+    path = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=message) as caught:
+        training.load_weights(nn.Linear(2, 3), path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/ran",))
+
+    torch.save(Evil(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="is damaged"):
+        training.load_torch(tmp_path / "w.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_args_json_names_what_a_run_was_made_with(run, tmp_path):
+    assert run("--seed 3 --lr 0.005 --recipe fast", "m")[0] == 0
+    stored = json.loads((tmp_path / "models/m/args.json").read_text())
+    assert stored["lr"] == 0.005 and stored["init"] == "he" and stored["recipe"] == "fast" and stored["seed"] == 3
+    assert stored["versions"]["torch"] == torch.__version__ and stored["device"].startswith("CPU")
+    assert stored["train_seconds"] > 0 and stored["eval_seed"] != 3 and stored["finished"] is True
