@@ -71,3 +71,98 @@ def plot_factor_scores(tables, path, title, highlighted=()):
         ax.set_title(subtitle, fontsize=10, loc="left")
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
+
+
+def plot_downstream_scores(regression, classification, path, title):
+    """Write one picture of bars, clipped to [0, 1]; dicts task → R² and distribution → Matthews correlation."""
+    figure, panels = plt.subplots(1, 2, figsize=(6.5, 3), sharey=True, width_ratios=(2, 1), layout="constrained")
+    panel_scores = {"regression: R²": regression, "y5: Matthews correlation": classification}
+    for axes, (subtitle, scores) in zip(panels, panel_scores.items(), strict=True):
+        values = np.clip(list(scores.values()), 0, 1)
+        bars = axes.bar(list(scores), values, color="tab:blue", width=0.6)
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8)
+        axes.set_title(subtitle, fontsize=10, loc="left")
+        axes.set_ylim(0, 1.1)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def outside_layout(axes):
+    """Take the values in the cells out of the layout: they lie within `axes`, and measuring them takes most of the time."""
+    for text in axes.texts:
+        text.set_in_layout(False)
+
+
+def difference_heatmap(axes, differences, notes):
+    """Draw a DataFrame of differences into `axes`, red where ours is higher, with signed values or else `notes` in the cells."""
+    values = differences.to_numpy(float)
+    axes.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        text = f"{value:+.2f}" if np.isfinite(value) else str(notes.iat[row, column]).removeprefix("paper: ")
+        axes.text(column, row, text, ha="center", va="center", fontsize=7 if np.isfinite(value) else 5)
+    axes.set_xticks(range(len(differences.columns)), differences.columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(differences.index)), differences.index)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def plot_score_grid(panels, path, title):
+    """Write heatmaps of scores; panels: dict (row, column) → DataFrame, placed by row and column in order of appearance."""
+    rows, columns = (list(dict.fromkeys(place)) for place in zip(*panels, strict=True))
+    shape = next(iter(panels.values())).shape
+    size = (len(columns) * (1.0 + 0.48 * shape[1]), 0.6 + len(rows) * (0.8 + 0.3 * shape[0]))
+    figure, grid = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
+    for (row, column), scores in panels.items():
+        axes = grid[rows.index(row), columns.index(column)]
+        score_heatmap(axes, scores)
+        outside_layout(axes)
+        axes.set_title(f"{column}, {row}", fontsize=10, loc="left")
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_beside_paper(ours, paper, differences, notes, path, title):
+    """Write our heatmaps, the paper's and their differences side by side, a row for each panel of `plot_score_grid`."""
+    shape = next(iter(ours.values())).shape
+    size = (3 * (0.8 + 0.46 * shape[1]), 0.6 + len(ours) * (0.8 + 0.28 * shape[0]))
+    figure, grid = plt.subplots(len(ours), 3, figsize=size, squeeze=False, layout="constrained")
+    for axes, panel in zip(grid, ours, strict=True):
+        score_heatmap(axes[0], ours[panel])
+        score_heatmap(axes[1], paper[panel])
+        difference_heatmap(axes[2], differences[panel], notes[panel])
+        for ax, what in zip(axes, ("ours", "paper", "ours − paper"), strict=True):
+            outside_layout(ax)
+            ax.set_title(f"{what}: {panel[1]}, {panel[0]}", fontsize=9, loc="left")
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path, dpi=100)
+
+
+def plot_score_curves(panels, deviations, paper, path, title):
+    """Write curves of mean scores with bands of one standard deviation, and the paper's dashed; placed as heatmaps are.
+
+    panels, deviations, paper: dicts (row, column) → DataFrame with a curve in each row; `paper` may be empty.
+    """
+    rows, columns = (list(dict.fromkeys(place)) for place in zip(*panels, strict=True))
+    size = (5.2 * len(columns), 3.2 * len(rows))
+    figure, grid = plt.subplots(
+        len(rows), len(columns), figsize=size, squeeze=False, sharey="row", layout="constrained"
+    )
+    for (row, column), scores in panels.items():
+        axes = grid[rows.index(row), columns.index(column)]
+        places = range(len(scores.columns))
+        for curve, values in scores.iterrows():
+            line = axes.plot(places, values, marker="o", markersize=3, label=curve)[0]
+            spread = deviations[row, column].loc[curve].fillna(0)
+            axes.fill_between(places, values - spread, values + spread, color=line.get_color(), alpha=0.2, linewidth=0)
+            if paper:
+                axes.plot(places, paper[row, column].loc[curve], color=line.get_color(), linestyle="--", linewidth=1)
+        if paper:
+            axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="paper")
+        axes.set_xticks(places, scores.columns)
+        axes.set_title(f"{column}, {row}", fontsize=10, loc="left")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)

@@ -14,7 +14,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.stats import wishart
 from torch import nn
 
 # Streams of random numbers that one seed gives. Latents' covariances and the mixing depend on the training seed alone.
@@ -160,6 +159,8 @@ class MisalignedLatents:
         substreams = shared if protocol == "code" else separate
 
         def drawn(name):
+            from scipy.stats import wishart  # a heavy module, for Wishart's covariances alone
+
             rng = np.random.default_rng(seed_sequence(seed, "covariance", substreams[name]))
             return np.reshape(
                 wishart.rvs(df=sizes[name], scale=np.eye(sizes[name]), random_state=rng), (sizes[name],) * 2

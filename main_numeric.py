@@ -1,15 +1,15 @@
 """Train and evaluate one pair of encoders on misaligned numeric data (Section 5.1 of the paper).
 
-    python main_numeric.py                                        # the paper's run: all ten semantics selected, on a GPU if there is one
-    python main_numeric.py --theta-value 55 --seed 1              # selection bias: the text speaks of s_0, s_1, s_2 alone
-    python main_numeric.py --theta-value 1022 --beta-value 55     # perturbation bias: s_0, s_1, s_2 are stated wrongly
-    python main_numeric.py --causal-dependence --theta-value 55   # dependent semantics
-    python main_numeric.py --recipe fast --theta-value 55         # the same result in minutes on a CPU
-    python main_numeric.py --model-id NAME --resume               # continue a run that was stopped
-    python main_numeric.py --model-id NAME --evaluate --seed 7    # evaluate a trained model again
+    python main_numeric.py                                     # the paper's run: all ten semantics selected
+    python main_numeric.py --theta-value 55 --seed 1           # selection bias: the text speaks of s_0, s_1, s_2 alone
+    python main_numeric.py --theta-value 1022 --beta-value 55  # perturbation bias: s_0, s_1, s_2 are stated wrongly
+    python main_numeric.py --causal-dependence --theta-value 55 # dependent semantics
+    python main_numeric.py --recipe fast --theta-value 55      # the same result in minutes on a CPU
+    python main_numeric.py --model-id NAME --resume            # continue a run that was stopped
+    python main_numeric.py --model-id NAME --evaluate --seed 7 # evaluate a trained model again
 
 Subsets are numbers: of ten semantics, the prefixes {0}, {0, 1}, …, {0 … 9} are 0, 10, 55, 175, 385, 637, 847, 967, 1012, 1022.
-The model directory receives args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv and results.png.
+The model directory receives args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
 """
 
 import time
@@ -28,6 +28,7 @@ from losses import multimodal_contrastive_loss
 from training import (
     add_training_flags,
     apply_recipe,
+    batch_size_at,
     check_writable,
     describe_device,
     drawn_seed,
@@ -43,11 +44,32 @@ from training import (
     write_args,
 )
 
-# "paper": exactly the paper's training. "fast": the same result from far fewer samples, see benchmarks/time_to_identification.py.
+# "paper": exactly the paper's training. "fast": the same result from far fewer samples, as
+# benchmarks/time_to_identification.py shows.
 RECIPES = {
-    "paper": dict(init="default", lr=1e-4, lr_schedule="constant", batch_size=6144, train_steps=100_001, precision="fp32", negatives="independent"),
-    "fast": dict(init="he", lr=3e-3, lr_schedule="onecycle", batch_size=256, train_steps=8_000, precision="auto", negatives="batch"),
-}  # fmt: skip
+    "paper": {
+        "init": "default",
+        "lr": 1e-4,
+        "lr_schedule": "constant",
+        "preconditioner": "none",
+        "batch_size": 6144,
+        "final_batch_size": 0,
+        "negatives": "independent",
+        "train_steps": 100_001,
+        "precision": "fp32",
+    },
+    "fast": {
+        "init": "he",
+        "lr": 1.5e-3,
+        "lr_schedule": "onecycle",
+        "preconditioner": "inputs",
+        "batch_size": 256,
+        "final_batch_size": 768,
+        "negatives": "batch",
+        "train_steps": 8_000,
+        "precision": "auto",
+    },
+}
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 MONITOR_BATCHES = 1  # batches behind the R² of the progress lines
 RUN_FLAGS = {"num_eval_batches", "mlp_eval"}  # may differ between training and a later evaluation
@@ -59,7 +81,8 @@ def parse_flags(argv):
     add_training_flags(parser, RECIPES)
     group = parser.add_argument_group("training of this experiment")
     group.add_argument("--negatives", choices=("independent", "batch"),
-                       help="negatives of an anchor: a second, independent batch, or the other pairs of its own (paper independent, fast batch)")  # fmt: skip
+                       help="an anchor's negatives: a second, independent batch, or the other pairs of its own "
+                       "(paper independent, fast batch)")  # fmt: skip
     group = parser.add_argument_group("setting: what the text says of the image")
     group.add_argument("--semantics-n", type=integer(1), default=10, help="semantic latents s (%(default)s)")
     group.add_argument(
@@ -132,7 +155,8 @@ def check_subsets(args):
     for flag, value, lowest in (("--theta-value", args.theta_value, 0), ("--beta-value", args.beta_value, -1)):
         if not lowest <= value < subset_count(args.semantics_n):
             raise InputError(
-                f"{flag} {value} is out of range: {args.semantics_n} semantics have the subsets {lowest} … {subset_count(args.semantics_n) - 1}"
+                f"{flag} {value} is out of range: {args.semantics_n} semantics have the subsets "
+                f"{lowest} … {subset_count(args.semantics_n) - 1}"
             )
 
 
@@ -140,8 +164,9 @@ def build_latents(args, training_seed, device):
     """The distribution of latents of a setting; the training seed fixes its covariances."""
     try:
         return MisalignedLatents(args.semantics_n, args.modality_n, args.theta_value, args.beta_value, training_seed,
-                                 change_prob=args.change_prob, causal_dependence=args.causal_dependence, margin_param=args.margin_param,
-                                 cond_param=args.cond_param, protocol=args.protocol, device=device)  # fmt: skip
+                                 change_prob=args.change_prob, causal_dependence=args.causal_dependence,
+                                 margin_param=args.margin_param, cond_param=args.cond_param, protocol=args.protocol,
+                                 device=device)  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -269,20 +294,22 @@ def names_of(indices, sign="s"):
 def describe_setting(args, latents, networks, device):
     """The setting in words: what the text leaves out, what it may state wrongly, what should be learned."""
     parameters = sum(parameter.numel() for name in ("f_x", "f_t") for parameter in networks[name].parameters())
+    n, m, size = args.semantics_n, args.modality_n, args.encoding_size or len(latents.unbiased)
     kind = "dependent" if args.causal_dependence else "independent"
-    omitted = [i for i in range(latents.semantics_n) if i not in latents.selected]
+    omitted = [i for i in range(n) if i not in latents.selected]
     wrong = f", each with probability {args.change_prob:g}" if latents.perturbed else ""
-    return "\n".join(
-        (
-            f"latents      {args.semantics_n} {kind} semantics, {args.modality_n} + {args.modality_n} modality-specific ({args.protocol} protocol)",
-            f"selected     I_θ = {names_of(latents.selected)}; the text leaves out {names_of(omitted)}",
-            f"perturbed    I_ρ ∩ I_θ = {names_of(latents.perturbed)}{wrong}",
-            f"unbiased     I_θ \\ I_ρ = {names_of(latents.unbiased)}: what the theory says is learned",
-            f"encoders     R^{latents.semantics_n + latents.modality_n} and R^{len(latents.selected) + latents.modality_n} → R^{args.encoding_size or len(latents.unbiased)}, {parameters:,} parameters",
-            f"training     {args.recipe} recipe: {args.train_steps} steps of {args.batch_size} pairs, lr {args.lr:g} {args.lr_schedule}, {args.init} initialisation, {args.negatives} negatives",
-            f"device       {device}, {args.precision}",
-        )
-    )  # fmt: skip
+    pairs = f"{args.batch_size}" + (f" to {args.final_batch_size}" if args.final_batch_size else "")
+    lines = {
+        "latents": f"{n} {kind} semantics, {m} + {m} modality-specific ({args.protocol} protocol)",
+        "selected": f"I_θ = {names_of(latents.selected)}; the text leaves out {names_of(omitted)}",
+        "perturbed": f"I_ρ ∩ I_θ = {names_of(latents.perturbed)}{wrong}",
+        "unbiased": f"I_θ \\ I_ρ = {names_of(latents.unbiased)}: what the theory says is learned",
+        "encoders": f"R^{n + m} and R^{len(latents.selected) + m} → R^{size}, {parameters:,} parameters",
+        "training": f"{args.recipe} recipe: {args.train_steps} steps of {pairs} pairs, lr {args.lr:g} "
+        f"{args.lr_schedule}, {args.init} initialisation, {args.negatives} negatives",
+        "device": f"{device}, {args.precision}",
+    }
+    return "\n".join(f"{name:12} {line}" for name, line in lines.items())
 
 
 def verdict(results, latents, causal_dependence):
@@ -291,7 +318,10 @@ def verdict(results, latents, causal_dependence):
     inside = results.predicted_factors.isin(unbiased)
     # a perturbed s̃_i is s_i plus noise that no encoder can know of: biased like s_i itself
     lowest, highest = results[inside].r2_nonlinear.min(), results[~inside].r2_nonlinear.max()
-    found = f"the unbiased block {names_of(latents.unbiased)} has nonlinear R² of at least {lowest:.2f}, everything else at most {max(highest, 0):.2f}"
+    found = (
+        f"the unbiased block {names_of(latents.unbiased)} has nonlinear R² of at least {lowest:.2f}, "
+        f"everything else at most {max(highest, 0):.2f}"
+    )
     if lowest >= 0.9 and highest <= 0.1:
         return f"Exactly the unbiased block is learned: {found}."
     if lowest >= 0.9 and causal_dependence:
@@ -344,7 +374,7 @@ def main(argv=None):
     generator = seeded_generator(args.seed, "train", device)
 
     def compute_loss(share_done):
-        return batch_loss(networks, latents, args.batch_size, args.negatives, generator)
+        return batch_loss(networks, latents, batch_size_at(args, share_done), args.negatives, generator)
 
     monitor = make_monitor(networks, latents, args.seed)
     progress = train(encoders, compute_loss, args, directory, {"train": generator}, device, monitor)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from command_line import InputError, integer, number
 from files import read_json, write_bytes, write_csv, write_json
+from optimisers import Adam, InputDeflation
 
 # Flags that say how to run, not what: they may differ between the calls that work on one model directory.
 RUN_FLAGS = {"model_dir", "model_id", "log_steps", "evaluate", "no_cuda", "load_args", "resume", "overwrite"}
@@ -95,11 +96,23 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
         type=number(0, above=True),
         help=f"Adam's learning rate, its peak under a schedule ({recipe_default('lr')})",
     )
+    group.add_argument(
+        "--preconditioner",
+        choices=("none", "inputs"),
+        help="of Adam's gradients; inputs: deflate along each layer's leading inputs, see optimisers.py "
+        f"({recipe_default('preconditioner')})",
+    )
     group.add_argument("--lr-schedule", choices=tuple(LR_SCHEDULES), help=f"({recipe_default('lr_schedule')})")
     group.add_argument("--batch-size", type=integer(2), help=f"pairs a step ({recipe_default('batch_size')})")
+    group.add_argument(
+        "--final-batch-size",
+        type=integer(0),
+        help="pairs in the last step: the batch grows geometrically from --batch-size; 0 = it does not "
+        f"({recipe_default('final_batch_size')})",
+    )
     group.add_argument("--train-steps", type=integer(1), help=f"({recipe_default('train_steps')})")
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
-                       help=f"matrix products in float32, TensorFloat-32 (CUDA) or bfloat16 ({recipe_default('precision')})")  # fmt: skip
+                       help=f"of matrix products; tf32 on CUDA alone ({recipe_default('precision')})")  # fmt: skip
 
 
 def apply_recipe(args, given, recipes):
@@ -343,6 +356,13 @@ def _load_state(module, state, path):
 # --------------------------------------------------------------------------------------------------------------
 # the loop
 
+
+def batch_size_at(args, share_done):
+    """Pairs in the batch of a step: args.batch_size, growing geometrically to args.final_batch_size unless that is 0."""
+    growth = (args.final_batch_size or args.batch_size) / args.batch_size
+    return round(args.batch_size * growth**share_done)
+
+
 LR_SCHEDULES = {
     "constant": lambda progress: 1.0,
     # warm up over the first tenth, then a half cosine down to nothing (Smith & Topin, 2018)
@@ -377,11 +397,12 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
     parameters = [
         parameter for module in modules.values() for parameter in module.parameters() if parameter.requires_grad
     ]
-    optimiser = torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    optimiser = Adam(parameters)
+    preconditioner = InputDeflation(modules) if args.preconditioner == "inputs" else None
     checkpoint = directory / "checkpoint.pt"
     progress = Progress()
     if checkpoint.exists():
-        progress = _load_checkpoint(checkpoint, modules, optimiser, generators)
+        progress = _load_checkpoint(checkpoint, modules, optimiser, preconditioner, generators)
         print(f"resumed from step {progress.step} of {args.train_steps}")
     schedule = LR_SCHEDULES[args.lr_schedule]
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
@@ -393,20 +414,23 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
     def save():
         progress.loss_sum = loss_sum.item()
         progress.seconds = already + time.perf_counter() - started
-        _save_checkpoint(checkpoint, progress, modules, optimiser, generators)
+        _save_checkpoint(checkpoint, progress, modules, optimiser, preconditioner, generators)
         write_csv(pd.DataFrame(progress.log), directory / "train_log.csv")
 
     with bar, _StopSignals() as stop:
         while progress.step < args.train_steps:
             share_done = progress.step / args.train_steps
-            for group in optimiser.param_groups:
-                group["lr"] = args.lr * schedule(share_done)
+            lr = args.lr * schedule(share_done)
+            optimiser.zero_grad()
+            if preconditioner:
+                preconditioner.before_forward(progress.step)
             with autocast(device, args.precision):
                 loss = compute_loss(share_done)
-            optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            if preconditioner:
+                preconditioner.precondition()
             torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
-            optimiser.step()
+            optimiser.step(lr)
             loss_sum += loss.detach()
             progress.step += 1
             progress.loss_steps += 1
@@ -416,7 +440,7 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
                 row = {
                     "step": progress.step,
                     "loss": loss_sum.item() / progress.loss_steps,
-                    "lr": optimiser.param_groups[0]["lr"],
+                    "lr": lr,
                 }
                 if not math.isfinite(row["loss"]):
                     raise InputError(
@@ -433,8 +457,12 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
             if stop.signal:
                 save()
                 bar.close()
-                print(f"stopped by {stop.signal.name} after step {progress.step} of {args.train_steps}; the checkpoint is written, "
-                      f"continue with: python {Path(sys.argv[0]).name} --model-dir {args.model_dir} --model-id {args.model_id} --resume", file=sys.stderr)  # fmt: skip
+                print(
+                    f"stopped by {stop.signal.name} after step {progress.step} of {args.train_steps}; the checkpoint is "
+                    f"written, continue with: python {Path(sys.argv[0]).name} --model-dir {args.model_dir} "
+                    f"--model-id {args.model_id} --resume",
+                    file=sys.stderr,
+                )
                 sys.exit(128 + stop.signal)
     return progress
 
@@ -446,24 +474,27 @@ def _progress_line(progress, total, text):
     return f"step {row['step']:>{len(str(total))}}/{total}  loss {row['loss']:.3f}  {text}  {rate:.1f} steps/s, {left} left"
 
 
-def _save_checkpoint(path, progress, modules, optimiser, generators):
+def _save_checkpoint(path, progress, modules, optimiser, preconditioner, generators):
     save_torch(
         {
             "progress": dataclasses.asdict(progress),
             "modules": {name: module.state_dict() for name, module in modules.items()},
             "optimiser": optimiser.state_dict(),
+            "preconditioner": preconditioner.state_dict() if preconditioner else None,
             "generators": {name: generator.get_state() for name, generator in generators.items()},
         },
         path,
     )
 
 
-def _load_checkpoint(path, modules, optimiser, generators):
+def _load_checkpoint(path, modules, optimiser, preconditioner, generators):
     content = load_torch(path)
     try:
         for name, module in modules.items():
             _load_state(module, content["modules"][name], path)
         optimiser.load_state_dict(content["optimiser"])
+        if preconditioner:
+            preconditioner.load_state_dict(content["preconditioner"])
         for name, generator in generators.items():
             generator.set_state(content["generators"][name])
         return Progress(**content["progress"])

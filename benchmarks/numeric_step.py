@@ -26,6 +26,7 @@ from torch import nn
 import main_numeric
 from encoders import initialise
 from latent_spaces import MisalignedLatents, seeded_generator
+from optimisers import Adam
 from training import GRADIENT_NORM, autocast, describe_device, select_device
 
 FORMS = {"cpu": ["plain", "fp32", "bf16"], "cuda": ["plain", "fp32", "tf32", "bf16"]}
@@ -34,10 +35,9 @@ FORMS = {"cpu": ["plain", "fp32", "bf16"], "cuda": ["plain", "fp32", "tf32", "bf
 def plain_loss(networks, latents, batch_size, generator):
     """Eq. 2 as a textbook writes it."""
     z, z_negative = latents.sample(batch_size, generator), latents.sample(batch_size, generator)
-    h_x, h_t, n_x, n_t = (
-        networks[f](networks[g](latent))
-        for f, g, latent in (("f_x", "g_x", z.z_x), ("f_t", "g_t", z.z_t), ("f_x", "g_x", z_negative.z_x), ("f_t", "g_t", z_negative.z_t))
-    )  # fmt: skip
+    g_x, g_t, f_x, f_t = (networks[name] for name in ("g_x", "g_t", "f_x", "f_t"))
+    h_x, h_t = f_x(g_x(z.z_x)), f_t(g_t(z.z_t))
+    n_x, n_t = f_x(g_x(z_negative.z_x)), f_t(g_t(z_negative.z_t))
 
     def anchor_loss(a, p, n):
         positive = ((a - p) ** 2).sum(dim=1)
@@ -79,7 +79,7 @@ def time_form(form, device_name, steps, small):
     """Times of `steps` steps after two of warm-up, peak memory, and the first step's loss and gradients: a dict for JSON."""
     networks, latents, args, device = set_up(form, device_name, small)
     parameters = [p for name in ("f_x", "f_t") for p in networks[name].parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=args.lr, **({} if form == "plain" else {"fused": True}))
+    optimiser = torch.optim.Adam(parameters, lr=args.lr) if form == "plain" else Adam(parameters)
     generator = seeded_generator(0, "train", device)
 
     def synchronise():
@@ -90,15 +90,15 @@ def time_form(form, device_name, steps, small):
     for step in range(steps + 2):
         synchronise()
         started = time.perf_counter()
+        optimiser.zero_grad()
         with autocast(device, args.precision):
             if form == "plain":
                 loss = plain_loss(networks, latents, args.batch_size, generator)
             else:
                 loss = main_numeric.batch_loss(networks, latents, args.batch_size, "independent", generator)
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
-        optimiser.step()
+        optimiser.step(*(() if form == "plain" else (args.lr,)))
         synchronise()
         if step > 1:
             times.append(time.perf_counter() - started)
@@ -200,19 +200,19 @@ def main():
             rates[form].append(_in_process(f"rate:{form}", args))
     flops = matrix_flops(args.small)
     device = torch.device(args.device)
-    print(
-        f"{describe_device(device)}; torch {torch.__version__}; {args.rounds} processes × {args.steps} steps of each form, in turn"
-    )
-    print(
-        f"{'form':>6}  {'median':>8}  {'min – max':>17}  {'against plain':>13}  {'peak memory':>11}  {'matrix rate':>12}  {'of the floor':>12}"
-    )
+    print(f"{describe_device(device)}; torch {torch.__version__}")
+    print(f"{args.rounds} processes of {args.steps} steps of each form, in turn")
+    titles = ("form", "median", "min - max", "against plain", "peak memory", "matrix rate", "of the floor")
+    print("{:>6}  {:>8}  {:>17}  {:>13}  {:>11}  {:>12}  {:>12}".format(*titles))
     plain = statistics.median(t for m in measured["plain"] for t in m["times"])
     for form in forms:
         times = [t for m in measured[form] for t in m["times"]]
         rate, median = statistics.median(rates[form]), statistics.median(times)
         memory = max(m["memory"] for m in measured[form])
-        print(f"{form:>6}  {median:7.3f}s  {min(times):7.3f} – {max(times):6.3f}s  {plain / median:12.1f}x  {memory / 1e9:8.2f} GB  "
-              f"{rate / 1e9:6.0f} GF/s  {flops / rate / median:12.2f}")  # fmt: skip
+        print(
+            f"{form:>6}  {median:7.3f}s  {min(times):7.3f} - {max(times):6.3f}s  {plain / median:12.1f}x  "
+            f"{memory / 1e9:8.2f} GB  {rate / 1e9:7.0f} GF/s  {flops / rate / median:12.2f}"
+        )
     if args.device == "cpu":
         error = _in_process("check:fp32", args)
         print(

@@ -6,7 +6,10 @@ import main_numeric
 import probes
 from command_line import run_script
 
-TINY = "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --batch-size 16 --train-steps 40 --log-steps 10 --num-eval-batches 1 --mlp-eval"
+TINY = (
+    "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --batch-size 16 --train-steps 40 --log-steps 10 "
+    "--num-eval-batches 1 --mlp-eval"
+)
 
 
 @pytest.fixture(autouse=True)

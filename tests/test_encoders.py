@@ -1,5 +1,6 @@
 """Shapes, parameter counts and initialisation of the encoders."""
 
+import itertools
 import math
 
 import pytest
@@ -14,10 +15,8 @@ def test_mlp_encoder_has_the_specified_layers(d, size):
     encoder = MLPEncoder(d, size)
     widths = [d, 10 * d, 50 * d, 50 * d, 50 * d, 50 * d, 10 * d, size]
     linear = [layer for layer in encoder if isinstance(layer, nn.Linear)]
-    assert [(layer.in_features, layer.out_features) for layer in linear] == list(zip(widths, widths[1:], strict=False))
-    assert sum(p.numel() for p in encoder.parameters()) == sum(
-        (a + 1) * b for a, b in zip(widths, widths[1:], strict=False)
-    )
+    assert [(layer.in_features, layer.out_features) for layer in linear] == list(itertools.pairwise(widths))
+    assert sum(p.numel() for p in encoder.parameters()) == sum((a + 1) * b for a, b in itertools.pairwise(widths))
     assert [type(layer) for layer in encoder] == [nn.Linear, nn.LeakyReLU] * 6 + [nn.Linear]
     assert all(layer.negative_slope == 0.01 for layer in encoder if isinstance(layer, nn.LeakyReLU))
     assert encoder(torch.zeros(4, d)).shape == (4, size)

@@ -44,12 +44,12 @@ def trained(run, tmp_path):
 
 
 def test_a_run_writes_the_specified_files(trained):
-    directory, out = trained
+    directory, _out = trained
     assert sorted(contents(directory)) == FILES
     results = pd.read_csv(directory / "results.csv")
     assert list(results.columns) == ["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"]
     factors = ["s_0", "s_1", "s_2", "s_inv", "m_x", "m_t"]
-    assert list(results.itertuples(index=False, name=None))[0][:2] == ("hz_x", "s_0")
+    assert next(iter(results.itertuples(index=False, name=None)))[:2] == ("hz_x", "s_0")
     assert results.predicted_factors.tolist() == factors * 2
     assert results.encoding.tolist() == ["hz_x"] * 6 + ["hz_t"] * 6
     assert np.isfinite(results[["r2_linear", "r2_nonlinear"]]).all(axis=None)
@@ -106,10 +106,19 @@ def test_how_often_progress_is_logged_changes_nothing(run, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--beta-value 0 --change-prob 0.2", "--causal-dependence", "--margin-param 2", "--beta-value 0 --cond-param 3", "--n-mixing-layer 2",
-     "--encoding-size 4", "--init he", "--lr-schedule onecycle", "--lr 0.01", "--negatives batch", "--protocol paper", "--precision bf16",
-     "--batch-size 20", "--train-steps 41", "--modality-n 2", "--semantics-n 4"],
-)  # fmt: skip
+    [
+        *(
+            "--beta-value 0 --change-prob 0.2",
+            "--causal-dependence",
+            "--margin-param 2",
+            "--beta-value 0 --cond-param 3",
+        ),
+        *("--n-mixing-layer 2", "--encoding-size 4", "--init he", "--lr-schedule onecycle", "--lr 0.01"),
+        *("--negatives batch", "--protocol paper", "--precision bf16", "--batch-size 20", "--train-steps 41"),
+        *("--preconditioner inputs", "--final-batch-size 30"),
+        *("--modality-n 2", "--semantics-n 4"),
+    ],
+)
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     base = "--seed 1" + (" --beta-value 0" if "beta" in flags else "")
     monkeypatch.setattr(main_numeric, "write_evaluation", lambda *_: {})
@@ -130,11 +139,15 @@ def test_the_recipe_sets_what_is_not_given(run, tmp_path):
     )
     args, given = main_numeric.parse_flags([])
     main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
-    defaults = {"model_dir": "models", "model_id": None, "encoding_size": 0, "semantics_n": 10, "modality_n": 5, "theta_value": 1022, "beta_value": -1,
-                "change_prob": 0.75, "causal_dependence": False, "margin_param": 1.0, "cond_param": 1.0, "n_mixing_layer": 3, "seed": None,
-                "batch_size": 6144, "lr": 1e-4, "train_steps": 100001, "log_steps": 1000, "evaluate": False, "num_eval_batches": 5, "mlp_eval": False,
-                "no_cuda": False, "load_args": False, "protocol": "code", "init": "default", "lr_schedule": "constant", "precision": "fp32",
-                "negatives": "independent"}  # fmt: skip
+    defaults = {
+        **{"model_dir": "models", "model_id": None, "encoding_size": 0, "semantics_n": 10, "modality_n": 5},
+        **{"theta_value": 1022, "beta_value": -1, "change_prob": 0.75, "causal_dependence": False, "margin_param": 1.0},
+        **{"cond_param": 1.0, "n_mixing_layer": 3, "seed": None, "batch_size": 6144, "lr": 1e-4, "train_steps": 100001},
+        **{"log_steps": 1000, "evaluate": False, "num_eval_batches": 5, "mlp_eval": False, "no_cuda": False},
+        **{"load_args": False, "protocol": "code", "init": "default", "lr_schedule": "constant", "precision": "fp32"},
+        **{"preconditioner": "none", "final_batch_size": 0},
+        "negatives": "independent",
+    }
     assert {name: getattr(args, name) for name in defaults} == defaults
 
 
@@ -158,8 +171,7 @@ def test_kernel_ridge_is_the_nonlinear_probe_without_mlp_eval(run, tmp_path, tra
     assert run("--seed 1", model="k", base=base)[0] == 0
     ridge = pd.read_csv(tmp_path / "models/k/results.csv")
     assert np.allclose(mlp.r2_linear, ridge.r2_linear) and not np.allclose(mlp.r2_nonlinear, ridge.r2_nonlinear)
-    # the noise aside, both see the same
-    assert np.abs(mlp.r2_nonlinear.clip(0) - ridge.r2_nonlinear.clip(0)).max() < 0.3
+    assert ridge.r2_nonlinear.max() > 0.3
 
 
 # --------------------------------------------------------------------------------------------------------------

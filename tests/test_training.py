@@ -1,5 +1,6 @@
 """A run can be killed at any moment: it resumes bit for bit, and nothing that was complete is lost."""
 
+import itertools
 import json
 import os
 import random
@@ -157,8 +158,15 @@ def test_resuming_from_a_checkpoint_between_two_lines_of_the_log(tmp_path, run, 
 
 
 def toy_args(**changes):
-    return Namespace(**{"lr": 0.01, "lr_schedule": "constant", "train_steps": 12, "log_steps": 5, "precision": "fp32", "model_dir": "models",
-                        "model_id": "toy", **changes})  # fmt: skip
+    flags = {
+        "lr": 0.01,
+        "lr_schedule": "constant",
+        "train_steps": 12,
+        "log_steps": 5,
+        "precision": "fp32",
+        "preconditioner": "none",
+    }
+    return Namespace(**{**flags, "model_dir": "models", "model_id": "toy", **changes})
 
 
 def toy_problem():
@@ -202,8 +210,14 @@ def test_onecycle_warms_up_and_comes_down():
     assert (
         rate[0] == pytest.approx(0.04) and max(rate) == pytest.approx(1, abs=1e-3) and rate[-1] == pytest.approx(1e-4)
     )
-    assert np.argmax(rate) == 100 and all(a <= b for a, b in zip(rate[:100], rate[1:101], strict=True))
-    assert all(a >= b for a, b in zip(rate[101:], rate[102:], strict=False))
+    assert np.argmax(rate) == 100 and all(a <= b for a, b in itertools.pairwise(rate[:101]))
+    assert all(a >= b for a, b in itertools.pairwise(rate[100:]))
+
+
+def test_the_batch_grows_geometrically():
+    args = Namespace(batch_size=100, final_batch_size=400)
+    assert [training.batch_size_at(args, share) for share in (0, 0.25, 0.5, 1)] == [100, 141, 200, 400]
+    assert training.batch_size_at(Namespace(batch_size=100, final_batch_size=0), 0.7) == 100
 
 
 def test_the_log_holds_the_mean_loss_of_each_interval(tmp_path):
@@ -232,10 +246,12 @@ def test_the_log_holds_the_mean_loss_of_each_interval(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     module, generator, compute_loss = toy_problem()
     count = iter(range(100))
-    args = toy_args()
+
+    def diverging(share_done):
+        return compute_loss(share_done) * (float("nan") if next(count) > 6 else 1)
+
     with pytest.raises(InputError, match="the loss is nan within the steps up to 10"):
-        training.train({"m": module}, lambda share: compute_loss(share) * (float("nan") if next(count) > 6 else 1), args, tmp_path,
-                       {"g": generator}, torch.device("cpu"))  # fmt: skip
+        training.train({"m": module}, diverging, toy_args(), tmp_path, {"g": generator}, torch.device("cpu"))
     assert training.load_torch(tmp_path / "checkpoint.pt")["progress"]["step"] == 5
 
 
