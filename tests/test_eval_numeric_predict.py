@@ -1,0 +1,443 @@
+"""The downstream tasks against their definitions, the probes against plain autograd, and the script as a user runs it."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.cluster import KMeans
+
+import eval_numeric_predict as downstream
+import figures
+import main_numeric
+from benchmarks.numeric_downstream import plain_prediction, plain_scores, synthetic_samples, train_plain
+from command_line import run_script
+
+ROOT = Path(main_numeric.__file__).parent
+RESULTS = ["downstream.png", "results_classify.csv", "results_predict.csv"]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# tasks
+
+
+@pytest.mark.parametrize("protocol, factor", [("code", 0.6), ("paper", 0.4)])
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_f_is_its_sums_over_pairs_and_triples(protocol, factor, size):
+    v = 3 * normal(20, size)
+
+    def f(row):
+        pairs = sum(a * b for a, b in itertools.combinations(row, 2))
+        triples = sum(a * b * c for a, b, c in itertools.combinations(row, 3))
+        alone = sum(a**2 + 0.3 * a**3 + 0.7 * (math.sin(a) + math.cos(a)) + 0.4 * math.log(1 + abs(a)) for a in row)
+        return alone + 0.5 * pairs + 0.2 * triples + factor * sum(math.exp(-abs(a)) for a in row)
+
+    expected = torch.tensor([f(row) for row in v.tolist()], dtype=torch.float64)
+    assert torch.allclose(downstream.downstream_function(v, protocol), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_tasks_are_prefixes():
+    assert downstream.prefix_sizes(10) == (3, 5, 7, 9) and list(downstream.shifted_semantics(10)) == [8, 9]
+    assert downstream.prefix_sizes(4) == (1, 2, 3, 4) and downstream.prefix_sizes(20) == (6, 10, 14, 18)
+    for n in range(1, 30):
+        sizes, moved = downstream.prefix_sizes(n), downstream.shifted_semantics(n)
+        assert sizes[0] >= 1 and sorted(sizes) == list(sizes) and sizes[3] <= n
+        assert len(moved) <= 2 and all(sizes[1] <= i < n for i in moved), "the shift leaves the classes alone"
+    s = normal(50, 10)
+    expected = [downstream.downstream_function(s[:, :size], "code") for size in (3, 5, 7, 9)]
+    assert torch.equal(downstream.regression_targets(s, "code"), torch.stack(expected, dim=1))
+
+
+def inertia(y, labels):
+    return sum(((y[labels == label] - y[labels == label].mean()) ** 2).sum().item() for label in labels.unique())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_means_are_those_of_scikit_learn(seed):
+    y = downstream.regression_targets(normal(4096, 10, seed=seed), "code")[:, 1]
+    labels = downstream.two_means(y)
+    for tolerance in (1e-4, 0):
+        kmeans = KMeans(2, n_init=10, tol=tolerance, random_state=seed).fit(y.numpy()[:, None])
+        assert inertia(y, labels) <= kmeans.inertia_ * (1 + 1e-12)
+        higher = torch.from_numpy(kmeans.labels_ == kmeans.cluster_centers_[:, 0].argmax())
+        # scikit-learn's default tolerance stops a few samples early
+        assert (higher != labels).sum() <= (8 if tolerance else 0)
+
+
+def test_two_means_of_few_values_are_the_best_of_all_splits():
+    for seed in range(50):
+        y = (normal(7, seed=seed) * 2).round()  # with ties
+        labels = downstream.two_means(y)
+        best = min(inertia(y, y > threshold) for threshold in y.unique())
+        assert inertia(y, labels) == pytest.approx(best, abs=1e-5)
+        assert not labels.all() and (labels.any() or len(y.unique()) == 1)
+        if labels.any():
+            assert y[labels].min() > y[~labels].max()
+    assert not downstream.two_means(torch.full((5,), 2.5)).any()
+    assert downstream.two_means(1e6 + torch.tensor([0.0, 1.0, 10.0])).tolist() == [False, False, True]
+
+
+def test_classes_of_the_code_are_two_means_of_each_batch(monkeypatch):
+    monkeypatch.setattr(main_numeric, "EVAL_BATCH", 100)
+    y = torch.cat((normal(100, seed=1), 50 + normal(100, seed=2))).double()
+    labels = downstream.class_labels(y, y[:3], "code")
+    assert torch.equal(labels, torch.cat((downstream.two_means(y[:100]), downstream.two_means(y[100:]))))
+    assert 20 < labels[:100].sum() < 80 and 20 < labels[100:].sum() < 80
+
+
+def test_classes_of_the_paper_are_split_at_the_median_of_the_fitting_set():
+    fit, test = normal(1000, seed=1).double(), 1 + normal(1000, seed=2).double()
+    assert downstream.class_labels(fit, fit, "paper").sum() == 500
+    expected = test > np.sort(fit.numpy())[499]
+    assert torch.equal(downstream.class_labels(test, fit, "paper"), expected) and expected.sum() > 700
+
+
+def test_the_shift():
+    s = 2 * normal(40_000, 10)
+    before = s.clone()
+    squared = 2 * s[:, 8:].sign() * s[:, 8:] ** 2
+    paper = downstream.shift(s, "paper", None)
+    assert torch.equal(s, before) and torch.equal(paper[:, :8], s[:, :8]) and torch.equal(paper[:, 8:], squared)
+    code = downstream.shift(s, "code", torch.Generator().manual_seed(1))
+    assert torch.equal(code[:, :8], s[:, :8])
+    jumped = code[:, 8:] != squared
+    assert torch.equal(code[:, 8:][jumped], 10 * s[:, 8:].sign()[jumped])
+    assert (jumped.double().mean(dim=0) - 0.1).abs().max() < 0.01
+    assert (jumped.all(dim=1).double().mean() - 0.01).abs() < 0.003, "each dimension has a coin of its own"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# probes
+
+
+@pytest.mark.parametrize("size, samples, chunk", [(1, 300, 1024), (4, 300, 128), (10, 301, 100)])
+def test_training_together_takes_the_steps_of_plain_adam(monkeypatch, size, samples, chunk):
+    monkeypatch.setattr(downstream, "CHUNK", chunk)
+    h = normal(samples, size)
+    targets = torch.cat(
+        (normal(samples, 4, seed=1) + h.sum(dim=1, keepdim=True).square(), (h[:, :1] > 0.3).float()), dim=1
+    )
+    generator = torch.Generator().manual_seed(2)
+    networks = [downstream.initial_network(size, outputs, generator) for outputs in (1, 1, 1, 1, 2)]
+    together = downstream.Probes(size, networks, 1, "cpu")
+    together.train(h, targets, 100)
+    for i, initial in enumerate(networks):
+        plain = train_plain(initial, h.double(), targets[:, i], 100)
+        expected = plain_prediction(plain, h.double())
+        start = plain_prediction(train_plain(initial, h, targets[:, i], 0), h)
+        moved = (expected - start).abs().max()
+        assert moved > 0.1 and (together.predict(h)[:, i] - expected).abs().max() < 1e-3 * moved
+
+
+def test_weights_are_xavier_uniform_and_biases_zero():
+    hidden, output = downstream.initial_network(10, 2, torch.Generator().manual_seed(0))
+    assert hidden.shape == (100, 10) and output.shape == (2, 100)
+    for weight, bound in ((hidden, math.sqrt(6 / 110)), (output, math.sqrt(6 / 102))):
+        assert 0.95 * bound < weight.abs().max() <= bound and weight.var() == pytest.approx(bound**2 / 3, rel=0.2)
+    probes = downstream.Probes(10, [(hidden, output)], 1, "cpu")
+    assert not probes.hidden[10].any() and not probes.bias.any()
+    with pytest.raises(ValueError, match="not those of"):
+        downstream.Probes(9, [(hidden, output)], 1, "cpu")
+
+
+def test_the_scores_are_those_of_networks_one_after_another(monkeypatch):
+    monkeypatch.setattr(downstream, "STEPS", 300)
+    samples = synthetic_samples(1000, 5, 0, "cpu")
+    scores, plain = (
+        function(*samples, "code", torch.Generator().manual_seed(1), *more)
+        for function, more in ((downstream.score_tasks, ()), (plain_scores, (300,)))
+    )
+    for own, other in zip(scores, plain, strict=True):
+        assert own.keys() == other.keys() and all(abs(own[task] - other[task]) < 0.01 for task in own)
+
+
+@pytest.mark.parametrize("protocol", ["code", "paper"])
+def test_semantics_score_near_one_and_noise_near_zero(monkeypatch, protocol):
+    monkeypatch.setattr(downstream, "STEPS", 500)
+    monkeypatch.setattr(downstream, "LEARNING_RATE", 1e-2)
+    # a whole batch: with fewer samples the 2-means of the sets differ, and so do their classes
+    sets = [normal(4096, 4, seed=1 + seed) for seed in range(3)]
+    sets[2] = downstream.shift(sets[2], protocol, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    regression, classification = downstream.score_tasks(*((s, s) for s in sets), protocol, generator)
+    assert min(regression.values()) > 0.95 and classification["iid"] > 0.9
+    # the probe of the two semantics behind the classes never saw values as large as the shifted ones of the others
+    assert classification["ood"] < classification["iid"]
+    monkeypatch.setattr(downstream, "STEPS", 50)
+    monkeypatch.setattr(downstream, "LEARNING_RATE", 1e-3)
+    noise = [(normal(4096, 4, seed=10 + seed), s) for seed, s in enumerate(sets)]
+    regression, classification = downstream.score_tasks(*noise, protocol, generator)
+    assert max(regression.values()) < 0.05 and max(map(abs, classification.values())) < 0.1
+
+
+def test_a_training_that_diverges_is_an_error():
+    probes = downstream.Probes(2, [downstream.initial_network(2, 1, None)], 0, "cpu")
+    with pytest.raises(ValueError, match="diverged"):
+        probes.train(normal(50, 2), torch.full((50, 1), 1e38), 30)
+
+
+def test_the_picture_shows_the_scores(tmp_path):
+    sizes = []
+    for score in (0.1, 0.9):
+        figures.plot_downstream_scores(
+            {"y1": score, "y2": -3.0}, {"iid": score, "ood": 2.0}, tmp_path / "p.png", "title"
+        )
+        pixels = figures.plt.imread(tmp_path / "p.png")[..., :3]
+        sizes.append((np.abs(pixels - [31 / 255, 119 / 255, 180 / 255]).max(axis=2) < 0.05).sum())
+    assert sizes[1] > 1.5 * sizes[0] > 0
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the script
+
+
+@pytest.fixture
+def predict(capsys, monkeypatch):
+    """predict(directories, flags) → (exit code, stdout, stderr) of eval_numeric_predict.py with short fits, no drawing."""
+    monkeypatch.setattr(downstream, "STEPS", 30)
+    monkeypatch.setattr(downstream, "plot_downstream_scores", lambda *arguments: arguments[2].write_bytes(b"drawn"))
+
+    def call(directories, flags="", base="--no-cuda --num-eval-batches 1"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: downstream.main(["--model-id", *map(str, directories), *base.split(), *flags.split()]))
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def model(run, tmp_path):
+    """Directory of a trained model of three semantics, seed 1."""
+    code, _, err = run("--seed 1")
+    assert code == 0, err
+    return tmp_path / "models/m"
+
+
+def fails(result, words, lines=1):
+    code, out, err = result
+    assert code == 2, (out, err)
+    assert len(err.strip().splitlines()) == lines and "Traceback" not in err
+    assert all(line.startswith("error: ") for line in err.strip().splitlines()) and words in err, err
+
+
+def test_a_model_is_evaluated(predict, model):
+    before = contents(model)
+    code, out, err = predict([model])
+    assert code == 0 and err == ""
+    after = contents(model)
+    assert sorted(after.keys() - before.keys()) == RESULTS
+    assert {**after, "args.json": 0} == {**after, **before, "args.json": 0}
+    predicted = pd.read_csv(model / "results_predict.csv")
+    assert list(predicted.columns) == ["task", "metric_scores"] and predicted.task.tolist() == ["y1", "y2", "y3", "y4"]
+    classified = pd.read_csv(model / "results_classify.csv")
+    assert list(classified.columns) == ["iid", "ood"] and len(classified) == 1
+    assert np.isfinite(predicted.metric_scores).all() and classified.abs().le(1).all(axis=None)
+    stored, old = json.loads(after["args.json"]), json.loads(before["args.json"])
+    record = stored.pop("downstream")
+    assert stored == old and record["seed"] == 2 and record["protocol"] == "code"
+    for words in (
+        "training seed 1, evaluation seed 2",
+        "{s_0, s_1}",
+        "F of the first 1, 2, 2, 3 semantics, code protocol",
+    ):
+        assert words in out
+
+
+def test_one_seed_one_result(predict, model):
+    seen = []
+    for seed in (5, 6, 5):
+        assert predict([model], f"--overwrite --seed {seed}")[0] == 0
+        seen.append([contents(model)[name] for name in RESULTS[1:]])
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_existing_results_need_overwrite(predict, model):
+    for name in RESULTS:
+        (model / name).write_text("mine")
+        before = contents(model)
+        fails(predict([model]), f"{name} already; --overwrite")
+        assert contents(model) == before
+        (model / name).unlink()
+    assert predict([model])[0] == 0
+    before = contents(model)
+    fails(predict([model], "--seed 9"), "--overwrite")
+    assert contents(model) == before
+    assert predict([model], "--seed 9 --overwrite")[0] == 0
+    assert all(contents(model)[name] != before[name] for name in RESULTS[1:])
+
+
+def test_the_training_seed_is_refused(predict, model):
+    before = contents(model)
+    fails(predict([model], "--seed 1"), "--seed 1 is its training seed")
+    assert contents(model) == before
+
+
+def test_several_directories_in_one_call(predict, run, model, tmp_path, monkeypatch):
+    assert run("--seed 2", model="n")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            main_numeric, "evaluate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        assert run("--seed 3", model="stopped")[0] == 2
+    (tmp_path / "models/notes").mkdir()
+    (tmp_path / "models/file").write_text("x")
+    names = ["stopped", "notes", "file", "gone", "m", "n"]
+    result = predict([f"{tmp_path / 'models' / name}/" for name in names])
+    fails(result, "notes is skipped: it holds no finished model", lines=4)
+    for words in ("stopped is skipped: it holds no finished", "file is skipped: a file", "gone is skipped: no such"):
+        assert words in result[2]
+    assert "evaluated 2 of 6 directories" in result[1]
+    for name in names[-2:]:
+        assert set(RESULTS) <= contents(tmp_path / "models" / name).keys()
+    assert contents(tmp_path / "models/notes") == {}
+
+
+@pytest.mark.parametrize("flags", ["", "--causal-dependence --protocol paper", "--theta-value 6 --beta-value 0"])
+def test_the_latents_are_those_of_the_training_whatever_the_protocol_of_the_tasks(
+    predict, run, tmp_path, monkeypatch, flags
+):
+    assert run(f"--seed 1 {flags}")[0] == 0
+    used, built = [], main_numeric.build_latents
+
+    def noted(*arguments):
+        used.append(built(*arguments))
+        return used[-1]
+
+    monkeypatch.setattr(main_numeric, "build_latents", noted)
+    assert run("--seed 7 --evaluate", base="--no-cuda")[0] == 0
+    scores = []
+    for protocol in ("code", "paper"):
+        code, out, _ = predict([tmp_path / "models/m"], f"--overwrite --protocol {protocol}")
+        assert code == 0 and f"{protocol} protocol" in out
+        scores.append(contents(tmp_path / "models/m")["results_predict.csv"])
+    assert scores[0] != scores[1]
+    assert len(used) == 3
+    for latents in used[1:]:
+        assert latents.unbiased == used[0].unbiased
+        for name, covariance in used[0].covariances.items():
+            assert np.array_equal(latents.covariances[name], covariance)
+
+
+def test_the_shifted_samples_alone_are_shifted(predict, model, monkeypatch):
+    kept, encode = [], downstream.encode
+
+    def noted(*arguments):
+        kept.append(encode(*arguments))
+        return kept[-1]
+
+    monkeypatch.setattr(downstream, "encode", noted)
+    assert predict([model], "--num-eval-batches 2")[0] == 0
+    assert [tuple(s.shape) for _, s in kept] == [(600, 3)] * 3 and [tuple(h.shape) for h, _ in kept] == [(600, 2)] * 3
+    jumps = [(s.abs() == 10).sum(dim=0).tolist() for _, s in kept]
+    assert jumps[:2] == [[0, 0, 0]] * 2 and jumps[2][:2] == [0, 0] and 30 < jumps[2][2] < 90
+    assert not torch.equal(kept[0][1], kept[1][1])
+
+
+@pytest.mark.parametrize(
+    "name, damage, words",
+    [
+        ("args.json", None, "it holds no finished model"),
+        ("args.json", b'{"seed": 1,', "args.json is damaged"),
+        ("args.json", b'{"finished": true}', "args.json is damaged"),
+        ("args.json", b'{"seed": 1, "finished": true}', "args.json has no 'semantics_n'"),
+        ("f_x.pt", None, "f_x.pt is missing"),
+        ("f_x.pt", b"PK", "f_x.pt is damaged"),
+        ("g_x.pt", b"", "g_x.pt is damaged"),
+    ],
+)
+def test_damaged_models(predict, model, name, damage, words):
+    if damage is None:
+        (model / name).unlink()
+    else:
+        (model / name).write_bytes(damage)
+    before = contents(model)
+    fails(predict([model]), words)
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("semantics_n", -3, "--semantics-n"),
+        ("semantics_n", "three", "--semantics-n"),
+        ("semantics_n", 4, "the weights are of another setting"),
+        ("theta_value", 99, "--theta-value 99 is out of range"),
+        ("causal_dependence", 1, "expected true or false"),
+        ("change_prob", None, "--change-prob"),
+        ("protocol", "text", "--protocol"),
+    ],
+)
+def test_settings_that_cannot_be(predict, model, name, value, words):
+    stored = json.loads((model / "args.json").read_text())
+    (model / "args.json").write_text(json.dumps({**stored, name: value}))
+    fails(predict([model]), words)
+
+
+def test_weights_that_are_not_finite(predict, model):
+    state = torch.load(model / "f_x.pt")
+    torch.save({name: value * torch.nan for name, value in state.items()}, model / "f_x.pt")
+    fails(predict([model]), "not finite")
+    assert not set(RESULTS) & contents(model).keys()
+
+
+def test_a_failure_while_writing_keeps_what_was_there(predict, model, monkeypatch):
+    assert predict([model])[0] == 0
+    before = contents(model)
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(downstream, "write_csv", full)
+    fails(predict([model], "--seed 9 --overwrite"), "No space left on device: somewhere")
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--num-eval-batches 0", "--num-eval-batches"),
+        ("--seed -1", "--seed"),
+        ("--precision tf32", "--precision tf32 needs a CUDA device"),
+        ("--precision fp64", "--precision"),
+        ("--protocol text", "--protocol"),
+        ("--no-such-flag", "--no-such-flag"),
+    ],
+)
+def test_bad_flags(predict, tmp_path, flags, words):
+    fails(predict([tmp_path], flags), words)
+
+
+def test_precision_bf16_encodes_in_bfloat16(predict, model):
+    seen = []
+    for precision in ("fp32", "bf16"):
+        assert predict([model], f"--overwrite --precision {precision}")[0] == 0
+        seen.append(pd.read_csv(model / "results_predict.csv").metric_scores)
+    assert 0 < np.abs(seen[0] - seen[1]).max() < 0.1
+
+
+def test_help_says_what_the_protocols_are(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: downstream.main(["--help"]))
+    assert not stopped.value.code and "2-means of y2 in each batch of 4096" in capsys.readouterr().out
+
+
+def test_the_command_line():
+    done = subprocess.run([sys.executable, "eval_numeric_predict.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip() == "error: the following arguments are required: --model-id (see --help)"
