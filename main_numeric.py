@@ -51,6 +51,7 @@ RECIPES = {
         "init": "default",
         "lr": 1e-4,
         "lr_schedule": "constant",
+        "layer_lr": "uniform",
         "preconditioner": "none",
         "batch_size": 6144,
         "final_batch_size": 0,
@@ -60,8 +61,9 @@ RECIPES = {
     },
     "fast": {
         "init": "he",
-        "lr": 1.5e-3,
+        "lr": 5e-4,
         "lr_schedule": "onecycle",
+        "layer_lr": "fan-in",
         "preconditioner": "inputs",
         "batch_size": 256,
         "final_batch_size": 768,
@@ -410,7 +412,10 @@ def write_evaluation(networks, latents, args, directory, seed, earlier_seed=None
     The results of an earlier evaluation with another seed are kept as results_seed{N}.csv and .png.
     """
     started = time.perf_counter()
-    results = evaluate(networks, latents, args.num_eval_batches, seed, args.mlp_eval)
+    try:
+        results = evaluate(networks, latents, args.num_eval_batches, seed, args.mlp_eval)
+    except (ValueError, torch.linalg.LinAlgError) as error:  # weights that are not finite, or make encodings explode
+        raise InputError(f"the encodings of {directory} cannot be evaluated: {error}; train it anew") from None
     for file in (directory / "results.csv", directory / "results.png"):
         if earlier_seed not in (None, seed) and file.exists():
             file.replace(file.with_stem(f"results_seed{earlier_seed}"))

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from command_line import InputError, integer, number
 from files import read_json, write_bytes, write_csv, write_json
-from optimisers import Adam, InputDeflation
+from optimisers import Adam, InputDeflation, fan_in_rates
 
 # Flags that say how to run, not what: they may differ between the calls that work on one model directory.
 RUN_FLAGS = {"model_dir", "model_id", "log_steps", "evaluate", "no_cuda", "load_args", "resume", "overwrite"}
@@ -95,6 +95,12 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
         "--lr",
         type=number(0, above=True),
         help=f"Adam's learning rate, its peak under a schedule ({recipe_default('lr')})",
+    )
+    group.add_argument(
+        "--layer-lr",
+        choices=("uniform", "fan-in"),
+        help="learning rate of all layers alike, or larger where the fan-in is smaller, see optimisers.py "
+        f"({recipe_default('layer_lr')})",
     )
     group.add_argument(
         "--preconditioner",
@@ -397,7 +403,8 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
     parameters = [
         parameter for module in modules.values() for parameter in module.parameters() if parameter.requires_grad
     ]
-    optimiser = Adam(parameters)
+    rates = fan_in_rates(modules) if args.layer_lr == "fan-in" else {}
+    optimiser = Adam(parameters, [rates.get(id(parameter), 1.0) for parameter in parameters])
     preconditioner = InputDeflation(modules) if args.preconditioner == "inputs" else None
     checkpoint = directory / "checkpoint.pt"
     progress = Progress()

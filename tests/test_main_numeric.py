@@ -115,7 +115,7 @@ def test_how_often_progress_is_logged_changes_nothing(run, tmp_path):
         ),
         *("--n-mixing-layer 2", "--encoding-size 4", "--init he", "--lr-schedule onecycle", "--lr 0.01"),
         *("--negatives batch", "--protocol paper", "--precision bf16", "--batch-size 20", "--train-steps 41"),
-        *("--preconditioner inputs", "--final-batch-size 30"),
+        *("--preconditioner inputs", "--layer-lr fan-in", "--final-batch-size 30"),
         *("--modality-n 2", "--semantics-n 4"),
     ],
 )
@@ -145,7 +145,7 @@ def test_the_recipe_sets_what_is_not_given(run, tmp_path):
         **{"cond_param": 1.0, "n_mixing_layer": 3, "seed": None, "batch_size": 6144, "lr": 1e-4, "train_steps": 100001},
         **{"log_steps": 1000, "evaluate": False, "num_eval_batches": 5, "mlp_eval": False, "no_cuda": False},
         **{"load_args": False, "protocol": "code", "init": "default", "lr_schedule": "constant", "precision": "fp32"},
-        **{"preconditioner": "none", "final_batch_size": 0},
+        **{"preconditioner": "none", "layer_lr": "uniform", "final_batch_size": 0},
         "negatives": "independent",
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
@@ -364,6 +364,15 @@ def test_a_truncated_weight_file_and_one_of_another_shape(run, trained):
     fails(run, "--evaluate --seed 5", "f_x.pt is damaged", base="--no-cuda")
     (directory / "f_x.pt").write_bytes((directory / "f_t.pt").read_bytes())
     fails(run, "--evaluate --seed 5", "expected (40, 4)", base="--no-cuda")
+
+
+def test_weights_that_are_not_finite(run, trained):
+    directory, _ = trained
+    state = training.load_torch(directory / "f_x.pt")
+    training.save_torch({name: value * float("nan") for name, value in state.items()}, directory / "f_x.pt")
+    before = contents(directory)
+    fails(run, "--evaluate --seed 5", "cannot be evaluated: the fitting encoding holds values", base="--no-cuda")
+    assert contents(directory) == before
 
 
 def test_a_damaged_checkpoint_is_named_and_kept(run, tmp_path, trained):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimisers import Adam, InputDeflation
+from optimisers import Adam, InputDeflation, fan_in_rates
 
 
 def test_adam_is_torch_s():
@@ -24,6 +24,17 @@ def test_adam_is_torch_s():
         reference.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=1e-6) and not torch.equal(a, torch.ones_like(a))
+
+
+def test_rates_are_larger_where_the_fan_in_is_smaller():
+    network = nn.Sequential(nn.Linear(4, 100), nn.LeakyReLU(), nn.Linear(100, 25), nn.LeakyReLU(), nn.Linear(25, 2))
+    rates = fan_in_rates({"m": network})
+    assert [rates[id(p)] for p in network.parameters()] == [25, 25, 1, 1, 4, 4]
+    parameters = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(1)
+    Adam(parameters, [1.0, 5.0]).step(0.01)
+    assert [p.item() for p in parameters] == pytest.approx([-0.01, -0.05])
 
 
 def test_a_parameter_without_a_gradient_stays():

@@ -164,6 +164,7 @@ def toy_args(**changes):
         "train_steps": 12,
         "log_steps": 5,
         "precision": "fp32",
+        "layer_lr": "uniform",
         "preconditioner": "none",
     }
     return Namespace(**{**flags, "model_dir": "models", "model_id": "toy", **changes})
