@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+CPU_ROWS = 512  # rows whose activations of one layer stay in a CPU's cache; the gradients' temporaries shrink with them
+
 
 class MLPEncoder(nn.Sequential):
     """f: R^d → R^D for numeric observations: d → 10d → 50d → 50d → 50d → 50d → 10d → D, LeakyReLU(0.01) between layers."""
@@ -17,6 +19,13 @@ class MLPEncoder(nn.Sequential):
             # in place: the gradient of LeakyReLU needs the sign of its output alone
             layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU(0.01, inplace=True)]
         super().__init__(*layers[:-1])
+
+    def forward(self, x):
+        """(B, d) → (B, D) float32; on a CPU a block of rows at a time."""
+        blocks = 1 if x.is_cuda else math.ceil(len(x) / CPU_ROWS)
+        if blocks <= 1:
+            return super().forward(x)
+        return torch.cat([super(MLPEncoder, self).forward(block) for block in x.chunk(blocks)])
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def test_mlp_encoder_has_the_specified_layers(d, size):
 def test_gradients_in_place_are_those_of_a_plain_network():
     encoder = initialise(MLPEncoder(5, 3), "he", torch.Generator().manual_seed(0)).double()
     plain = nn.Sequential(*(nn.LeakyReLU(0.01) if isinstance(layer, nn.LeakyReLU) else layer for layer in encoder))
-    x = torch.randn(20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1100, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = torch.autograd.grad(encoder(x).square().sum(), list(encoder.parameters()))
     expected = torch.autograd.grad(plain(x).square().sum(), list(encoder.parameters()))
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
