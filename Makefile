@@ -20,7 +20,7 @@ $(INSTALLED): requirements.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python main_numeric.py --recipe fast --no-cuda --semantics-n 4 --modality-n 2 --theta-value 10 --beta-value 2 \
-		--batch-size 256 --train-steps 1000 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
+		--train-steps 600 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

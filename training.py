@@ -280,9 +280,10 @@ def start_directory(directory, args, details):
 
 
 def check_writable(directory):
-    """Raise OSError if no file can be made in `directory`."""
-    with tempfile.TemporaryFile(dir=directory):
-        pass
+    """Raise OSError if no file can be made in `directory`, or its disk is full."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(bytes(2**20))
+        file.flush()
 
 
 def write_args(directory, args, details):

@@ -435,6 +435,18 @@ def test_a_full_disk_loses_nothing(run, tmp_path):
     assert run("--resume", base="--no-cuda")[0] == 0
 
 
+def test_overwriting_on_a_full_disk_keeps_the_old_model(run, trained, monkeypatch):
+    directory, _ = trained
+    before = contents(directory)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
+    try:
+        fails(run, "--seed 2 --overwrite", "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(directory) == before
+
+
 def test_help_groups_the_flags_and_needs_nothing():
     done = subprocess.run([sys.executable, "main_numeric.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
