@@ -5,6 +5,7 @@ from torch import nn
 from torch.optim.adam import adam
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+REFERENCE_FAN_IN = 750  # of the wide layers at the paper's size
 RANK = 64  # leading directions of a layer's inputs that are scaled down
 INTERVAL = 10  # steps between two updates of the directions
 
@@ -54,18 +55,17 @@ class Adam:
 
 
 def fan_in_rates(modules):
-    """Dict id(parameter) → factor of the learning rate: widest fan-in of its module / fan-in of its layer.
+    """Dict id(parameter) → factor of the learning rate: REFERENCE_FAN_IN / fan-in of its layer.
 
-    Adam moves every weight by about the learning rate, so that a layer's outputs move by the rate times its fan-in; these
-    factors make all layers move alike (Yang & Hu, 2021).
+    Adam moves every weight by about the learning rate, so that a layer's outputs move by the rate times its fan-in; with
+    these factors all layers of networks of all widths move alike, and share one best rate (Yang & Hu, 2021).
     """
     rates = {}
     for module in modules.values():
-        layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-        fan_ins = [layer.weight[0].numel() for layer in layers]
-        for layer, fan_in in zip(layers, fan_ins, strict=True):
-            for parameter in layer.parameters():
-                rates[id(parameter)] = max(fan_ins) / fan_in
+        for layer in module.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                fan_in = layer.weight[0].numel()
+                rates |= {id(parameter): REFERENCE_FAN_IN / fan_in for parameter in layer.parameters()}
     return rates
 
 

@@ -27,9 +27,9 @@ def test_adam_is_torch_s():
 
 
 def test_rates_are_larger_where_the_fan_in_is_smaller():
-    network = nn.Sequential(nn.Linear(4, 100), nn.LeakyReLU(), nn.Linear(100, 25), nn.LeakyReLU(), nn.Linear(25, 2))
+    network = nn.Sequential(nn.Linear(30, 750), nn.LeakyReLU(), nn.Linear(750, 375), nn.LeakyReLU(), nn.Linear(375, 2))
     rates = fan_in_rates({"m": network})
-    assert [rates[id(p)] for p in network.parameters()] == [25, 25, 1, 1, 4, 4]
+    assert [rates[id(p)] for p in network.parameters()] == [25, 25, 1, 1, 2, 2]
     parameters = [torch.zeros(1, requires_grad=True) for _ in range(2)]
     for parameter in parameters:
         parameter.grad = torch.ones(1)

@@ -1,0 +1,487 @@
+"""reproduce.py: its grids against the paper's numbers, its jobs with a training that takes seconds, its report."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import main_numeric
+import reproduce
+from command_line import run_script
+from latent_spaces import index_from_subset
+
+REPOSITORY = Path(__file__).parent.parent
+NUMERIC = ["fig3", "fig4", "fig7", "fig8", "fig9", "fig10", "table4", "table5"]
+
+# Stands for a training script: counts to --steps, keeps its count when it is told to end, and can be made to fail.
+FAKE_TRAINING = """
+import argparse, json, pathlib, signal, sys, time
+
+RECIPES = {}
+
+def parse_flags(argv):
+    parser = argparse.ArgumentParser()
+    for name in ("--model-dir", "--model-id"):
+        parser.add_argument(name)
+    parser.add_argument("--resume", action="store_true")
+    for name in ("--seed", "--steps", "--bad-seed"):
+        parser.add_argument(name, type=int, default=0)
+    return parser.parse_args(argv), set()
+
+def apply_recipe(args, given, recipes):
+    pass
+
+if __name__ == "__main__":
+    args = parse_flags(sys.argv[1:])[0]
+    directory = pathlib.Path(args.model_dir, args.model_id)
+    directory.mkdir(parents=True, exist_ok=True)
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    with open(directory / "starts", "a") as file:
+        file.write("x")
+    checkpoint = directory / "checkpoint"
+    step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    print(f"from step {step}", flush=True)
+    if args.seed == args.bad_seed:
+        sys.exit("error: this seed is bad")
+    while step < args.steps and not stopped:
+        time.sleep(0.05)
+        step += 1
+        (directory / "begun").touch()
+    if stopped:
+        checkpoint.write_text(str(step))
+        sys.exit(143)
+    (directory / "results.csv").write_text("factor,score\\n" + f"s,{args.seed}\\n")
+    kept = {"seed": args.seed, "steps": args.steps, "bad_seed": args.bad_seed, "finished": True}
+    (directory / "args.json").write_text(json.dumps(kept))
+"""
+
+
+def fake_figure(name, flags):
+    """A figure of one setting of the fake training."""
+    file = reproduce.ResultFile("results.csv", ("factor", "score"), "fake_training.py", {"tiny": ()})
+
+    def cells(scale):
+        setting = reproduce.Setting("fake", scale, name, "fake_training.py", flags)
+        return [reproduce.Cell({"factor": "s"}, ("R²", "fake"), "s", "{1}", setting, file, {"factor": "s"}, "score")]
+
+    return reproduce.Figure(name, "a fake", "fake", ("fake_training.py",), cells=cells)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """fake(name=flags, …) makes these the only figures."""
+    (tmp_path / "fake_training.py").write_text(FAKE_TRAINING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def make(**settings):
+        figures = {name: fake_figure(name, tuple(flags.split())) for name, flags in settings.items()}
+        monkeypatch.setattr(reproduce, "FIGURES", figures)
+        monkeypatch.setattr(reproduce, "GROUPS", {"all": list(figures)})
+
+    return make
+
+
+@pytest.fixture
+def call(capsys):
+    """call(words) → (exit code, stdout, stderr) of reproduce.py."""
+
+    def call(words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: reproduce.main(words.split()))
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def is_one_line_error(answer, *words):
+    code, _, err = answer
+    return code == 2 and len(err.splitlines()) == 1 and all(word in err for word in words)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the grids
+
+
+@pytest.mark.parametrize("scale", reproduce.COMPARED)
+def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_way_round(scale):
+    for file in {figure.paper for figure in reproduce.FIGURES.values() if figure.cells}:
+        paper = pd.read_csv(REPOSITORY / "paper" / file, keep_default_na=False)
+        keys = [name for name in paper.columns if name != "value"]
+        ours = [
+            tuple(cell.keys[key] for key in keys)
+            for figure in reproduce.FIGURES.values()
+            if figure.cells and figure.paper == file
+            for cell in figure.cells(scale)
+        ]
+        assert len(ours) == len(set(ours))
+        assert set(ours) == set(paper[keys].itertuples(index=False, name=None))
+
+
+def test_a_figure_has_the_paper_s_cells_of_its_own_number():
+    for name in NUMERIC:
+        figure = reproduce.FIGURES[name]
+        assert {
+            f"{k}{cell.keys[k]}" for cell in figure.cells("paper") for k in ("figure", "table") if k in cell.keys
+        } == {name.replace("fig", "figure")}
+
+
+@pytest.mark.parametrize("scale", reproduce.SCALES)
+def test_the_grid_has_114_models_and_12_of_the_tables_and_shares_the_one_without_bias(scale):
+    figures = reproduce.chosen_figures([name for name in NUMERIC if "fig" in name])
+    all_models = reproduce.needed_models(reproduce.chosen_figures(["numeric"]), scale, 3, "models")
+    bias_models = reproduce.needed_models(figures, scale, 3, "models")
+    n = reproduce.SEMANTICS[scale]
+    assert len(bias_models) == 2 * (2 * n - 1) * 3  # 114 of ten semantics
+    assert len(all_models) == len(bias_models) + 12
+    by_name, by_flags = ({getattr(model.setting, key) for model in all_models} for key in ("name", "flags"))
+    assert len(by_name) == len(by_flags) == len({model.setting for model in all_models}) == len(all_models) / 3
+    assert len({model.directory for model in all_models}) == len(all_models)
+
+
+def test_settings_are_named_and_flagged_as_they_are_trained():
+    directory = reproduce.Model(reproduce.numeric_setting("paper", "independent", 3), 1, Path("models")).directory
+    assert str(directory) == "models/numeric/ind_select_3_seed1"
+    shared = reproduce.numeric_setting("fast", "dependent", 10)
+    assert shared == reproduce.numeric_setting("fast", "dependent", 10, 0)
+    assert str(reproduce.Model(shared, 2, Path("m")).directory) == "m/numeric-fast/dep_select_10_seed2"
+    assert reproduce.numeric_setting("paper", "independent", 8, 2).name == "ind_select_8_perturb_2"
+    for scale, n in reproduce.SEMANTICS.items():
+        for size in range(n + 1):
+            assert reproduce.prefix(size, n) == index_from_subset(range(size), n)
+        for cell in itertools.chain.from_iterable(reproduce.FIGURES[name].cells(scale) for name in NUMERIC):
+            args = reproduce.expected_args(cell.setting)
+            assert args["causal_dependence"] == ("dep" in cell.setting.name) and args["protocol"] == "code"
+            assert args["recipe"] == ("paper" if scale == "paper" else "fast") and args["semantics_n"] == n
+    args = reproduce.expected_args(reproduce.numeric_setting("paper", "independent", 3, 0, 5))
+    assert (args["theta_value"], args["beta_value"], args["encoding_size"], args["mlp_eval"]) == (55, -1, 5, True)
+    assert {k: v for k, v in args.items() if k in main_numeric.RECIPES["paper"]} == main_numeric.RECIPES["paper"]
+
+
+def test_the_theory_s_pattern_is_that_of_the_unbiased_block():
+    learned = {cell.setting.name: set() for cell in reproduce.FIGURES["table5"].cells("paper")}
+    for cell in reproduce.FIGURES["table5"].cells("paper"):
+        if cell.learned:
+            learned[cell.setting.name].add(cell.keys["factor"])
+    assert learned == {
+        "ind_select_8_perturb_2": {"s_3", "s_4", "s_5", "s_6", "s_7", "s_8"},
+        "dep_select_8_perturb_2": set(),
+    }
+
+
+def test_list_counts_models_and_tells_what_cannot_be_made_yet_from_the_scripts_that_are_there(
+    call, tmp_path, monkeypatch
+):
+    code, out, _ = call(f"list --models {tmp_path}")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0 and "60 models" in lines["fig3"] and "6 models" in lines["table4"]
+    assert "126 models" in lines["together"] and "0 done" in lines["together"]
+    for name, figure in reproduce.FIGURES.items():
+        absent = [script for script in figure.scripts if not (REPOSITORY / script).exists()]
+        assert ("not available yet" in lines[name]) == (bool(absent) or figure.cells is None)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    assert reproduce.FIGURES["fig3"].missing() == "needs main_numeric.py"
+    assert is_one_line_error(call("run fig3 --dry-run"), "fig3", "needs main_numeric.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("run fig33", ("'fig33' is no figure", "fig3, fig4")),
+        ("report figure3", ("'figure3' is no figure",)),
+        ("run fig3 --scale huge", ("--scale", "huge")),
+        ("run fig3 --seeds 0", ("--seeds", "0")),
+        ("report --models nowhere", ("no finished model", "nowhere")),
+    ],
+)
+def test_wrong_words_are_one_line(call, words, named):
+    assert is_one_line_error(call(words), *named)
+
+
+def test_slurm_that_is_not_there_is_one_line(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert is_one_line_error(call(f"run fig3 --cluster slurm --models {tmp_path}"), "sbatch")
+
+
+def test_dry_run_prints_each_model_s_commands_once_and_does_nothing(call, tmp_path):
+    code, out, _ = call(f"run fig3 fig4 fig8 --dry-run --seeds 1 --models {tmp_path}/m")
+    commands = out.splitlines()[1:]
+    assert code == 0 and len(commands) == 20 and not (tmp_path / "m").exists()
+    assert commands[2] == (
+        f"python main_numeric.py --mlp-eval --theta-value 55 --model-dir {tmp_path}/m/numeric --model-id ind_select_3_seed1 "
+        f"--seed 1 --resume && python eval_numeric_predict.py --model-id {tmp_path}/m/numeric/ind_select_3_seed1 --overwrite"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# jobs
+
+
+def starts(name):
+    return len(Path(f"models/fake-tiny/{name}/starts").read_text())
+
+
+def test_models_are_trained_once_failures_listed_and_the_same_command_does_the_rest(fake, call):
+    fake(good="--steps 2", bad="--steps 2 --bad-seed 2")
+    code, out, err = call("run all --scale tiny --seeds 2 --jobs 2")
+    assert code == 2 and "4 models, 0 are done, 4 to do" in out
+    assert "1 of 4 models failed" in err and "bad_seed2: error: this seed is bad" in err
+    log = re.search(r"log: (.*)", err).group(1)
+    assert log == "models/logs/fake-tiny/bad_seed2.log" and "this seed is bad" in Path(log).read_text()
+    code, out, _ = call("run all --scale tiny --seeds 2")
+    assert code == 2 and "3 are done, 1 to do" in out
+    assert [starts(f"{name}_seed{seed}") for name in ("good", "bad") for seed in (1, 2)] == [1, 1, 1, 2]
+    code, out, _ = call("run good --scale tiny --seeds 2")
+    assert code == 0 and "2 are done, 0 to do" in out
+
+
+def started(words, path):
+    """reproduce.py with the fake figures in a process of its own; waits until `path` is there."""
+    code = "import sys; sys.path[:0] = ['.', sys.argv[1]]\n" + (
+        "from tests.test_reproduce import fake_figure\nimport pathlib, reproduce\n"
+        "reproduce.ROOT, reproduce.FIGURES = pathlib.Path.cwd(), {'slow': fake_figure('slow', ('--steps', '60'))}\n"
+        "reproduce.run_script(lambda: reproduce.main(sys.argv[2:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(REPOSITORY), *words.split()], stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not Path(path).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_has_its_models_checkpointed_and_resumes(fake, call, signum):
+    fake(slow="--steps 60")
+    process = started("run slow --scale tiny --seeds 1", "models/fake-tiny/slow_seed1/begun")
+    # Ctrl-C reaches every process of the terminal
+    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+    assert "the same command goes on" in process.communicate(timeout=30)[1].decode() and process.returncode == 130
+    checkpoint = Path("models/fake-tiny/slow_seed1/checkpoint")
+    step = int(checkpoint.read_text())
+    assert 0 < step < 60
+    assert call("run slow --scale tiny --seeds 1")[0] == 0
+    assert f"from step {step}" in Path("models/logs/fake-tiny/slow_seed1.log").read_text()
+    assert starts("slow_seed1") == 2
+
+
+def test_a_run_that_is_killed_leaves_a_job_that_the_same_command_waits_for(fake, call):
+    fake(slow="--steps 60")
+    process = started("run slow --scale tiny --seeds 1", "models/fake-tiny/slow_seed1/begun")
+    process.kill()
+    process.communicate()
+    assert call("run slow --scale tiny --seeds 1")[0] == 0
+    log = Path("models/logs/fake-tiny/slow_seed1.log").read_text()
+    # the second job waited for the first, or trained on from where that one was: never both at once
+    assert next(line for line in log.splitlines() if line.startswith("from step")) == "from step 0"
+    results = pd.read_csv("models/fake-tiny/slow_seed1/results.csv")
+    assert results.score.tolist() == [1]
+
+
+def test_a_job_gives_what_to_requeue_and_the_next_one_goes_on(fake, tmp_path):
+    """The signal of SLURM before the time limit, and a second SIGTERM while the checkpoint is written."""
+    fake(slow="--steps 60")
+    (tmp_path / "logs").mkdir()
+    model = reproduce.Model(reproduce.FIGURES["slow"].cells("tiny")[0].setting, 1, Path("models"))
+    job = reproduce.make_job(model, model.commands([]), reproduce.threads(1))
+    answer = []
+
+    def preempt(*_):
+        answer.append(job.checkpoint())
+        raise SystemExit
+
+    previous = signal.signal(signal.SIGALRM, preempt), signal.getsignal(signal.SIGTERM)
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    try:
+        with pytest.raises(SystemExit):
+            job()
+        assert job.child.wait() == 143
+        assert 0 < int((model.directory / "checkpoint").read_text()) < 60
+        assert answer[0].function() == 0 and model.stored()["finished"]
+    finally:
+        signal.signal(signal.SIGALRM, previous[0])
+        signal.signal(signal.SIGTERM, previous[1])
+
+
+def test_jobs_have_their_share_of_the_cores_and_a_gpu_of_their_own(fake, monkeypatch):
+    environments = []
+    fake(a="--steps 1", b="--steps 2", c="--steps 3")
+    make_job = reproduce.make_job
+    monkeypatch.setattr(reproduce, "make_job", lambda *args: environments.append(args[2]) or make_job(*args))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert reproduce.main(["run", "all", "--scale", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
+    assert {environment["CUDA_VISIBLE_DEVICES"] for environment in environments} == {"4", "7"}
+    assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"4"}
+
+
+def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch):
+    shorter = ("--batch-size", "32", "--train-steps", "20", "--num-eval-batches", "1")
+    monkeypatch.setitem(reproduce.NUMERIC_FLAGS, "tiny", (*reproduce.NUMERIC_FLAGS["tiny"], *shorter))
+    code, out, err = call(f"run table5 --scale tiny --seeds 1 --jobs 2 --models {tmp_path}/models")
+    assert code == 0, err
+    assert (tmp_path / "models/numeric-tiny/ind_select_3_perturb_1_seed1/results.csv").exists()
+    code, out, _ = call(f"report table5 --models {tmp_path}/models --output {tmp_path}/report")
+    assert code == 0 and out.startswith("tiny scale: 48 of 48 cells computed")
+    # the same models are none of the next larger problem
+    shutil.move(tmp_path / "models/numeric-tiny", tmp_path / "models/numeric-fast")
+    for directory in (tmp_path / "models/numeric-fast").iterdir():
+        directory.rename(directory.with_name(directory.name.replace("select_3_perturb_1", "select_8_perturb_2")))
+    for command in ("run", "report", "list"):
+        assert is_one_line_error(
+            call(f"{command} table5 --scale fast --models {tmp_path}/models"), "args.json", "fast scale"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the report
+
+
+def write_model(models, setting, seed, results, file=reproduce.RESULTS, **changed):
+    """A finished model directory with the given rows in `file`."""
+    model = reproduce.Model(setting, seed, Path(models))
+    model.directory.mkdir(parents=True, exist_ok=True)
+    stored = reproduce.expected_args(setting) | {"seed": seed, "finished": True, "train_seconds": 2.5}
+    stored["downstream"] = reproduce.PREDICT.recorded[setting.scale]
+    (model.directory / "args.json").write_text(json.dumps(stored | changed))
+    pd.DataFrame(results, columns=list(file.columns)).to_csv(model.directory / file.name, index=False)
+    return model.directory
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No pictures: what is tested are the numbers."""
+    for name in ("plot_score_grid", "plot_beside_paper"):
+        monkeypatch.setattr(
+            reproduce, name, lambda *args: next(a for a in args if isinstance(a, Path)).write_bytes(b"drawn")
+        )
+
+
+def table5_rows(scale, nonlinear, linear):
+    names = ["m_x", "m_t", *(f"s_{i}" for i in range(reproduce.SEMANTICS[scale]))]
+    return [(encoding, name, linear, nonlinear) for encoding in ("hz_x", "hz_t") for name in names]
+
+
+@pytest.fixture
+def fast_models(tmp_path):
+    """Folder with three models of Table 5, independent: nonlinear R² 0.9, 0.8, 1.0, linear −0.2, 0.1, 0.1."""
+    setting = reproduce.numeric_setting("fast", "independent", 8, 2)
+    for seed, nonlinear, linear in ((1, 0.9, -0.2), (2, 0.8, 0.1), (3, 1.0, 0.1)):
+        write_model(tmp_path / "models", setting, seed, table5_rows("fast", nonlinear, linear))
+    return tmp_path / "models"
+
+
+def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(call, undrawn, fast_models, tmp_path):
+    code, out, _ = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
+    assert code == 0
+    table = pd.read_csv(tmp_path / "report/fast/table5.csv", keep_default_na=False, na_values=[""])
+    cells = table.set_index(["metric", "semantics", "encoding", "factor"]).sort_index()
+    row = cells.loc["r2_nonlinear", "independent", "hz_x", "s_1"]
+    assert (row["mean"], row["std"], row["seeds"], row.paper, row.difference) == (0.9, 0.1, 3, 0.0, 0.9)
+    row = cells.loc["r2_linear", "independent", "hz_x", "s_2"]  # −0.2 is clipped before it is averaged
+    assert (row["mean"], row["paper"], row["difference"]) == (0.0667, 0.01, 0.0567)
+    misprints = table[table.note == "paper: misprint"]
+    assert set(misprints.factor) == {"s_9"} and sorted(misprints.paper) == [0.98, 0.99]
+    assert misprints.difference.isna().all() and (misprints["mean"] == 0.9).all()
+    assert cells.loc["r2_linear", "dependent"].seeds.eq(0).all()
+    # linear: 0.0667 is within 0.1 of the twelve cells of either encoding that are near 0; nonlinear: 0.9 of the six near 1
+    assert out.splitlines()[0] == (
+        "fast scale: 48 of 96 cells computed, 0 of 46 lie within ±0.05 of the paper, 24 within ±0.1; "
+        "2 cells are misprinted in the paper, not compared."
+    )
+    page = (tmp_path / "report/index.html").read_text()
+    body = page[page.index("<body>") + 6 :].strip()
+    assert body.startswith(f'<p class="first">{out.splitlines()[0]}</p>')
+    assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
+    # 24 independent nonlinear cells: twelve unbiased ones hold with 0.9, the others do not
+    assert "12 of 24 cells (50.0%)" in page
+    assert (
+        "ind_select_8_perturb_2_seed1 0.90, ind_select_8_perturb_2_seed2 0.80, ind_select_8_perturb_2_seed3 1.00"
+        in page
+    )
+
+
+def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn, fast_models, tmp_path):
+    setting = reproduce.numeric_setting("tiny", "independent", 3, 1)
+    write_model(fast_models, setting, 1, table5_rows("tiny", 0.5, 0.5))
+    code, out, _ = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["fast", "tiny", "report:"]
+    tiny = pd.read_csv(tmp_path / "report/tiny/table5.csv")
+    assert "paper" not in tiny and set(tiny["mean"].dropna()) == {0.5}
+    assert (tmp_path / "report/fast/table5_beside_paper.png").exists()
+    assert not (tmp_path / "report/tiny/table5_beside_paper.png").exists()
+    models = pd.read_csv(tmp_path / "report/fast/models.csv")
+    assert len(models) == 3 and set(models.train_seconds) == {2.5}
+
+
+@pytest.mark.parametrize("damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing"])
+def test_a_damaged_file_is_named_and_not_averaged(call, undrawn, fast_models, tmp_path, damage):
+    file = fast_models / "numeric-fast/ind_select_8_perturb_2_seed2/results.csv"
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) if "row" in damage else damage)
+    answer = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
+    assert is_one_line_error(answer, str(file), "left out of the report")
+    table = pd.read_csv(tmp_path / "report/fast/table5.csv")
+    computed = table[table.seeds > 0]
+    assert set(computed.seeds) == {2} and set(computed[computed.metric == "r2_nonlinear"]["mean"]) == {0.95}
+    assert str(file) in (tmp_path / "report/index.html").read_text()
+    if "row" not in damage:
+        assert is_one_line_error(call(f"run table5 --scale fast --models {fast_models} --dry-run"), str(file))
+
+
+@pytest.mark.parametrize("changed", [{"protocol": "paper"}, {"recipe": "paper"}, {"semantics_n": 4}])
+def test_models_of_another_protocol_recipe_or_scale_are_refused(call, fast_models, tmp_path, changed):
+    setting = reproduce.numeric_setting("fast", "independent", 8, 2)
+    write_model(fast_models, setting, 2, table5_rows("fast", 0.9, 0.9), **changed)
+    name = next(iter(changed)).replace("_", "-")
+    for command in (f"report table5 --output {tmp_path}/report", "run table5 --dry-run"):
+        answer = call(f"{command} --scale fast --models {fast_models}")
+        assert is_one_line_error(answer, "ind_select_8_perturb_2_seed2/args.json", f"--{name}")
+    assert not (tmp_path / "report").exists()
+
+
+def test_downstream_scores_are_drawn_as_curves_and_a_correlation_may_be_negative(call, tmp_path):
+    for selected in range(1, 5):
+        setting = reproduce.numeric_setting("tiny", "independent", selected)
+        tasks = [(f"y{i}", 0.1 * selected) for i in range(1, 5)]
+        write_model(tmp_path / "models", setting, 1, tasks, reproduce.PREDICT)
+        write_model(tmp_path / "models", setting, 1, [(-0.25, 0.5)], reproduce.CLASSIFY)
+    assert call(f"report fig4 --models {tmp_path}/models --output {tmp_path}/report")[0] == 0
+    table = pd.read_csv(tmp_path / "report/tiny/fig4.csv")
+    assert set(table[table.task == "id"]["mean"].dropna()) == {-0.25}
+    assert table[(table.task == "y2") & (table.semantics == "independent")]["mean"].tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert (tmp_path / "report/tiny/fig4.png").stat().st_size > 10_000
+    write_model(tmp_path / "models", setting, 1, tasks, reproduce.PREDICT, downstream={"protocol": "paper"})
+    assert is_one_line_error(
+        call(f"report fig4 --models {tmp_path}/models --output {tmp_path}/report"), "protocol paper"
+    )
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here to open the report in")
+def test_the_report_opens_in_a_browser(call, fast_models, tmp_path):
+    assert call(f"report table5 --models {fast_models} --output {tmp_path}/report")[0] == 0
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser"]
+    opened = subprocess.run([*command, "--dump-dom", f"file://{tmp_path}/report/index.html"], capture_output=True,
+                            text=True, timeout=120, check=True)  # fmt: skip
+    assert "48 of 96 cells computed" in opened.stdout and "paper: misprint" in opened.stdout
+    screenshot = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={screenshot}", f"file://{tmp_path}/report/index.html"], capture_output=True,
+                   timeout=120, check=True)  # fmt: skip
+    assert screenshot.stat().st_size > 10_000
