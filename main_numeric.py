@@ -68,7 +68,7 @@ RECIPES = {
         "batch_size": 256,
         "final_batch_size": 768,
         "negatives": "batch",
-        "train_steps": 8_000,
+        "train_steps": 6_000,
         "precision": "auto",
     },
 }
