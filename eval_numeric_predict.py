@@ -8,7 +8,8 @@
     y5         classification: y2 in two classes, in and out of distribution        Matthews correlation
 
 The model directory receives results_predict.csv, results_classify.csv and downstream.png, and args.json a record of the
-evaluation. The exit code is 2 if a directory was skipped; the others are evaluated all the same.
+evaluation. A model that was evaluated with the same flags before is left as it is, so that a loop can be run again. The exit
+code is 2 if a directory was skipped; the others are evaluated all the same.
 
 Where the paper's text and its runs differ (--protocol), e^{−|v|} in F has the factor 0.6 ("code") or 0.4 ("paper"), and:
 
@@ -327,14 +328,25 @@ def evaluate_model(directory, args, device):
     seed = stored["seed"] + 1 if args.seed is None else args.seed
     if seed == stored["seed"]:
         raise InputError(f"--seed {seed} is its training seed; evaluate with another one")
-    if not args.overwrite and (existing := [name for name in RESULTS if (directory / name).exists()]):
-        raise InputError(f"it has {existing[0]} already; --overwrite replaces it")
+    protocol = args.protocol or setting.protocol
+    details = {
+        "seed": seed,
+        "protocol": protocol,
+        "num_eval_batches": args.num_eval_batches,
+        "precision": args.precision,
+    }
+    existing = [name for name in RESULTS if (directory / name).exists()]
+    if not args.overwrite and existing:
+        # the record is written last, so that one that agrees stands for complete files
+        if existing == list(RESULTS) and details.items() <= stored.get("downstream", {}).items():
+            print(f"model        {directory} is evaluated already with seed {seed}: nothing to do", flush=True)
+            return
+        raise InputError(f"it has {existing[0]} already; --overwrite replaces it, made otherwise or incomplete")
     check_writable(directory)
 
     # the latents are those of the training, whatever the protocol of the tasks
     latents = main_numeric.build_latents(setting, stored["seed"], device)
     networks = main_numeric.load_networks(setting, latents, directory)
-    protocol = args.protocol or setting.protocol
     sizes = prefix_sizes(setting.semantics_n)
     print(
         f"model        {directory}, training seed {stored['seed']}, evaluation seed {seed}, on {describe_device(device)}"
@@ -358,12 +370,6 @@ def evaluate_model(directory, args, device):
     title = f"unbiased {main_numeric.names_of(latents.unbiased)}"
     plot_downstream_scores(regression, classification, directory / RESULTS[2], title)
     seconds = round(time.perf_counter() - started, 1)
-    details = {
-        "seed": seed,
-        "protocol": protocol,
-        "num_eval_batches": args.num_eval_batches,
-        "precision": args.precision,
-    }
     details |= {"device": describe_device(device), "seconds": seconds}
     write_json(directory / "args.json", {**stored, "downstream": details})
     scores = "  ".join(f"{task} {score:.3f}" for task, score in regression.items())

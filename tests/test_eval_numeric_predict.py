@@ -282,6 +282,22 @@ def test_existing_results_need_overwrite(predict, model):
     assert all(contents(model)[name] != before[name] for name in RESULTS[1:])
 
 
+def test_a_loop_that_is_run_again_leaves_evaluated_models_as_they_are(predict, model):
+    assert predict([model])[0] == 0
+    before = contents(model)
+    for flags in ("", "--seed 2", "--protocol code --precision fp32"):
+        code, out, err = predict([model], flags)
+        assert code == 0 and err == "" and "evaluated already with seed 2" in out
+        assert contents(model) == before
+    for flags in ("--protocol paper", "--num-eval-batches 2", "--precision bf16"):
+        fails(predict([model], flags), "--overwrite replaces it, made otherwise or incomplete")
+        assert contents(model) == before
+    (model / RESULTS[0]).unlink()
+    fails(predict([model]), "--overwrite replaces it, made otherwise or incomplete")
+    assert predict([model], "--overwrite")[0] == 0
+    assert contents(model).keys() == before.keys()
+
+
 def test_the_training_seed_is_refused(predict, model):
     before = contents(model)
     fails(predict([model], "--seed 1"), "--seed 1 is its training seed")
