@@ -14,7 +14,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import grids
+import jobs
 import main_numeric
+import report
 import reproduce
 from command_line import run_script
 from latent_spaces import index_from_subset
@@ -68,13 +71,13 @@ if __name__ == "__main__":
 
 def fake_figure(name, flags):
     """A figure of one setting of the fake training."""
-    file = reproduce.ResultFile("results.csv", ("factor", "score"), "fake_training.py", {"tiny": ()})
+    file = grids.ResultFile("results.csv", ("factor", "score"), "fake_training.py", {"tiny": ()})
 
     def cells(scale):
-        setting = reproduce.Setting("fake", scale, name, "fake_training.py", flags)
-        return [reproduce.Cell({"factor": "s"}, ("R²", "fake"), "s", "{1}", setting, file, {"factor": "s"}, "score")]
+        setting = grids.Setting("fake", scale, name, "fake_training.py", flags)
+        return [grids.Cell({"factor": "s"}, ("R²", "fake"), "s", "{1}", setting, file, {"factor": "s"}, "score")]
 
-    return reproduce.Figure(name, "a fake", "fake", ("fake_training.py",), cells=cells)
+    return grids.Figure(name, "a fake", "fake", ("fake_training.py",), cells=cells)
 
 
 @pytest.fixture
@@ -82,13 +85,13 @@ def fake(tmp_path, monkeypatch):
     """fake(name=flags, …) makes these the only figures."""
     (tmp_path / "fake_training.py").write_text(FAKE_TRAINING)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(grids, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
 
     def make(**settings):
         figures = {name: fake_figure(name, tuple(flags.split())) for name, flags in settings.items()}
-        monkeypatch.setattr(reproduce, "FIGURES", figures)
-        monkeypatch.setattr(reproduce, "GROUPS", {"all": list(figures)})
+        monkeypatch.setattr(grids, "FIGURES", figures)
+        monkeypatch.setattr(grids, "GROUPS", {"all": list(figures)})
 
     return make
 
@@ -116,14 +119,14 @@ def is_one_line_error(answer, *words):
 # the grids
 
 
-@pytest.mark.parametrize("scale", reproduce.COMPARED)
+@pytest.mark.parametrize("scale", grids.COMPARED)
 def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_way_round(scale):
-    for file in {figure.paper for figure in reproduce.FIGURES.values() if figure.cells}:
+    for file in {figure.paper for figure in grids.FIGURES.values() if figure.cells}:
         paper = pd.read_csv(REPOSITORY / "paper" / file, keep_default_na=False)
         keys = [name for name in paper.columns if name != "value"]
         ours = [
             tuple(cell.keys[key] for key in keys)
-            for figure in reproduce.FIGURES.values()
+            for figure in grids.FIGURES.values()
             if figure.cells and figure.paper == file
             for cell in figure.cells(scale)
         ]
@@ -133,18 +136,18 @@ def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_wa
 
 def test_a_figure_has_the_paper_s_cells_of_its_own_number():
     for name in NUMERIC:
-        figure = reproduce.FIGURES[name]
+        figure = grids.FIGURES[name]
         assert {
             f"{k}{cell.keys[k]}" for cell in figure.cells("paper") for k in ("figure", "table") if k in cell.keys
         } == {name.replace("fig", "figure")}
 
 
-@pytest.mark.parametrize("scale", reproduce.SCALES)
+@pytest.mark.parametrize("scale", grids.SCALES)
 def test_the_grid_has_114_models_and_12_of_the_tables_and_shares_the_one_without_bias(scale):
-    figures = reproduce.chosen_figures([name for name in NUMERIC if "fig" in name])
-    all_models = reproduce.needed_models(reproduce.chosen_figures(["numeric"]), scale, 3, "models")
-    bias_models = reproduce.needed_models(figures, scale, 3, "models")
-    n = reproduce.SEMANTICS[scale]
+    figures = grids.chosen_figures([name for name in NUMERIC if "fig" in name])
+    all_models = grids.needed_models(grids.chosen_figures(["numeric"]), scale, 3, "models")
+    bias_models = grids.needed_models(figures, scale, 3, "models")
+    n = grids.SEMANTICS[scale]
     assert len(bias_models) == 2 * (2 * n - 1) * 3  # 114 of ten semantics
     assert len(all_models) == len(bias_models) + 12
     by_name, by_flags = ({getattr(model.setting, key) for model in all_models} for key in ("name", "flags"))
@@ -153,27 +156,27 @@ def test_the_grid_has_114_models_and_12_of_the_tables_and_shares_the_one_without
 
 
 def test_settings_are_named_and_flagged_as_they_are_trained():
-    directory = reproduce.Model(reproduce.numeric_setting("paper", "independent", 3), 1, Path("models")).directory
+    directory = grids.Model(grids.numeric_setting("paper", "independent", 3), 1, Path("models")).directory
     assert str(directory) == "models/numeric/ind_select_3_seed1"
-    shared = reproduce.numeric_setting("fast", "dependent", 10)
-    assert shared == reproduce.numeric_setting("fast", "dependent", 10, 0)
-    assert str(reproduce.Model(shared, 2, Path("m")).directory) == "m/numeric-fast/dep_select_10_seed2"
-    assert reproduce.numeric_setting("paper", "independent", 8, 2).name == "ind_select_8_perturb_2"
-    for scale, n in reproduce.SEMANTICS.items():
+    shared = grids.numeric_setting("fast", "dependent", 10)
+    assert shared == grids.numeric_setting("fast", "dependent", 10, 0)
+    assert str(grids.Model(shared, 2, Path("m")).directory) == "m/numeric-fast/dep_select_10_seed2"
+    assert grids.numeric_setting("paper", "independent", 8, 2).name == "ind_select_8_perturb_2"
+    for scale, n in grids.SEMANTICS.items():
         for size in range(n + 1):
-            assert reproduce.prefix(size, n) == index_from_subset(range(size), n)
-        for cell in itertools.chain.from_iterable(reproduce.FIGURES[name].cells(scale) for name in NUMERIC):
-            args = reproduce.expected_args(cell.setting)
+            assert grids.prefix(size, n) == index_from_subset(range(size), n)
+        for cell in itertools.chain.from_iterable(grids.FIGURES[name].cells(scale) for name in NUMERIC):
+            args = grids.expected_args(cell.setting)
             assert args["causal_dependence"] == ("dep" in cell.setting.name) and args["protocol"] == "code"
             assert args["recipe"] == ("paper" if scale == "paper" else "fast") and args["semantics_n"] == n
-    args = reproduce.expected_args(reproduce.numeric_setting("paper", "independent", 3, 0, 5))
+    args = grids.expected_args(grids.numeric_setting("paper", "independent", 3, 0, 5))
     assert (args["theta_value"], args["beta_value"], args["encoding_size"], args["mlp_eval"]) == (55, -1, 5, True)
     assert {k: v for k, v in args.items() if k in main_numeric.RECIPES["paper"]} == main_numeric.RECIPES["paper"]
 
 
 def test_the_theory_s_pattern_is_that_of_the_unbiased_block():
-    learned = {cell.setting.name: set() for cell in reproduce.FIGURES["table5"].cells("paper")}
-    for cell in reproduce.FIGURES["table5"].cells("paper"):
+    learned = {cell.setting.name: set() for cell in grids.FIGURES["table5"].cells("paper")}
+    for cell in grids.FIGURES["table5"].cells("paper"):
         if cell.learned:
             learned[cell.setting.name].add(cell.keys["factor"])
     assert learned == {
@@ -189,11 +192,11 @@ def test_list_counts_models_and_tells_what_cannot_be_made_yet_from_the_scripts_t
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0 and "60 models" in lines["fig3"] and "6 models" in lines["table4"]
     assert "126 models" in lines["together"] and "0 done" in lines["together"]
-    for name, figure in reproduce.FIGURES.items():
+    for name, figure in grids.FIGURES.items():
         absent = [script for script in figure.scripts if not (REPOSITORY / script).exists()]
         assert ("not available yet" in lines[name]) == (bool(absent) or figure.cells is None)
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    assert reproduce.FIGURES["fig3"].missing() == "needs main_numeric.py"
+    monkeypatch.setattr(grids, "ROOT", tmp_path)
+    assert grids.FIGURES["fig3"].missing() == "needs main_numeric.py"
     assert is_one_line_error(call("run fig3 --dry-run"), "fig3", "needs main_numeric.py")
 
 
@@ -251,8 +254,8 @@ def test_models_are_trained_once_failures_listed_and_the_same_command_does_the_r
 def started(words, path):
     """reproduce.py with the fake figures in a process of its own; waits until `path` is there."""
     code = "import sys; sys.path[:0] = ['.', sys.argv[1]]\n" + (
-        "from tests.test_reproduce import fake_figure\nimport pathlib, reproduce\n"
-        "reproduce.ROOT, reproduce.FIGURES = pathlib.Path.cwd(), {'slow': fake_figure('slow', ('--steps', '60'))}\n"
+        "from tests.test_reproduce import fake_figure\nimport pathlib, grids, reproduce\n"
+        "grids.ROOT, grids.FIGURES = pathlib.Path.cwd(), {'slow': fake_figure('slow', ('--steps', '60'))}\n"
         "reproduce.run_script(lambda: reproduce.main(sys.argv[2:]))"
     )
     process = subprocess.Popen(
@@ -297,8 +300,8 @@ def test_a_job_gives_what_to_requeue_and_the_next_one_goes_on(fake, tmp_path):
     """The signal of SLURM before the time limit, and a second SIGTERM while the checkpoint is written."""
     fake(slow="--steps 60")
     (tmp_path / "logs").mkdir()
-    model = reproduce.Model(reproduce.FIGURES["slow"].cells("tiny")[0].setting, 1, Path("models"))
-    job = reproduce.make_job(model, model.commands([]), reproduce.threads(1))
+    model = grids.Model(grids.FIGURES["slow"].cells("tiny")[0].setting, 1, Path("models"))
+    job = jobs.make_job(model, model.commands([]), jobs.threads(1))
     answer = []
 
     def preempt(*_):
@@ -321,8 +324,8 @@ def test_a_job_gives_what_to_requeue_and_the_next_one_goes_on(fake, tmp_path):
 def test_jobs_have_their_share_of_the_cores_and_a_gpu_of_their_own(fake, monkeypatch):
     environments = []
     fake(a="--steps 1", b="--steps 2", c="--steps 3")
-    make_job = reproduce.make_job
-    monkeypatch.setattr(reproduce, "make_job", lambda *args: environments.append(args[2]) or make_job(*args))
+    make_job = jobs.make_job
+    monkeypatch.setattr(jobs, "make_job", lambda *args: environments.append(args[2]) or make_job(*args))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert reproduce.main(["run", "all", "--scale", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
@@ -332,7 +335,7 @@ def test_jobs_have_their_share_of_the_cores_and_a_gpu_of_their_own(fake, monkeyp
 
 def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch):
     shorter = ("--batch-size", "32", "--train-steps", "20", "--num-eval-batches", "1")
-    monkeypatch.setitem(reproduce.NUMERIC_FLAGS, "tiny", (*reproduce.NUMERIC_FLAGS["tiny"], *shorter))
+    monkeypatch.setitem(grids.NUMERIC_FLAGS, "tiny", (*grids.NUMERIC_FLAGS["tiny"], *shorter))
     code, out, err = call(f"run table5 --scale tiny --seeds 1 --jobs 2 --models {tmp_path}/models")
     assert code == 0, err
     assert (tmp_path / "models/numeric-tiny/ind_select_3_perturb_1_seed1/results.csv").exists()
@@ -352,12 +355,12 @@ def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch
 # the report
 
 
-def write_model(models, setting, seed, results, file=reproduce.RESULTS, **changed):
+def write_model(models, setting, seed, results, file=grids.RESULTS, **changed):
     """A finished model directory with the given rows in `file`."""
-    model = reproduce.Model(setting, seed, Path(models))
+    model = grids.Model(setting, seed, Path(models))
     model.directory.mkdir(parents=True, exist_ok=True)
-    stored = reproduce.expected_args(setting) | {"seed": seed, "finished": True, "train_seconds": 2.5}
-    stored["downstream"] = reproduce.PREDICT.recorded[setting.scale]
+    stored = grids.expected_args(setting) | {"seed": seed, "finished": True, "train_seconds": 2.5}
+    stored["downstream"] = grids.PREDICT.recorded[setting.scale]
     (model.directory / "args.json").write_text(json.dumps(stored | changed))
     pd.DataFrame(results, columns=list(file.columns)).to_csv(model.directory / file.name, index=False)
     return model.directory
@@ -368,19 +371,19 @@ def undrawn(monkeypatch):
     """No pictures: what is tested are the numbers."""
     for name in ("plot_score_grid", "plot_beside_paper"):
         monkeypatch.setattr(
-            reproduce, name, lambda *args: next(a for a in args if isinstance(a, Path)).write_bytes(b"drawn")
+            report, name, lambda *args: next(a for a in args if isinstance(a, Path)).write_bytes(b"drawn")
         )
 
 
 def table5_rows(scale, nonlinear, linear):
-    names = ["m_x", "m_t", *(f"s_{i}" for i in range(reproduce.SEMANTICS[scale]))]
+    names = ["m_x", "m_t", *(f"s_{i}" for i in range(grids.SEMANTICS[scale]))]
     return [(encoding, name, linear, nonlinear) for encoding in ("hz_x", "hz_t") for name in names]
 
 
 @pytest.fixture
 def fast_models(tmp_path):
     """Folder with three models of Table 5, independent: nonlinear R² 0.9, 0.8, 1.0, linear −0.2, 0.1, 0.1."""
-    setting = reproduce.numeric_setting("fast", "independent", 8, 2)
+    setting = grids.numeric_setting("fast", "independent", 8, 2)
     for seed, nonlinear, linear in ((1, 0.9, -0.2), (2, 0.8, 0.1), (3, 1.0, 0.1)):
         write_model(tmp_path / "models", setting, seed, table5_rows("fast", nonlinear, linear))
     return tmp_path / "models"
@@ -417,7 +420,7 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
 
 
 def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn, fast_models, tmp_path):
-    setting = reproduce.numeric_setting("tiny", "independent", 3, 1)
+    setting = grids.numeric_setting("tiny", "independent", 3, 1)
     write_model(fast_models, setting, 1, table5_rows("tiny", 0.5, 0.5))
     code, out, _ = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["fast", "tiny", "report:"]
@@ -445,7 +448,7 @@ def test_a_damaged_file_is_named_and_not_averaged(call, undrawn, fast_models, tm
 
 @pytest.mark.parametrize("changed", [{"protocol": "paper"}, {"recipe": "paper"}, {"semantics_n": 4}])
 def test_models_of_another_protocol_recipe_or_scale_are_refused(call, fast_models, tmp_path, changed):
-    setting = reproduce.numeric_setting("fast", "independent", 8, 2)
+    setting = grids.numeric_setting("fast", "independent", 8, 2)
     write_model(fast_models, setting, 2, table5_rows("fast", 0.9, 0.9), **changed)
     name = next(iter(changed)).replace("_", "-")
     for command in (f"report table5 --output {tmp_path}/report", "run table5 --dry-run"):
@@ -456,16 +459,16 @@ def test_models_of_another_protocol_recipe_or_scale_are_refused(call, fast_model
 
 def test_downstream_scores_are_drawn_as_curves_and_a_correlation_may_be_negative(call, tmp_path):
     for selected in range(1, 5):
-        setting = reproduce.numeric_setting("tiny", "independent", selected)
+        setting = grids.numeric_setting("tiny", "independent", selected)
         tasks = [(f"y{i}", 0.1 * selected) for i in range(1, 5)]
-        write_model(tmp_path / "models", setting, 1, tasks, reproduce.PREDICT)
-        write_model(tmp_path / "models", setting, 1, [(-0.25, 0.5)], reproduce.CLASSIFY)
+        write_model(tmp_path / "models", setting, 1, tasks, grids.PREDICT)
+        write_model(tmp_path / "models", setting, 1, [(-0.25, 0.5)], grids.CLASSIFY)
     assert call(f"report fig4 --models {tmp_path}/models --output {tmp_path}/report")[0] == 0
     table = pd.read_csv(tmp_path / "report/tiny/fig4.csv")
     assert set(table[table.task == "id"]["mean"].dropna()) == {-0.25}
     assert table[(table.task == "y2") & (table.semantics == "independent")]["mean"].tolist() == [0.1, 0.2, 0.3, 0.4]
     assert (tmp_path / "report/tiny/fig4.png").stat().st_size > 10_000
-    write_model(tmp_path / "models", setting, 1, tasks, reproduce.PREDICT, downstream={"protocol": "paper"})
+    write_model(tmp_path / "models", setting, 1, tasks, grids.PREDICT, downstream={"protocol": "paper"})
     assert is_one_line_error(
         call(f"report fig4 --models {tmp_path}/models --output {tmp_path}/report"), "protocol paper"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import reproduce
+import jobs
 
 REPOSITORY = Path(__file__).parent.parent
 # Long enough to be cancelled in mid-run, small enough for any machine.
@@ -57,9 +57,9 @@ def until(condition, seconds=120):
 def reproduced(words, cwd):
     """reproduce.py in a process of its own, with the small models instead of the tiny ones."""
     code = (
-        "import sys, reproduce\n"
-        f"reproduce.NUMERIC_FLAGS['tiny'] = (*reproduce.NUMERIC_FLAGS['tiny'], *{SMALL!r})\n"
-        "reproduce.POLL_SECONDS = 1\n"
+        "import sys, grids, jobs, reproduce\n"
+        f"grids.NUMERIC_FLAGS['tiny'] = (*grids.NUMERIC_FLAGS['tiny'], *{SMALL!r})\n"
+        "jobs.POLL_SECONDS = 1\n"
         "reproduce.run_script(lambda: reproduce.main(sys.argv[1:]))"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -131,4 +131,4 @@ def test_a_job_that_is_cancelled_for_good_is_listed_with_its_log_and_a_refusal_i
 def test_the_queue_is_read_by_array_element():
     if why := no_cluster():
         pytest.skip(why)
-    assert isinstance(reproduce.queued_jobs(), set)
+    assert isinstance(jobs.queued_jobs(), set)

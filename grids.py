@@ -1,0 +1,378 @@
+"""What the paper's tables and figures are made of: their cells, the settings behind them, and the models on disk.
+
+A Figure is a list of Cells; a Cell is one number of a result file of one Setting; a Model is a Setting and a seed, with its
+directory, what it lacks and the commands that make that. A new experiment adds its grid here and nothing elsewhere.
+"""
+
+import dataclasses
+import functools
+import importlib
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from command_line import InputError
+from files import read_csv, read_json
+
+ROOT = Path(__file__).resolve().parent
+SCALES = {
+    "paper": "the paper's protocol to the letter",
+    "fast": "the paper's dimensions and settings, trained with the fast recipe",
+    "tiny": "a smaller problem with fewer semantics, not comparable with the paper's numbers",
+}
+COMPARED = ("paper", "fast")  # scales whose numbers stand beside the paper's
+
+# --------------------------------------------------------------------------------------------------------------
+# what a figure is made of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResultFile:
+    """A CSV in a model directory, and the script with its flags at each scale that writes it there.
+
+    record: where args.json tells how it was made, "" for the training's own; recorded: what it must say there at each scale.
+    """
+
+    name: str
+    columns: tuple
+    script: str
+    flags: dict
+    record: str = ""
+    recorded: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is trained, but for the seed: the flags of the experiment's training script."""
+
+    experiment: str
+    scale: str
+    name: str
+    script: str
+    flags: tuple
+
+    def folder(self, models):
+        """Path of the folder of all models of this experiment and scale."""
+        return Path(models) / (self.experiment if self.scale == "paper" else f"{self.experiment}-{self.scale}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One number of a figure.
+
+    keys: its key in the paper's CSV; panel (row, column), row and column: where it is drawn; file, where, score: the CSV,
+    the values that pick its row and the column to read; learned: whether the theory has the factor identified (True) or
+    absent (False), None where it says neither; unit: R² is clipped to [0, 1] as in the paper, a correlation is not.
+    """
+
+    keys: dict
+    panel: tuple
+    row: str
+    column: str
+    setting: Setting
+    file: ResultFile
+    where: dict
+    score: str
+    learned: bool | None = None
+    clipped: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure or table of the paper. cells(scale): its Cells; None: nobody has written them down yet."""
+
+    name: str
+    title: str
+    experiment: str
+    scripts: tuple
+    paper: str = ""  # CSV of the paper's numbers
+    curves: bool = False
+    cells: Callable | None = None
+
+    def missing(self):
+        """What keeps this figure from being made, in words; empty if nothing does."""
+        if absent := [script for script in self.scripts if not (ROOT / script).exists()]:
+            return f"needs {' and '.join(absent)}"
+        return "" if self.cells else "its grid is not written down in reproduce.py"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the numeric experiment
+
+SEMANTICS = {"paper": 10, "fast": 10, "tiny": 4}
+NUMERIC_FLAGS = {
+    "paper": ("--mlp-eval",),
+    "fast": ("--recipe", "fast", "--mlp-eval"),
+    "tiny": (*("--recipe", "fast", "--mlp-eval", "--semantics-n", "4", "--modality-n", "2"),
+             *("--batch-size", "256", "--final-batch-size", "0", "--train-steps", "800",
+             "--log-steps", "200", "--num-eval-batches", "2")),
+}  # fmt: skip
+# ten thousand full-batch steps are most of a tiny model's time: they get a fifth of the samples
+DOWNSTREAM_FLAGS = {"paper": (), "fast": (), "tiny": ("--num-eval-batches", "1")}
+RESULTS = ResultFile("results.csv", ("encoding", "predicted_factors", "r2_linear", "r2_nonlinear"),
+                     "main_numeric.py", NUMERIC_FLAGS)  # fmt: skip
+DOWNSTREAM = ("eval_numeric_predict.py", DOWNSTREAM_FLAGS, "downstream", {
+    scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5} for scale in SCALES
+})  # fmt: skip
+PREDICT = ResultFile("results_predict.csv", ("task", "metric_scores"), *DOWNSTREAM)
+CLASSIFY = ResultFile("results_classify.csv", ("iid", "ood"), *DOWNSTREAM)
+METRICS = {"r2_linear": "linear R²", "r2_nonlinear": "nonlinear R²"}
+ENCODINGS = {"hz_x": "image encoding", "hz_t": "text encoding"}
+
+
+def prefix(size, n):
+    """Number of the subset {0 … size−1} of n semantics, −1 for the empty one."""
+    return sum(math.comb(n, smaller) for smaller in range(1, size)) if size else -1
+
+
+def subset_name(size):
+    """The paper's name of the first `size` semantics."""
+    return {0: "{}", 1: "{1}"}.get(size, f"[{size}]")
+
+
+def numeric_setting(scale, semantics, selected, perturbed=0, encoding_size=0):
+    """Setting in which the text speaks of the first `selected` semantics and may state the first `perturbed` wrongly."""
+    n = SEMANTICS[scale]
+    name, flags = semantics[:3], [*NUMERIC_FLAGS[scale], "--theta-value", str(prefix(selected, n))]
+    if selected < n or not perturbed:
+        name += f"_select_{selected}"
+    if perturbed:
+        name += f"_perturb_{perturbed}"
+        flags += ["--beta-value", str(prefix(perturbed, n))]
+    if encoding_size:
+        name += f"_size_{encoding_size}"
+        flags += ["--encoding-size", str(encoding_size)]
+    if semantics == "dependent":
+        flags.append("--causal-dependence")
+    return Setting("numeric", scale, name, "main_numeric.py", tuple(flags))
+
+
+def biases(scale, bias):
+    """(selected, perturbed) of each setting of a figure about "selection" or "perturbation"."""
+    n = SEMANTICS[scale]
+    return [(size, 0) for size in range(1, n + 1)] if bias == "selection" else [(n, size) for size in range(n)]
+
+
+def factor_cells(scale, setting, semantics, metric, selected, perturbed, place):
+    """Cells of both encodings and all factors of one setting; place(encoding, factor): keys, panel, row, column."""
+    n = SEMANTICS[scale]
+    for encoding, factor in itertools.product(ENCODINGS, ["m_x", "m_t", *range(n)]):
+        # the paper counts semantics from 1, the scripts from 0
+        shown, stored = (factor, factor) if isinstance(factor, str) else (f"s_{factor + 1}", f"s_{factor}")
+        learned = None
+        if semantics == "independent" and metric == "r2_nonlinear":
+            learned = not isinstance(factor, str) and perturbed <= factor < selected
+        keys, panel, row, column = place(encoding, shown)
+        keys = {**keys, "metric": metric, "semantics": semantics, "encoding": encoding, "factor": shown}
+        where = {"encoding": encoding, "predicted_factors": stored}
+        yield Cell(keys, panel, row, column, setting, RESULTS, where, metric, learned)
+
+
+def identification(figure, metric, bias):
+    """cells(scale) of Figures 3, 7, 8 and 9: R² of every factor under every bias."""
+
+    def cells(scale):
+        for semantics, (selected, perturbed) in itertools.product(("independent", "dependent"), biases(scale, bias)):
+            subset = subset_name(selected if bias == "selection" else perturbed)
+
+            def place(encoding, factor, semantics=semantics, subset=subset):
+                keys = {"figure": figure, "bias": bias, "subset": subset}
+                return keys, (ENCODINGS[encoding], f"{semantics} semantics"), factor, subset
+
+            setting = numeric_setting(scale, semantics, selected, perturbed)
+            yield from factor_cells(scale, setting, semantics, metric, selected, perturbed, place)
+
+    return cells
+
+
+def downstream(figure, bias):
+    """cells(scale) of Figures 4 and 10: scores of the downstream tasks under every bias."""
+
+    def cells(scale):
+        for semantics, (selected, perturbed) in itertools.product(("independent", "dependent"), biases(scale, bias)):
+            subset = subset_name(selected if bias == "selection" else perturbed)
+            setting = numeric_setting(scale, semantics, selected, perturbed)
+            keys = {"figure": figure, "bias": bias, "subset": subset, "semantics": semantics}
+            for task in ("y1", "y2", "y3", "y4"):
+                panel = ("R² of the regressions", f"{semantics} semantics")
+                yield Cell({**keys, "metric": "r2", "task": task}, panel, task, subset, setting, PREDICT,
+                           {"task": task}, "metric_scores")  # fmt: skip
+            for task, score in (("id", "iid"), ("ood", "ood")):
+                panel = ("Matthews correlation of the classifier", f"{semantics} semantics")
+                yield Cell({**keys, "metric": "mcc", "task": task}, panel, task, subset, setting, CLASSIFY,
+                           {}, score, clipped=False)  # fmt: skip
+
+    return cells
+
+
+def ablation(table, selected, perturbed, encoding_size):
+    """cells(scale) of Tables 4 and 5; the sizes are dicts by number of semantics, encoding_size None: the right one."""
+
+    def cells(scale):
+        n = SEMANTICS[scale]
+        s, p = selected[n], perturbed[n]
+        keys = {"table": table, "selected": subset_name(s), "perturbed": subset_name(p)}
+        keys["encoding_size"] = encoding_size[n] if encoding_size else s - p
+        for semantics, metric in itertools.product(("independent", "dependent"), METRICS):
+
+            def place(encoding, factor, semantics=semantics, metric=metric):
+                return keys, (METRICS[metric], f"{semantics} semantics"), encoding, factor
+
+            setting = numeric_setting(scale, semantics, s, p, encoding_size[n] if encoding_size else 0)
+            yield from factor_cells(scale, setting, semantics, metric, s, p, place)
+
+    return cells
+
+
+# --------------------------------------------------------------------------------------------------------------
+# all figures; a new experiment adds its grid here and nothing elsewhere
+
+_IDENTIFICATION, _DOWNSTREAM = ("main_numeric.py",), ("main_numeric.py", "eval_numeric_predict.py")
+_NUMERIC, _MPI3D, _CAUSAL = "numeric_identification.csv", "mpi3d.csv", "causal3dident.csv"
+FIGURES = {
+    figure.name: figure
+    for figure in (
+        Figure("fig3", "nonlinear R² under selection bias", "numeric", _IDENTIFICATION, _NUMERIC,
+               cells=identification(3, "r2_nonlinear", "selection")),
+        Figure("fig4", "downstream tasks under selection bias", "numeric", _DOWNSTREAM, "numeric_downstream.csv",
+               curves=True, cells=downstream(4, "selection")),
+        Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D),
+        Figure("fig6", "nonlinear scores on Causal3DIdent", "causal3dident", ("main_causal3dident.py",), _CAUSAL),
+        Figure("fig7", "nonlinear R² under perturbation bias", "numeric", _IDENTIFICATION, _NUMERIC,
+               cells=identification(7, "r2_nonlinear", "perturbation")),
+        Figure("fig8", "linear R² under selection bias", "numeric", _IDENTIFICATION, _NUMERIC,
+               cells=identification(8, "r2_linear", "selection")),
+        Figure("fig9", "linear R² under perturbation bias", "numeric", _IDENTIFICATION, _NUMERIC,
+               cells=identification(9, "r2_linear", "perturbation")),
+        Figure("fig10", "downstream tasks under perturbation bias", "numeric", _DOWNSTREAM, "numeric_downstream.csv",
+               curves=True, cells=downstream(10, "perturbation")),
+        Figure("fig12", "linear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D),
+        Figure("fig13", "encoding sizes on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",)),
+        *(Figure(f"fig{number}", f"{probe} scores on Causal3DIdent, image and text", "causal3dident",
+                 ("main_causal3dident.py",), _CAUSAL)
+          for number, probe in ((16, "nonlinear"), (17, "linear"), (18, "linear"))),
+        Figure("table4", "encoding larger than the truth", "numeric", _IDENTIFICATION, "numeric_ablations.csv",
+               cells=ablation(4, {10: 3, 4: 2}, {10: 0, 4: 0}, {10: 5, 4: 3})),
+        Figure("table5", "selection and perturbation bias at once", "numeric", _IDENTIFICATION, "numeric_ablations.csv",
+               cells=ablation(5, {10: 8, 4: 3}, {10: 2, 4: 1}, None)),
+    )
+}  # fmt: skip
+GROUPS = {"all": list(FIGURES)} | {
+    name: [figure.name for figure in FIGURES.values() if figure.experiment == name]
+    for name in ("numeric", "mpi3d", "causal3dident")
+}
+
+
+def chosen_figures(names):
+    """Figures of the names and groups given, those that can be made; InputError for an unknown or unavailable one."""
+    chosen = {}
+    for name in names:
+        if name not in FIGURES and name not in GROUPS:
+            raise InputError(f"{name!r} is no figure; expected one of {', '.join([*FIGURES, *GROUPS])}")
+        for member in GROUPS.get(name, [name]):
+            reason = FIGURES[member].missing()
+            if not reason:
+                chosen[member] = FIGURES[member]
+            elif member == name:
+                raise InputError(f"{name} cannot be made yet: it {reason}")
+    if not chosen:
+        raise InputError(f"nothing of {' '.join(names)} can be made yet; `python reproduce.py list` says why")
+    return list(chosen.values())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# models on disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A setting and a seed, with its place under `models`."""
+
+    setting: Setting
+    seed: int
+    models: Path
+
+    @property
+    def name(self):
+        """Name of the model directory."""
+        return f"{self.setting.name}_seed{self.seed}"
+
+    @property
+    def directory(self):
+        """Path of the model directory."""
+        return self.setting.folder(self.models) / self.name
+
+    def log(self, suffix=".log"):
+        """Path of the log, or of another file that goes with the model's jobs."""
+        return Path(self.models) / "logs" / self.setting.folder("").name / f"{self.name}{suffix}"
+
+    def stored(self):
+        """Dict of args.json, {} if there is none; InputError if it is damaged or of another setting, recipe or scale."""
+        file = self.directory / "args.json"
+        if not file.exists():
+            return {}
+        stored = read_json(file)
+        for name, value in (expected_args(self.setting) | {"seed": self.seed}).items():
+            if name not in stored:
+                raise InputError(f"{file} has no {name!r}: it is damaged, or another script's; move the model away")
+            if stored[name] != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{file} has {flag} {stored[name]}, but {self.name} at {self.setting.scale} scale has "
+                                 f"{value}; move the model away, or name another folder with --models")  # fmt: skip
+        return stored
+
+    def missing(self, files):
+        """Those of `files` that this model does not have yet; InputError that names a damaged one."""
+        if not self.stored().get("finished"):
+            return list(files)
+        for file in files:
+            if (self.directory / file.name).exists():
+                self.read(file)
+        return [file for file in files if not (self.directory / file.name).exists()]
+
+    def read(self, file):
+        """DataFrame of a ResultFile of this model; InputError that names it if it is missing, damaged or made otherwise."""
+        if file.record:
+            record = self.stored().get(file.record, {})
+            for name, value in file.recorded[self.setting.scale].items():
+                if record.get(name) != value:
+                    raise InputError(f"{self.directory / file.name} was made with {name} {record.get(name)}, and the "
+                                     f"{self.setting.scale} scale has {value}; remove it and `run` makes it again")  # fmt: skip
+        return read_csv(self.directory / file.name, file.columns)
+
+    def commands(self, files):
+        """Commands that make `files`: lists of words, the training first, each script once."""
+        commands = {}
+        train = ["--model-dir", str(self.directory.parent), "--model-id", self.name, "--seed", str(self.seed)]
+        if not self.stored().get("finished"):
+            commands[self.setting.script] = [*self.setting.flags, *train, "--resume"]
+        for file in files:
+            if file.script != self.setting.script:
+                flags = file.flags[self.setting.scale]
+                commands[file.script] = ["--model-id", str(self.directory), *flags, "--overwrite"]
+            elif self.setting.script not in commands:  # trained, but the file is gone
+                commands[self.setting.script] = [*train[:4], "--seed", str(self.seed + 1), "--evaluate"]
+        return [[sys.executable, str(ROOT / script), *flags] for script, flags in commands.items()]
+
+
+@functools.cache
+def expected_args(setting):
+    """Dict of what args.json of a model of this setting holds: every flag that says what is trained, and its value."""
+    script = importlib.import_module(Path(setting.script).stem)
+    args, given = script.parse_flags(list(setting.flags))
+    script.apply_recipe(args, given, script.RECIPES)
+    free = importlib.import_module("training").RUN_FLAGS | {"seed"}
+    return {name: value for name, value in vars(args).items() if name not in free and value != "auto"}
+
+
+def needed_models(figures, scale, seeds, models):
+    """Dict Model → list of ResultFiles: all that the figures need, each model once."""
+    needed = {}
+    for cell in itertools.chain.from_iterable(figure.cells(scale) for figure in figures):
+        for seed in range(1, seeds + 1):
+            files = needed.setdefault(Model(cell.setting, seed, Path(models)), [])
+            if cell.file not in files:
+                files.append(cell.file)
+    return needed

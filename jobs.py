@@ -1,0 +1,224 @@
+"""Jobs of reproduce.py: the commands of one model each, run by submitit on this machine or on a SLURM cluster."""
+
+import contextlib
+import fcntl
+import importlib
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import cloudpickle
+import submitit
+
+from command_line import InputError
+
+# A job shall not need to import this module, wherever it runs.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class ModelJob:
+    """What submitit runs: the commands of one model, one after another; returns the first exit code that is not 0.
+
+    The commands are children of the job, because submitit's own handlers stand in the job's process and may interrupt
+    any line of Python there. A child gets SIGTERM alone, writes its checkpoint and ends; --resume goes on from there.
+    """
+
+    def __init__(self, commands, log, lock, environment):
+        self.commands, self.log, self.lock, self.environment = commands, log, lock, environment
+        self.child, self.stopped, self.told = None, False, False
+
+    def __call__(self):
+        signal.signal(signal.SIGTERM, self.stop)
+        with open(self.lock, "a") as lock, open(self.log, "a") as log:
+            # An earlier job, whose submitter was killed, may still train this model: wait, then find the work done.
+            while not self.stopped:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(1)
+            for command in self.commands:
+                code = 128 + signal.SIGTERM if self.stopped else self.run(command, log, lock)
+                if code:
+                    if self.stopped and on_slurm():
+                        # SLURM tells SIGTERM first, and submitit's signal or SIGKILL later: who ends is not requeued
+                        time.sleep(90)
+                    return code
+        return 0
+
+    def run(self, command, log, lock):
+        """Run one command to its end; returns its exit code."""
+        print("$", shlex.join(command), file=log, flush=True)
+        self.told = False
+        # The lock is handed down, so that a child that outlives its job still holds it.
+        self.child = subprocess.Popen(command, env=os.environ | self.environment, stdin=subprocess.DEVNULL, stdout=log,
+                                      stderr=log, start_new_session=True, pass_fds=(lock.fileno(),),
+                                      preexec_fn=self.set_signals)  # fmt: skip
+        while self.child.poll() is None:
+            if self.stopped:
+                self.tell()
+            time.sleep(0.1)
+        return self.child.returncode
+
+    @staticmethod
+    def set_signals():
+        """Signals of a child: what is ignored or blocked is inherited through exec, and SLURM may signal every process."""
+        # The training's handler gives the signal back as it was: a second SIGTERM shall not cut its checkpoint short.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if on_slurm() else signal.SIG_DFL)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+    def stop(self, *_):
+        """Handler of SIGTERM: let run() tell the child, whichever line it is at."""
+        self.stopped = True
+
+    def tell(self):
+        """Send the child SIGTERM, once: it writes its checkpoint and ends."""
+        if not self.told:
+            self.told = True
+            os.kill(self.child.pid, signal.SIGTERM)
+
+    def checkpoint(self):
+        """The job to put into the queue again, its child stopped: submitit calls this on preemption and at the time limit."""
+        # This runs within run(), at any of its lines: waitid leaves the exit code to Popen.
+        with contextlib.suppress(AttributeError, ProcessLookupError, ChildProcessError):
+            self.tell()
+            for _ in range(600):
+                if os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    break
+                time.sleep(0.1)
+            else:
+                os.kill(self.child.pid, signal.SIGKILL)  # what it trained since its last checkpoint is trained again
+        return submitit.helpers.DelayedSubmission(ModelJob(self.commands, self.log, self.lock, self.environment))
+
+
+def on_slurm():
+    """Whether this process is in a job on SLURM."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def make_job(model, commands, environment):
+    """ModelJob of a model, with its folder of logs made."""
+    model.log().parent.mkdir(parents=True, exist_ok=True)
+    return ModelJob(commands, str(model.log()), str(model.log(".lock")), environment)
+
+
+def threads(count):
+    """Environment that gives a process `count` threads."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, count)))
+
+
+def visible_gpus(per_job):
+    """Names of the GPUs that jobs may use, as CUDA_VISIBLE_DEVICES writes them; empty without GPUs."""
+    if not per_job:
+        return []
+    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return given.split(",")
+    return [str(index) for index in range(importlib.import_module("torch").cuda.device_count())]
+
+
+def run_here(work, options, ended):
+    """Run the jobs of `work` (Model → commands) with submitit on this machine, options.jobs at a time; ended(model) after each.
+
+    Each has its share of the cores and, where there are GPUs, its own one; more jobs than GPUs share them.
+    """
+    gpus, cores = visible_gpus(options.gpus_per_job), len(os.sched_getaffinity(0))
+    count = min(options.jobs or (len(gpus) // options.gpus_per_job if gpus else min(cores, 8)), len(work))
+    slots, stopping = queue.SimpleQueue(), threading.Event()
+    for slot in range(count):
+        own = [gpus[(slot * options.gpus_per_job + i) % len(gpus)] for i in range(options.gpus_per_job)] if gpus else []
+        slots.put(threads(options.cpus_per_job or cores // count) | {"CUDA_VISIBLE_DEVICES": ",".join(own)})
+
+    def submit_and_wait(model, commands):
+        if stopping.is_set():
+            return
+        slot = slots.get()
+        executor = submitit.LocalExecutor(model.log().parent / "submitit")
+        executor.update_parameters(timeout_min=10**6)  # no time limit
+        job = executor.submit(make_job(model, commands, slot))
+        while not job.done():
+            if stopping.is_set():
+                os.kill(int(job.job_id), signal.SIGTERM)  # to submitit's controller: cancel() would kill after a second
+                time.sleep(1)
+            time.sleep(0.1)
+        slots.put(slot)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
+    mask = (signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT}))
+    with ThreadPoolExecutor(count, initializer=mask[0], initargs=mask[1]) as pool:
+        try:
+            futures = {pool.submit(submit_and_wait, *item): item[0] for item in work.items()}
+            for future in as_completed(futures):
+                future.result()
+                ended(futures[future])
+        except BaseException:
+            stopping.set()
+            print("stopping: the runs write their checkpoints; the same command goes on", file=sys.stderr, flush=True)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+POLL_SECONDS = 5  # between two looks into SLURM's queue
+
+
+def queued_jobs():
+    """Set of the ids of my jobs in SLURM's queue, or None if squeue does not answer."""
+    answer = subprocess.run(["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
+    return set(answer.stdout.split()) if answer.returncode == 0 else None
+
+
+def run_on_slurm(work, options, ended):
+    """Run the jobs of `work` (Model → commands) as an array on SLURM, options.jobs at a time; ended(model) after each.
+
+    What an earlier call left in the queue is waited for, not submitted again. Raises InputError if SLURM refuses.
+    """
+    queued, waiting, new = queued_jobs() or set(), {}, {}
+    cpus = options.cpus_per_job or 4
+    for model, commands in work.items():
+        record = model.log(".job")
+        job_id = record.read_text().strip() if record.exists() else ""
+        if job_id in queued:
+            waiting[job_id] = model
+        else:
+            new[model] = make_job(model, commands, threads(cpus))
+    if waiting:
+        print(f"{len(waiting)} jobs of an earlier call are in the queue still")
+    if new:
+        first = next(iter(new))
+        executor = submitit.SlurmExecutor(first.log().parent / "submitit", max_num_timeout=10**6)
+        parameters = {"job_name": first.setting.folder("").name, "time": options.time, "cpus_per_task": cpus,
+                      "mem": f"{int(options.mem * 1024)}MB", "array_parallelism": options.jobs or 32,
+                      "additional_parameters": {"requeue": True}}  # fmt: skip
+        if options.gpus_per_job:
+            parameters["gpus_per_node"] = options.gpus_per_job
+        if options.partition:
+            parameters["partition"] = options.partition
+        executor.update_parameters(**parameters)
+        try:
+            jobs = executor.submit_array(list(new.values()))
+        except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
+            reason = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+            raise InputError(f"SLURM refuses the jobs: {reason[-1]}") from None
+        for model, job in zip(new, jobs, strict=True):
+            model.log(".job").write_text(f"{job.job_id}\n")
+            waiting[job.job_id] = model
+        print(f"submitted {len(jobs)} jobs as {jobs[0].job_id.split('_')[0]}; Ctrl-C leaves them in the queue, the same command "
+              "waits for them again", flush=True)  # fmt: skip
+    absences = dict.fromkeys(waiting, 0)
+    while waiting:
+        time.sleep(POLL_SECONDS)
+        queued = queued_jobs()
+        for job_id in list(waiting) if queued is not None else ():
+            absences[job_id] = 0 if job_id in queued else absences[job_id] + 1
+            if absences[job_id] == 2:  # a job that is requeued may be in between for a moment
+                ended(waiting.pop(job_id))

@@ -1,0 +1,278 @@
+"""The report of reproduce.py: from the models on disk to tables, pictures and one page, beside the paper's numbers."""
+
+import base64
+import functools
+import html
+import itertools
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from command_line import InputError
+from figures import plot_beside_paper, plot_score_curves, plot_score_grid
+from files import write_bytes, write_csv
+from grids import COMPARED, ROOT, SCALES, Model, chosen_figures
+
+HIDDEN = ["panel_row", "panel_column", "row", "column", "learned", "setting", "runs"]
+CLOSE, NEAR = 0.05, 0.1
+# Table 5 prints 0.98 and 0.99 where the theory, its linear rows and its dependent rows have 0
+MISPRINTS = {
+    "numeric_ablations.csv": {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", "factor": "s_9"}
+}
+
+
+def models_of(setting, models):
+    """Finished Models of a setting, in order of their seeds; InputError if one is of another setting or scale."""
+    seeds = sorted(
+        int(match.group(1))
+        for path in setting.folder(models).glob(f"{setting.name}_seed*")
+        if (match := re.fullmatch(r".*_seed(\d+)", path.name))
+    )
+    found = [Model(setting, seed, Path(models)) for seed in seeds]
+    return [model for model in found if model.stored().get("finished")]
+
+
+def cell_value(cell, rows):
+    """The cell's number in the rows (dicts) of its file; ValueError unless exactly one row is the cell's."""
+    found = [row for row in rows if all(row[name] == value for name, value in cell.where.items())]
+    if len(found) != 1:
+        raise ValueError(f"expected one row of {' '.join(cell.where.values())}")
+    value = float(found[0][cell.score])
+    return min(max(value, 0.0), 1.0) if cell.clipped else value
+
+
+def model_values(cells, model, file):
+    """Numbers of `cells` (all of one setting and file) of one model, or None without the file; InputError if it is damaged."""
+    if not (model.directory / file.name).exists():
+        return None
+    rows = model.read(file).to_dict("records")
+    try:
+        return [cell_value(cell, rows) for cell in cells]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{model.directory / file.name} is damaged: {error}; remove it and make it again") from None
+
+
+def measured(figure, scale, models, damaged):
+    """DataFrame of a figure's cells: keys, mean, std (over seeds, n − 1), seeds; at COMPARED scales paper, difference, note.
+
+    Files that cannot be read are left out as a whole and named in `damaged`, path → message.
+    """
+    cells, groups = list(figure.cells(scale)), {}
+    runs = [{} for _ in cells]
+    for index, cell in enumerate(cells):
+        groups.setdefault((cell.setting, cell.file), []).append(index)
+    for (setting, file), indices in groups.items():
+        for model in models_of(setting, models):
+            path = model.directory / file.name
+            try:
+                values = None if path in damaged else model_values([cells[i] for i in indices], model, file)
+            except InputError as error:
+                damaged[path], values = str(error), None
+            for index, value in zip(indices, values or (), strict=False):
+                runs[index][model.name] = value
+    rows = []
+    for cell, values in zip(cells, runs, strict=True):
+        series = pd.Series(values, dtype=float)
+        rows.append({**cell.keys, "mean": series.mean(), "std": series.std(), "seeds": len(series),
+                     "panel_row": cell.panel[0], "panel_column": cell.panel[1], "row": cell.row, "column": cell.column,
+                     "learned": cell.learned, "setting": cell.setting.name, "runs": values})  # fmt: skip
+    table, keys = pd.DataFrame(rows), list(rows[0].keys())[: -len(HIDDEN) - 3]
+    if scale not in COMPARED:
+        return table
+    paper = pd.read_csv(ROOT / "paper" / figure.paper, keep_default_na=False)
+    table = table.merge(paper.rename(columns={"value": "paper"}), on=keys, how="left", validate="one_to_one")
+    wrong = MISPRINTS.get(figure.paper, {"mean": None})
+    misprinted = functools.reduce(
+        lambda mask, item: mask & (table[item[0]] == item[1]), wrong.items(), table.paper.notna()
+    )
+    table["difference"] = (table["mean"] - table.paper).mask(misprinted)
+    table["note"] = misprinted.map({True: "paper: misprint", False: ""})
+    return table
+
+
+def summarise(tables, scale):
+    """DataFrame of one row a figure: cells, computed, seeds, and of those with a number of the paper how many are how near."""
+    rows = []
+    for figure, table in tables.items():
+        row = {"figure": figure.name, "scale": scale, "cells": len(table), "computed": int((table.seeds > 0).sum())}
+        row["seeds"] = "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
+        if scale in COMPARED:
+            for name, part in (("", table), ("independent_", table[table.semantics == "independent"])):
+                difference = part.difference.dropna().abs().round(9)
+                row[f"{name}compared"] = len(difference)
+                row |= {f"{name}within_{bound}": int((difference <= bound).sum()) for bound in (CLOSE, NEAR)}
+            row["misprints"] = int((table.note != "").sum())
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def counts_in_words(summary, scale):
+    """How many cells are computed, and how many of them are near the paper's numbers."""
+    total = summary.sum(numeric_only=True).astype(int)
+    words = f"{total.computed} of {total.cells} cells computed"
+    if scale not in COMPARED:
+        return f"{words} (a smaller problem, not compared with the paper)"
+    near, nearer = total[f"within_{NEAR}"], total[f"within_{CLOSE}"]
+    words += f", {nearer} of {total.compared} lie within ±{CLOSE} of the paper, {near} within ±{NEAR}"
+    return words + (f"; {total.misprints} cells are misprinted in the paper, not compared" if total.misprints else "")
+
+
+def pattern_broken(tables):
+    """(cells, broken): number of independent nonlinear cells, and a DataFrame of those that are not as the theory says.
+
+    Unbiased factors should have R² of at least 0.9, all others at most 0.1; a setting that two figures share counts once.
+    """
+    cells = pd.concat(tables.values(), ignore_index=True)
+    cells = cells[cells.learned.notna() & (cells.seeds > 0)]
+    if cells.empty:
+        return 0, pd.DataFrame()
+    cells = cells.drop_duplicates(["setting", "encoding", "factor"])
+    learned = cells.learned.astype(bool)
+    broken = cells[(learned & (cells["mean"] < 0.9)) | (~learned & (cells["mean"] > 0.1))]
+    columns = {"setting": broken.setting, "encoding": broken.encoding, "factor": broken.factor,
+               "expected": ["≥ 0.9" if value else "≤ 0.1" for value in broken.learned], "mean": broken["mean"].round(3),
+               "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs]}  # fmt: skip
+    return len(cells), pd.DataFrame(columns)
+
+
+def durations(figures, scale, models):
+    """DataFrame of the finished models: seconds of training and of evaluation, and the device."""
+    settings = dict.fromkeys(cell.setting for figure in figures for cell in figure.cells(scale))
+    columns = ["train_seconds", "eval_seconds", "device"]
+    found = itertools.chain.from_iterable(models_of(setting, models) for setting in settings)
+    rows = [[model.name, scale, *(model.stored().get(name) for name in columns)] for model in found]
+    return pd.DataFrame(rows, columns=["model", "scale", *columns])
+
+
+def panels_of(table, value):
+    """Dict (panel row, panel column) → DataFrame (rows × columns of the panel) of one column of a figure's table."""
+    grids = {}
+    for panel, part in table.groupby(["panel_row", "panel_column"], sort=False):
+        grids[panel] = part.pivot(index="row", columns="column", values=value)
+        grids[panel] = grids[panel].loc[part.row.unique(), part.column.unique()]
+    return grids
+
+
+def draw(figure, table, scale, folder):
+    """Draw a figure in the paper's arrangement, and at COMPARED scales beside the paper's; returns the PNGs' paths."""
+    title = f"{figure.name}: {figure.title} — {scale} scale, {table.seeds.max()} seed{'s'[: table.seeds.max() - 1]}"
+    ours, path = panels_of(table, "mean"), folder / f"{figure.name}.png"
+    paper = panels_of(table, "paper") if scale in COMPARED else {}
+    if figure.curves:
+        plot_score_curves(ours, panels_of(table, "std"), paper, path, title)
+        return [path]
+    plot_score_grid(ours, path, title)
+    if not paper:
+        return [path]
+    beside, note = folder / f"{figure.name}_beside_paper.png", panels_of(table, "note")
+    plot_beside_paper(ours, paper, panels_of(table, "difference"), note, beside, title)
+    return [path, beside]
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1250px; padding: 0 1rem; color: #222 }
+.first { font-size: 1.15rem; font-weight: 600; margin: .2rem 0 } img { max-width: 100% }
+table { border-collapse: collapse; margin: .8rem 0; font-size: 12px } caption { text-align: left; font-weight: 600 }
+th, td { border: 1px solid #ddd; padding: .25rem .45rem; text-align: right } th { background: #f4f4f4 }
+.text td { text-align: left } small { color: #555 } summary { cursor: pointer }
+.scale { border-top: 3px solid #888; margin-top: 2.5rem }
+"""
+COLOURS = {"close": "#e3f3e3", "near": "#fff3cf", "far": "#fbd9d5", "misprint": "#eee", "": ""}
+
+
+def cell_text(row):
+    """HTML of one cell: mean ± std, and the paper's number with the difference."""
+    text = "–" if not row.seeds else f"<b>{row['mean']:.2f}</b>" + (f" ± {row['std']:.2f}" if row.seeds > 1 else "")
+    if row.get("note"):
+        return f"{text}<br><small>{row.note}</small>"
+    if not math.isnan(row.get("paper", math.nan)):
+        text += f"<br><small>paper {row.paper:.2f}" + (f" ({row.difference:+.2f})" if row.seeds else "") + "</small>"
+    return text
+
+
+def cell_colour(row):
+    """Key of COLOURS of one cell: how near the paper it is."""
+    difference = abs(round(row.get("difference", math.nan), 9))
+    if row.get("note"):
+        return "misprint"
+    return "" if math.isnan(difference) else "close" if difference <= CLOSE else "near" if difference <= NEAR else "far"
+
+
+def figure_tables(table):
+    """HTML of a figure's numbers, a table for each panel."""
+    table = table.assign(text=table.apply(cell_text, axis=1), colour=table.apply(cell_colour, axis=1))
+    colours, parts = panels_of(table, "colour"), []
+    for panel, texts in panels_of(table, "text").items():
+        texts.index.name = texts.columns.name = None
+        styles = colours[panel].map(lambda key: f"background:{COLOURS[key]}" if key else "")
+        styler = texts.style.set_caption(" · ".join(panel)).apply(lambda _, styles=styles: styles.to_numpy(), axis=None)
+        parts.append(styler.to_html())
+    return "\n".join(parts)
+
+
+def scale_section(scale, tables, summary, pattern, pictures):
+    """HTML of one scale: summary, pattern of the theory, and each figure with its numbers."""
+    count, broken = pattern
+    kept = count - len(broken)
+    parts = [f'<section class="scale"><h1>{scale} scale: {SCALES[scale]}</h1>', summary.style.hide().to_html()]
+    if count:
+        rest = " The rest, with their runs:" if len(broken) else ""
+        parts.append(
+            f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent semantics, nonlinear R²: {kept} of {count} cells "
+            f"({kept / count:.1%}) have at least 0.9 for an unbiased factor and at most 0.1 for any other.{rest}</p>"
+        )
+        if len(broken):
+            parts.append(broken.style.hide().format(precision=3).set_table_attributes('class="text"').to_html())
+    for figure, paths in pictures.items():
+        parts.append(f"<h2>{figure.name}: {figure.title} ({scale} scale)</h2>")
+        for path in paths:
+            image = base64.b64encode(path.read_bytes()).decode()
+            parts.append(f'<p><img alt="{path.stem}, {scale} scale" src="data:image/png;base64,{image}"></p>')
+        heading = f"{figure.name}, {scale} scale: every number (mean ± standard deviation over seeds)"
+        parts.append(f"<details><summary>{heading}</summary>{figure_tables(tables[figure])}</details>")
+    return "\n".join([*parts, "</section>"])
+
+
+def page(lines, sections):
+    """The report as one HTML document that needs no other file."""
+    first = "\n".join(f'<p class="first">{html.escape(line)}</p>' for line in lines)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Negate or Embrace: reproduction</title>'
+            f"<style>{STYLE}</style></head><body>\n{first}\n" + "\n".join(sections) + "\n</body></html>\n")  # fmt: skip
+
+
+def write_report(args):
+    """`report`: tables, pictures and index.html of the models that exist; returns the exit code.
+
+    Raises InputError if there are none, and, once the rest is written, if the results of one are damaged.
+    """
+    figures = chosen_figures(args.names or ["all"])
+    output, sections, lines, damaged = Path(args.output), [], [], {}
+    for scale in [args.scale] if args.scale else SCALES:
+        tables = {figure: measured(figure, scale, args.models, damaged) for figure in figures}
+        if not any(table.seeds.any() for table in tables.values()):
+            continue
+        folder = output / scale
+        folder.mkdir(parents=True, exist_ok=True)
+        summary, pattern = summarise(tables, scale), pattern_broken(tables)
+        lines.append(f"{scale} scale: {counts_in_words(summary, scale)}.")
+        write_csv(summary, folder / "summary.csv")
+        write_csv(durations(figures, scale, args.models), folder / "models.csv")
+        pictures = {}
+        for figure, table in tables.items():
+            if table.seeds.any():
+                write_csv(table.drop(columns=HIDDEN).round(4), folder / f"{figure.name}.csv")
+                pictures[figure] = draw(figure, table, scale, folder)
+        sections.append(scale_section(scale, tables, summary, pattern, pictures))
+    if not lines and not damaged:
+        raise InputError(f"no finished model of {', '.join(figure.name for figure in figures)} lies under {args.models}/; "
+                         "`python reproduce.py run` trains them")  # fmt: skip
+    if lines:
+        left_out = [f"Left out: {message}" for message in damaged.values()]
+        write_bytes(output / "index.html", page([*lines, *left_out], sections).encode())
+        print(*lines, f"report: {output / 'index.html'}", sep="\n")
+    if damaged:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        raise InputError(f"{next(iter(damaged.values()))}{more}: left out of the report")
+    return 0
