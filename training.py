@@ -435,11 +435,13 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
             with autocast(device, args.precision):
                 loss = compute_loss(share_done)
             loss.backward()
+            # the graph is freed now: its nodes would lie between the next step's activations and scatter the heap
+            loss = loss.detach()
             if preconditioner:
                 preconditioner.precondition()
             torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
             optimiser.step(lr)
-            loss_sum += loss.detach()
+            loss_sum += loss
             progress.step += 1
             progress.loss_steps += 1
             if bar.update():

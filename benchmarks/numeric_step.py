@@ -97,6 +97,7 @@ def time_form(form, device_name, steps, small):
             else:
                 loss = main_numeric.batch_loss(networks, latents, args.batch_size, "independent", generator)
         loss.backward()
+        loss = loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
         optimiser.step(*(() if form == "plain" else (args.lr,)))
         synchronise()
