@@ -61,17 +61,18 @@ RECIPES = {
     },
     "fast": {
         "init": "he",
-        "lr": 5e-4,
+        "lr": 1e-3,
         "lr_schedule": "onecycle",
         "layer_lr": "fan-in",
         "preconditioner": "inputs",
         "batch_size": 256,
-        "final_batch_size": 768,
+        "final_batch_size": 1024,
         "negatives": "batch",
-        "train_steps": 6_000,
+        "train_steps": "auto",
         "precision": "auto",
     },
 }
+AUTO_STEPS, AUTO_STEPS_PER_DIMENSION = 2_000, 500  # train_steps "auto": more dimensions take longer to tell apart
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 MONITOR_BATCHES = 1  # batches behind the R² of the progress lines
 RUN_FLAGS = {"num_eval_batches", "mlp_eval"}  # may differ between training and a later evaluation
@@ -365,6 +366,8 @@ def main(argv=None):
     if args.seed is None:
         args.seed = drawn_seed()
     latents = build_latents(args, args.seed, device)
+    if args.train_steps == "auto":
+        args.train_steps = AUTO_STEPS + AUTO_STEPS_PER_DIMENSION * (args.encoding_size or len(latents.unbiased))
     networks = build_networks(args, latents)
     details = provenance(device)
     start_directory(directory, args, details)
