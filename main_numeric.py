@@ -66,13 +66,14 @@ RECIPES = {
         "layer_lr": "fan-in",
         "preconditioner": "inputs",
         "batch_size": 256,
-        "final_batch_size": 1024,
+        "final_batch_size": "auto",
         "negatives": "batch",
-        "train_steps": "auto",
+        "train_steps": 5_000,
         "precision": "auto",
     },
 }
-AUTO_STEPS, AUTO_STEPS_PER_DIMENSION = 2_000, 500  # train_steps "auto": more dimensions take longer to tell apart
+# final_batch_size "auto": in more dimensions it takes more negatives to find one that is hard to tell from the positive
+AUTO_BATCH, AUTO_BATCH_PER_DIMENSION = 384, 128
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 MONITOR_BATCHES = 1  # batches behind the R² of the progress lines
 RUN_FLAGS = {"num_eval_batches", "mlp_eval"}  # may differ between training and a later evaluation
@@ -366,8 +367,9 @@ def main(argv=None):
     if args.seed is None:
         args.seed = drawn_seed()
     latents = build_latents(args, args.seed, device)
-    if args.train_steps == "auto":
-        args.train_steps = AUTO_STEPS + AUTO_STEPS_PER_DIMENSION * (args.encoding_size or len(latents.unbiased))
+    if args.final_batch_size == "auto":
+        size = args.encoding_size or len(latents.unbiased)
+        args.final_batch_size = max(args.batch_size, AUTO_BATCH + AUTO_BATCH_PER_DIMENSION * size)
     networks = build_networks(args, latents)
     details = provenance(device)
     start_directory(directory, args, details)

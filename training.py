@@ -113,11 +113,10 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
     group.add_argument(
         "--final-batch-size",
         type=integer(0),
-        help="pairs in the last step: the batch grows geometrically from --batch-size; 0 = it does not "
-        f"({recipe_default('final_batch_size')})",
+        help="pairs in the last step: the batch grows geometrically from --batch-size; 0 = it does not, auto = larger for "
+        f"larger encodings ({recipe_default('final_batch_size')})",
     )
-    group.add_argument("--train-steps", type=integer(1),
-                       help=f"auto: more for larger encodings ({recipe_default('train_steps')})")  # fmt: skip
+    group.add_argument("--train-steps", type=integer(1), help=f"({recipe_default('train_steps')})")
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                        help=f"of matrix products; tf32 on CUDA alone ({recipe_default('precision')})")  # fmt: skip
 

@@ -151,15 +151,15 @@ def test_the_recipe_sets_what_is_not_given(run, tmp_path):
     assert {name: getattr(args, name) for name in defaults} == defaults
 
 
-def test_the_fast_recipe_takes_more_steps_for_larger_encodings(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_numeric, "AUTO_STEPS", 10)
-    monkeypatch.setattr(main_numeric, "AUTO_STEPS_PER_DIMENSION", 5)
-    base = TINY.replace("--train-steps 40", "--recipe fast")
-    for flags, steps in (("", 20), ("--encoding-size 4", 30), ("--beta-value 0", 15), ("--train-steps 7", 7)):
+def test_the_fast_recipe_takes_larger_batches_for_larger_encodings(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_numeric, "AUTO_BATCH", 10)
+    monkeypatch.setattr(main_numeric, "AUTO_BATCH_PER_DIMENSION", 5)
+    base = f"{TINY} --recipe fast"
+    for flags, size in (("", 20), ("--encoding-size 4", 30), ("--beta-value 0", 15), ("--final-batch-size 17", 17)):
         assert run(f"{flags} --seed 1 --overwrite", base=base)[0] == 0
-        assert json.loads((tmp_path / "models/m/args.json").read_text())["train_steps"] == steps
-    code, _, err = run("--train-steps 20 --resume", base=TINY)
-    assert code == 2 and "--train-steps 20 contradicts 7" in err
+        assert json.loads((tmp_path / "models/m/args.json").read_text())["final_batch_size"] == size
+    code, _, err = run("--final-batch-size 20 --resume", base=base)
+    assert code == 2 and "--final-batch-size 20 contradicts 17" in err
 
 
 def test_no_model_id_and_no_seed_are_made_printed_and_stored(tmp_path, capsys, run):
