@@ -155,7 +155,7 @@ def test_the_fast_recipe_takes_larger_batches_for_larger_encodings(run, tmp_path
     monkeypatch.setattr(main_numeric, "AUTO_BATCH", 10)
     monkeypatch.setattr(main_numeric, "AUTO_BATCH_PER_DIMENSION", 5)
     base = f"{TINY} --recipe fast"
-    for flags, size in (("", 20), ("--encoding-size 4", 30), ("--beta-value 0", 15), ("--final-batch-size 17", 17)):
+    for flags, size in (("", 20), ("--encoding-size 4", 30), ("--beta-value 0", 16), ("--final-batch-size 17", 17)):
         assert run(f"{flags} --seed 1 --overwrite", base=base)[0] == 0
         assert json.loads((tmp_path / "models/m/args.json").read_text())["final_batch_size"] == size
     code, _, err = run("--final-batch-size 20 --resume", base=base)
