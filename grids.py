@@ -78,6 +78,11 @@ class Cell:
     learned: bool | None = None
     clipped: bool = True
 
+    @property
+    def source(self):
+        """Where the number stands, in words: what figures share is known by it."""
+        return f"{self.setting.name} {' '.join(map(str, self.where.values()))}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Figure:

@@ -15,7 +15,7 @@ from figures import plot_beside_paper, plot_score_curves, plot_score_grid
 from files import write_bytes, write_csv
 from grids import COMPARED, ROOT, SCALES, Model, chosen_figures
 
-HIDDEN = ["panel_row", "panel_column", "row", "column", "learned", "setting", "runs"]
+HIDDEN = ["panel_row", "panel_column", "row", "column", "learned", "setting", "source", "runs"]
 CLOSE, NEAR = 0.05, 0.1
 # Table 5 prints 0.98 and 0.99 where the theory, its linear rows and its dependent rows have 0
 MISPRINTS = {
@@ -77,12 +77,15 @@ def measured(figure, scale, models, damaged):
         series = pd.Series(values, dtype=float)
         rows.append({**cell.keys, "mean": series.mean(), "std": series.std(), "seeds": len(series),
                      "panel_row": cell.panel[0], "panel_column": cell.panel[1], "row": cell.row, "column": cell.column,
-                     "learned": cell.learned, "setting": cell.setting.name, "runs": values})  # fmt: skip
+                     "learned": cell.learned, "setting": cell.setting.name, "source": cell.source, "runs": values})  # fmt: skip
     table, keys = pd.DataFrame(rows), list(rows[0].keys())[: -len(HIDDEN) - 3]
     if scale not in COMPARED:
         return table
-    paper = pd.read_csv(ROOT / "paper" / figure.paper, keep_default_na=False)
-    table = table.merge(paper.rename(columns={"value": "paper"}), on=keys, how="left", validate="one_to_one")
+    if figure.paper:
+        paper = pd.read_csv(ROOT / "paper" / figure.paper, keep_default_na=False)
+        table = table.merge(paper.rename(columns={"value": "paper"}), on=keys, how="left", validate="one_to_one")
+    else:
+        table["paper"] = math.nan
     wrong = MISPRINTS.get(figure.paper, {"mean": None})
     misprinted = functools.reduce(
         lambda mask, item: mask & (table[item[0]] == item[1]), wrong.items(), table.paper.notna()
@@ -99,7 +102,10 @@ def summarise(tables, scale):
         row = {"figure": figure.name, "scale": scale, "cells": len(table), "computed": int((table.seeds > 0).sum())}
         row["seeds"] = "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
         if scale in COMPARED:
-            for name, part in (("", table), ("independent_", table[table.semantics == "independent"])):
+            parts = {"": table} | (
+                {"independent_": table[table.semantics == "independent"]} if "semantics" in table else {}
+            )
+            for name, part in parts.items():
                 difference = part.difference.dropna().abs().round(9)
                 row[f"{name}compared"] = len(difference)
                 row |= {f"{name}within_{bound}": int((difference <= bound).sum()) for bound in (CLOSE, NEAR)}
@@ -110,7 +116,7 @@ def summarise(tables, scale):
 
 def counts_in_words(summary, scale):
     """How many cells are computed, and how many of them are near the paper's numbers."""
-    total = summary.sum(numeric_only=True).astype(int)
+    total = summary.fillna(0).sum(numeric_only=True).astype(int)
     words = f"{total.computed} of {total.cells} cells computed"
     if scale not in COMPARED:
         return f"{words} (a smaller problem, not compared with the paper)"
@@ -120,18 +126,19 @@ def counts_in_words(summary, scale):
 
 
 def pattern_broken(tables):
-    """(cells, broken): number of independent nonlinear cells, and a DataFrame of those that are not as the theory says.
+    """(cells, broken): number of nonlinear scores that the theory foretells, and a DataFrame of those that are otherwise.
 
-    Unbiased factors should have R² of at least 0.9, all others at most 0.1; a setting that two figures share counts once.
+    Where factors are independent, the unbiased should score at least 0.9 and all others at most 0.1; a number that two
+    figures share counts once.
     """
     cells = pd.concat(tables.values(), ignore_index=True)
     cells = cells[cells.learned.notna() & (cells.seeds > 0)]
     if cells.empty:
         return 0, pd.DataFrame()
-    cells = cells.drop_duplicates(["setting", "encoding", "factor"])
+    cells = cells.drop_duplicates("source")
     learned = cells.learned.astype(bool)
     broken = cells[(learned & (cells["mean"] < 0.9)) | (~learned & (cells["mean"] > 0.1))]
-    columns = {"setting": broken.setting, "encoding": broken.encoding, "factor": broken.factor,
+    columns = {"setting, encoding, factor": broken.source,
                "expected": ["≥ 0.9" if value else "≤ 0.1" for value in broken.learned], "mean": broken["mean"].round(3),
                "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs]}  # fmt: skip
     return len(cells), pd.DataFrame(columns)
@@ -159,7 +166,7 @@ def draw(figure, table, scale, folder):
     """Draw a figure in the paper's arrangement, and at COMPARED scales beside the paper's; returns the PNGs' paths."""
     title = f"{figure.name}: {figure.title} — {scale} scale, {table.seeds.max()} seed{'s'[: table.seeds.max() - 1]}"
     ours, path = panels_of(table, "mean"), folder / f"{figure.name}.png"
-    paper = panels_of(table, "paper") if scale in COMPARED else {}
+    paper = panels_of(table, "paper") if scale in COMPARED and figure.paper else {}
     if figure.curves:
         plot_score_curves(ours, panels_of(table, "std"), paper, path, title)
         return [path]
@@ -220,8 +227,8 @@ def scale_section(scale, tables, summary, pattern, pictures):
     if count:
         rest = " The rest, with their runs:" if len(broken) else ""
         parts.append(
-            f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent semantics, nonlinear R²: {kept} of {count} cells "
-            f"({kept / count:.1%}) have at least 0.9 for an unbiased factor and at most 0.1 for any other.{rest}</p>"
+            f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: {kept} of {count} cells "
+            f"({kept / count:.1%}) are at least 0.9 for an unbiased factor and at most 0.1 for any other.{rest}</p>"
         )
         if len(broken):
             parts.append(broken.style.hide().format(precision=3).set_table_attributes('class="text"').to_html())
