@@ -83,10 +83,9 @@ def mpi3d_setting(bias_type, bias_id):
 PAD, EOS, UNK = "{pad}", "{eos}", "{unk}"
 
 OPENING_QUOTE = re.compile(r'(?:^|(?<=[ (\[{<]))"')
-# what stands alone: marks, a comma or colon unless a digit follows, the full stop at the end, an 's before a space
-ALONE = re.compile(
-    r"[;@#$%&?!*()\[\]{}<>]|[:,](?!\d)|(?<!\.)\.(?=[\])}>' ]*$)|--|(?<=[^' ])'(?:s|m|d|ll|re|ve)?(?= |$)", re.IGNORECASE
-)
+# what stands alone: marks, a comma or colon unless a digit follows, the full stop at the end; then an 's before a space
+MARKS = re.compile(r"[;@#$%&?!*()\[\]{}<>]|[:,](?!\d)|(?<!\.)\.(?=[\])}>' ]*$)|--")
+CLITICS = re.compile(r"(?<=[^' ])'(?:s|m|d|ll|re|ve)?(?= |$)", re.IGNORECASE)
 
 
 def tokenise(caption):
@@ -96,7 +95,7 @@ def tokenise(caption):
     are the tokens of NLTK's NLTKWordTokenizer, whose import alone takes longer than to open a data set.
     """
     text = OPENING_QUOTE.sub(" `` ", caption).replace('"', " '' ")
-    return ALONE.sub(r" \g<0> ", text).split()
+    return CLITICS.sub(r" \g<0> ", MARKS.sub(r" \g<0> ", text)).split()
 
 
 def read_lines(path):
@@ -474,7 +473,7 @@ class EpochOrder:
 
     def set_state(self, state):
         """Go on where `get_state` was taken."""
-        self._generator.set_state(state[8:])
+        self._generator.set_state(state[8:].clone())
         self._begin_epoch()
         self._position = state[:8].clone().view(torch.int64).item()
 
@@ -560,12 +559,18 @@ def _read_factors(path, sizes):
     for name, size in sizes.items():
         column = table[name].to_numpy()
         if column.dtype.kind not in "iu" or column.min() < 0 or column.max() >= size:
-            wrong = next(
-                (value for value in column.tolist() if not (isinstance(value, int) and 0 <= value < size)), column[0]
-            )
+            wrong = next((value for value in column.tolist() if not _is_class(value, size)), column[0])
             raise InputError(f"{path}: {name} is {wrong}, expected integers from 0 to {size - 1}")
         values[name] = column.astype(np.int64)
     return values
+
+
+def _is_class(value, size):
+    """Whether a value of a CSV file stands for an integer from 0 to size − 1."""
+    try:
+        return float(value).is_integer() and 0 <= float(value) < size
+    except ValueError:
+        return False
 
 
 def _check_factors(path, image_values, text_values, setting, grid):

@@ -1,15 +1,18 @@
 """Opening MPI3D-Complex and drawing batches from it, against the plain way: a Dataset that reads all and a DataLoader.
 
     python benchmarks/mpi3d_data.py                          # on data/MPI3d_real_complex, on one CPU core
-    python benchmarks/mpi3d_data.py --make-blank --datapath FOLDER    # make a folder of the real size to try it on
+    python benchmarks/mpi3d_data.py --make-blank --datapath FOLDER               # make a folder of the real size for it
+    python benchmarks/mpi3d_data.py --make-blank --datapath FOLDER --positions 20    # or one of 20 × 20 positions
 
 Each way runs in a process of its own, so that its memory is its own. The plain way is what a tutorial writes: np.load the
-images, keep those of the split, tokenise each caption, and return one tensor and one one-hot matrix an item. It opens one
-split, where training needs both. The folder that --make-blank writes has blank images and real captions.
+images, keep those of the split, tokenise each caption with NLTK, and return one tensor and one one-hot matrix an item. It
+opens one split, where training needs both, and at the real size takes 11 GB while it does. The folder that --make-blank
+writes has blank images and real captions.
 """
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -22,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datasets import MPI3D_FILE, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, EpochOrder, load_mpi3d, tokenise
+from datasets import MPI3D_FILE, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, EpochOrder, load_mpi3d
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
 from training import describe_device
 
@@ -39,10 +42,14 @@ class PlainDataset(torch.utils.data.Dataset):
     """Images and captions of a split, the plain way."""
 
     def __init__(self, folder, split, name):
+        from nltk.tokenize.destructive import NLTKWordTokenizer
+
         folder = Path(folder)
         factors = pd.read_csv(folder / split / "image_semantics.csv")
-        rows = np.ravel_multi_index(tuple(factors[key] for key in MPI3D_GRID), tuple(MPI3D_GRID.values()))
-        self.images = np.load(folder / MPI3D_FILE)["images"][rows]
+        content = np.load(folder / MPI3D_FILE)
+        grid = content["grid"] if "grid" in content else MPI3D_GRID.values()
+        self.images = content["images"][np.ravel_multi_index(tuple(factors[key] for key in MPI3D_GRID), tuple(grid))]
+        tokenise = NLTKWordTokenizer().tokenize
         self.captions = [tokenise(line) for line in (folder / split / f"text_{name}.txt").read_text().splitlines()]
         self.vocabulary = json.loads((folder / f"vocab_{name}.json").read_text())
         self.length = 1 + max(map(len, self.captions))
@@ -91,16 +98,16 @@ def time_ours(folder, name, batches):
     return {"open": opening, "memory": opened, "rate": 20 * batches * BATCH_SIZE / (time.perf_counter() - started)}
 
 
-def make_blank(folder):
-    """A folder of the real size: blank images in a sparse file, and all captions."""
-    folder = Path(folder)
+def make_blank(folder, positions):
+    """A folder of the real size, or of fewer positions: blank images and all captions."""
+    folder, grid = Path(folder), {**MPI3D_GRID, "H_AXIS": positions, "V_AXIS": positions}
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MPI3D_FILE).exists():
         sys.exit(f"error: {folder / MPI3D_FILE} exists already")
-    images = np.memmap(folder / "images.npy", np.uint8, "w+", shape=(460_800, 64, 64, 3))
-    np.savez(folder / MPI3D_FILE, images=images)
+    images = np.memmap(folder / "images.npy", np.uint8, "w+", shape=(math.prod(grid.values()), 64, 64, 3))
+    np.savez(folder / MPI3D_FILE, images=images, grid=np.array(list(grid.values())))
     (folder / "images.npy").unlink()
-    render(folder, MPI3D_GRID, train_ratio=0.9, seed=0)
+    render(folder, grid, train_ratio=0.9, seed=0)
 
 
 def main():
@@ -110,10 +117,11 @@ def main():
     parser.add_argument("--setting", default="selection_4", help="captions to open (%(default)s)")
     parser.add_argument("--batches", type=int, default=20, help="of 256, timed the plain way; 20 times as many of ours")
     parser.add_argument("--make-blank", action="store_true", help="write a folder of the real size to time, and stop")
+    parser.add_argument("--positions", type=int, default=40, help="of each joint in that folder (%(default)s)")
     parser.add_argument("--way", choices=("plain", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make_blank:
-        return make_blank(args.datapath)
+        return make_blank(args.datapath, args.positions)
     if args.way:
         torch.set_num_threads(1)
         timed = {"plain": time_plain, "ours": time_ours}[args.way](args.datapath, args.setting, args.batches)

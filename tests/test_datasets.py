@@ -291,9 +291,8 @@ def test_the_vocabulary_is_that_of_the_training_captions_by_appearance(mpi3d):
     rendered = json.loads((mpi3d / "vocab_selection_2.json").read_text())
     os.remove(mpi3d / "vocab_selection_2.json")
     pairs, _ = load_mpi3d(mpi3d, "selection", 2)
-    expected = ["{pad}", "{eos}", "{unk}"]
-    for line in (mpi3d / "train/text_selection_2.txt").read_text().splitlines():
-        expected += [word for word in tokenise(line) if word not in expected]
+    lines = (mpi3d / "train/text_selection_2.txt").read_text().splitlines()
+    expected = dict.fromkeys(["{pad}", "{eos}", "{unk}", *(word for line in lines for word in tokenise(line))])
     assert list(pairs.vocabulary.items()) == list(rendered.items()) == [(word, i) for i, word in enumerate(expected)]
 
 
@@ -464,7 +463,7 @@ WRONG = {
     "off the grid": (edited("train/image_semantics.csv", "\n", "\n4,0,0,0,0,0,0\n"), "OBJ_COLOR is 4, expected .* 3"),
     "negative": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,-1\n"), "OBJ_SHAPE is -1, expected"),
     "no integer": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,0.5\n"), "OBJ_SHAPE is 0.5, expected"),
-    "a word": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,red\n"), "OBJ_SHAPE is red, expected|OBJ_SHAPE"),
+    "a word": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,red\n"), "OBJ_SHAPE is red, expected"),
     "a gap": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,\n"), "without gaps"),
 }  # fmt: skip
 

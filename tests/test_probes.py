@@ -296,7 +296,7 @@ def test_matthews_correlation_agrees_with_scikit_learn():
 
 
 def test_logistic_regression_agrees_with_scikit_learn():
-    encodings, fit, test = make_classes(1500)
+    encodings, fit, test = make_classes(1000)
     for fit_h, test_h in encodings.values():
         scores = probes.logistic_mcc(fit_h, fit, test_h, test)
         assert list(scores) == list(fit)
@@ -352,21 +352,19 @@ def test_networks_follow_mlp_classifier_step_by_step(classes, monkeypatch):
 
 
 def test_mlp_classifiers_agree_with_scikit_learn():
-    encodings, fit, test = make_classes(1500)
+    encodings, fit, test = make_classes(800)
     scores = probes.mlp_mcc(encodings, fit, test, generator())
     assert list(scores) == [(encoding, target) for encoding in encodings for target in fit]
-    for encoding, (fit_h, test_h) in encodings.items():
-        for name in ("four", "two", "three", "forty"):
-            expected = [
-                matthews_corrcoef(test[name], MLPClassifier(random_state=seed).fit(fit_h, fit[name]).predict(test_h))
-                for seed in (0, 1)
-            ]
-            # at this size MLPClassifier differs by more than 0.01 from itself with another seed
-            spread = max(0.02, 2 * abs(expected[0] - expected[1]))
-            assert scores[encoding, name] == pytest.approx(sum(expected) / 2, abs=spread), (encoding, name)
+    fit_h, test_h = encodings["x"]
+    for name in ("four", "two", "three", "forty"):
+        model = MLPClassifier(random_state=0).fit(fit_h, fit[name])
+        expected = matthews_corrcoef(test[name], model.predict(test_h))
+        # at this size MLPClassifier differs by as much from itself with another seed
+        assert scores["x", name] == pytest.approx(expected, abs=0.03), name
+    for encoding in encodings:
         assert scores[encoding, "constant"] == 0.0 and abs(scores[encoding, "unseen"]) < 0.1
         assert scores[encoding, "numbered from 5"] == scores[encoding, "three"]
-    assert scores["x", "three"] > 0.3 > probes.logistic_mcc(encodings["x"][0], fit, encodings["x"][1], test)["three"]
+    assert scores["x", "three"] > 0.3 > probes.logistic_mcc(fit_h, fit, test_h, test)["three"]
 
 
 def test_a_class_that_is_not_fitted_counts_as_wrong():
