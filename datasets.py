@@ -128,30 +128,33 @@ class Captions:
         return self.tokens[self.index[rows]].long()
 
 
-def load_captions(files, vocabulary_file, cache_file):
-    """(captions, vocabulary): Captions for each of `files`, a dict split → path with "train" among them, and words → numbers.
+def load_captions(parts, vocabulary_file, cache_file):
+    """(captions, vocabulary): dict split → Captions, and dict word → number.
 
-    Each caption ends with {eos} and is padded with {pad}, up to the longest of all splits plus one, so that one encoder
-    reads them all. The vocabulary is that of vocabulary_file; where there is none it is {pad}, {eos}, {unk}, then the words
-    of "train" in order of appearance. The result is kept in cache_file, if that can be written, and taken from there as
-    long as the files hold the same bytes. Raises InputError that names a missing or damaged file or an empty caption.
+    parts: dict split → (file, slice of its lines), with "train" among the splits. Each caption ends with {eos} and is padded
+    with {pad}, up to the longest of all splits plus one, so that one encoder reads them all. The vocabulary is that of
+    vocabulary_file; where there is none it is {pad}, {eos}, {unk}, then the words of "train" in order of appearance. The
+    result is kept in cache_file, if that can be written, and taken from there as long as the files hold the same bytes.
+    Raises InputError that names a missing or damaged file or an empty caption.
     """
-    digest = hashlib.blake2b(b"1")
-    for path in (*files.values(), vocabulary_file):
+    digest = hashlib.blake2b(repr([(split, lines) for split, (_, lines) in parts.items()]).encode())
+    files = dict.fromkeys(path for path, _ in parts.values())
+    for path in (*files, vocabulary_file):
         content = _bytes_or_none(path)
         digest.update(struct.pack("<q", -1 if content is None else len(content)))
         digest.update(content or b"")
-    cached = _read_cache(cache_file, digest.hexdigest(), files)
+    cached = _read_cache(cache_file, digest.hexdigest(), parts)
     if cached is None:
         vocabulary = _read_vocabulary(vocabulary_file)
         distinct, index = {}, {}
-        for split, path in files.items():
-            lines = read_lines(path)
+        files = {path: read_lines(path) for path in files}
+        for path, lines in files.items():
             if "" in lines:
                 raise InputError(f"{path}: the caption in line {lines.index('') + 1} is empty; make the file again")
-            if not lines:
-                raise InputError(f"{path} holds no caption; make it again")
-            index[split], captions = pd.factorize(np.array(lines, dtype=object))
+        for split, (path, part) in parts.items():
+            if not files[path][part]:
+                raise InputError(f"{path} holds no caption for {split}; make it again")
+            index[split], captions = pd.factorize(np.array(files[path][part], dtype=object))
             distinct[split] = [tokenise(caption) for caption in captions]
         if vocabulary is None:
             words = dict.fromkeys(word for caption in distinct["train"] for word in caption)
@@ -161,9 +164,8 @@ def load_captions(files, vocabulary_file, cache_file):
         cached = tables, {split: codes.astype(np.int32) for split, codes in index.items()}, vocabulary
         _write_cache(cache_file, digest.hexdigest(), *cached)
     tables, index, vocabulary = cached
-    return {
-        split: Captions(torch.from_numpy(tables[split]), torch.from_numpy(index[split])) for split in files
-    }, vocabulary
+    captions = {part: Captions(torch.from_numpy(tables[part]), torch.from_numpy(index[part])) for part in parts}
+    return captions, vocabulary
 
 
 def _encode(captions, vocabulary, length):
@@ -519,7 +521,8 @@ def load_mpi3d(folder, bias_type, bias_id, device="cpu", workers=0):
             raise InputError(
                 f"{path} is missing: rendering_data/MPI3D/render_multimodal_mpi3d.py --output-dir {folder} writes it"
             )
-    captions, vocabulary = load_captions(files, folder / f"vocab_{name}.json", folder / f"tokens_{name}.npz")
+    parts = {split: (path, slice(None)) for split, path in files.items()}
+    captions, vocabulary = load_captions(parts, folder / f"vocab_{name}.json", folder / f"tokens_{name}.npz")
     loaded = {}
     for split in splits:
         image_path, text_path = (

@@ -92,7 +92,7 @@ def parse_flags(argv):
     group.add_argument("--datapath", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
     group.add_argument(
         "--workers", type=integer(0), default=0,
-        help="threads that read each batch from disk, for a slow disk; 0 = none, 1 = none (%(default)s)")  # fmt: skip
+        help="threads that read each batch from disk, for a slow disk; 0 = the training's own (%(default)s)")  # fmt: skip
     group = parser.add_argument_group("setting: what the caption says of the image")
     group.add_argument(
         "--bias-type", choices=BIAS_TYPES, default="selection",

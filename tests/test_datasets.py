@@ -296,6 +296,20 @@ def test_the_vocabulary_is_that_of_the_training_captions_by_appearance(mpi3d):
     assert list(pairs.vocabulary.items()) == list(rendered.items()) == [(word, i) for i, word in enumerate(expected)]
 
 
+def test_splits_may_be_parts_of_one_file(tmp_path):
+    """The vocabulary is that of the training part alone."""
+    (tmp_path / "all.txt").write_text("a red cow.\na red cow.\na blue hen.\na red hen.\n")
+    parts = {"train": (tmp_path / "all.txt", slice(0, 2)), "test": (tmp_path / "all.txt", slice(2, 4))}
+    for _ in range(2):  # the second time from the cache
+        captions, vocabulary = datasets.load_captions(parts, tmp_path / "none.json", tmp_path / "cache.npz")
+        assert list(vocabulary) == ["{pad}", "{eos}", "{unk}", "a", "red", "cow", "."]
+        assert captions["train"].tokens.tolist() == [[3, 4, 5, 6, 1]] and captions["train"].index.tolist() == [0, 0]
+        assert captions["test"].take(torch.tensor([1, 0])).tolist() == [[3, 4, 2, 6, 1], [3, 2, 2, 6, 1]]
+    other = {**parts, "test": (tmp_path / "all.txt", slice(3, 4))}
+    captions, _ = datasets.load_captions(other, tmp_path / "none.json", tmp_path / "cache.npz")
+    assert len(captions["test"].index) == 1
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_other_vocabularies(mpi3d, wrapped):
     plain, _ = load_mpi3d(mpi3d, "selection", 0)
