@@ -201,7 +201,7 @@ def _read_vocabulary(path):
             f"{path} is damaged: expected an object of words numbered from 0 with {PAD}, {EOS} and {UNK} among them; "
             "remove it and it is made from the training captions"
         )
-    return vocabulary
+    return dict(sorted(vocabulary.items(), key=lambda entry: entry[1]))
 
 
 def _read_cache(path, digest, splits):

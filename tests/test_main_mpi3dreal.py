@@ -212,7 +212,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
     assert run(flags, "whole")[0] == 0
     rng, real = random.Random(flags), main_mpi3dreal.batch_loss
     for _ in range(3):
-        count, last = itertools.count(), rng.randrange(6, 25)
+        count, last = itertools.count(), rng.randrange(6, 13)
 
         def dying(*arguments, count=count, last=last):
             if next(count) == last:
