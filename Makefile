@@ -1,4 +1,5 @@
 # make demo    train a small model on the CPU, show its table and picture (a minute after installation)
+# make demo-mpi3d   draw stand-in images, write captions, train on a selection and a perturbation bias (minutes)
 # make test    run the test suite            make lint    check the style
 # make bench   time what the README quotes
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo demo-mpi3d test lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -21,6 +22,16 @@ $(INSTALLED): requirements.txt
 demo: $(INSTALLED)
 	$(BIN)/python main_numeric.py --recipe fast --no-cuda --semantics-n 4 --modality-n 2 --theta-value 10 --beta-value 2 \
 		--train-steps 600 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
+
+STANDIN := data/mpi3d_standin
+MPI3D_DEMO := main_mpi3dreal.py --datapath $(STANDIN) --recipe fast --no-cuda --batch-size 64 --train-steps 150 --log-steps 50 --seed 0 --overwrite
+
+demo-mpi3d: $(INSTALLED)
+	$(BIN)/python rendering_data/MPI3D/render_standin_images.py --output-dir $(STANDIN) --grid 4 4 2 3 3 6 6 --overwrite
+	$(BIN)/python rendering_data/MPI3D/render_multimodal_mpi3d.py --output-dir $(STANDIN) --overwrite
+	$(BIN)/python $(MPI3D_DEMO) --bias-type selection --bias-id 0 --model-id demo_mpi3d_selection
+	$(BIN)/python $(MPI3D_DEMO) --bias-type perturbation --bias-id 4 --model-id demo_mpi3d_perturbation
+	$(BIN)/python rendering_data/MPI3D/show_pairs.py --datapath $(STANDIN) --output models/demo_mpi3d_pairs.png
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+CAPTION_LENGTHS = range(4, 165)  # tokens that a TextEncoder reads
 CPU_ROWS = 512  # rows whose activations of one layer stay in a CPU's cache; the gradients' temporaries shrink with them
 
 
@@ -28,11 +29,66 @@ class MLPEncoder(nn.Sequential):
         return torch.cat([super(MLPEncoder, self).forward(block) for block in x.chunk(blocks)])
 
 
+class ImageEncoder(nn.Module):
+    """f: images → R^D: ResNet-18 (He et al., 2016) without pretrained weights → LeakyReLU(0.01) → linear."""
+
+    def __init__(self, encoding_size, mean, std, hidden_size=100):
+        """Encoder of images whose channels, scaled to [0, 1], have that mean and standard deviation."""
+        from torchvision.models import resnet18  # a slow import, which numeric experiments need not wait for
+
+        super().__init__()
+        self.resnet = resnet18(weights=None, num_classes=hidden_size)
+        self.linear = nn.Linear(hidden_size, encoding_size)
+        self.register_buffer("mean", 255 * torch.tensor(mean), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std), persistent=False)
+        # the images' own order in memory, and the faster one for convolutions
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images):
+        """(B, H, W, 3) uint8 images → (B, D)."""
+        x = ((images - self.mean) / self.std).permute(0, 3, 1, 2)
+        return self.linear(nn.functional.leaky_relu(self.resnet(x), 0.01))
+
+
+class TextEncoder(nn.Module):
+    """f: captions of L tokens → R^D: each token to R^128, then convolutions over the L × 128 image, then linear.
+
+    Convolutions 4 × 4 of stride 2, each with batch normalisation and ReLU, halve the image while both sides are at least 4.
+    """
+
+    WIDTH, CHANNELS = 128, (25, 50, 100, 200)  # the last number of channels goes on
+
+    def __init__(self, vocabulary_size, length, encoding_size):
+        """Encoder of captions of `length` tokens; ValueError unless it is one of CAPTION_LENGTHS."""
+        if length not in CAPTION_LENGTHS:
+            raise ValueError(
+                f"captions of {length} tokens, expected {CAPTION_LENGTHS[0]} to {CAPTION_LENGTHS[-1]} with {{eos}}"
+            )
+        super().__init__()
+        # of one-hot tokens: the weights are (128, V) as anyone's linear layer, so its initialisation and files are too
+        self.embedding = nn.Linear(vocabulary_size, self.WIDTH)
+        layers, channels, height, width = [], 1, length, self.WIDTH
+        while height >= 4 and width >= 4:
+            out_channels = self.CHANNELS[min(len(layers) // 3, len(self.CHANNELS) - 1)]
+            layers += [nn.Conv2d(channels, out_channels, 4, stride=2, padding=1, bias=True)]
+            layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+            channels, height, width = out_channels, height // 2, width // 2
+        self.convolutions = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels * height * width, encoding_size)
+
+    def forward(self, tokens):
+        """(B, L) int64 token numbers → (B, D)."""
+        # one-hot vectors times a matrix are a look-up of its columns
+        x = nn.functional.embedding(tokens, self.embedding.weight.T) + self.embedding.bias
+        return self.linear(self.convolutions(x.unsqueeze(1)).flatten(1))
+
+
 @torch.no_grad()
 def initialise(module, init, generator):
     """Redraw the linear and convolutional layers of `module` in place from `generator`; returns the module.
 
-    "default": PyTorch's own U(−1/√fan_in, 1/√fan_in) for weights and biases. "he": weights N(0, 2/((1 + a²) fan_in)) for
+    "default": PyTorch's own U(−1/√fan_in, 1/√fan_in) for weights and biases, and torchvision's N(0, 2/fan_out) for the
+    convolutions of a ResNet, which are those without biases. "he": weights N(0, 2/((1 + a²) fan_in)) for
     LeakyReLU(a = 0.01), zero biases (He et al., 2015), so that the signal keeps its scale from layer to layer.
     """
     for layer in module.modules():
@@ -41,6 +97,8 @@ def initialise(module, init, generator):
         fan_in = layer.weight[0].numel()
         if init == "he":
             layer.weight.normal_(0, math.sqrt(2 / (1 + 0.01**2) / fan_in), generator=generator)
+        elif init == "default" and isinstance(layer, nn.Conv2d) and layer.bias is None:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         elif init == "default":
             layer.weight.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
         else:

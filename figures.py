@@ -1,5 +1,7 @@
 """Pictures of results, drawn without a display."""
 
+import textwrap
+
 import matplotlib
 import numpy as np
 
@@ -165,4 +167,18 @@ def plot_score_curves(panels, deviations, paper, path, title):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_captioned_images(images, captions, path):
+    """Write images (N, H, W, 3) side by side, and under each its captions; captions: dict setting → N texts."""
+    figure, grid = plt.subplots(2, len(images), figsize=(3.4 * len(images), 2.6 + 0.42 * len(captions)), squeeze=False,
+                                height_ratios=(2.4, 0.42 * len(captions)), layout="constrained")  # fmt: skip
+    for column, (top, bottom) in enumerate(grid.T):
+        top.imshow(images[column], interpolation="nearest")
+        top.set_axis_off()
+        bottom.set_axis_off()
+        for line, (setting, texts) in enumerate(captions.items()):
+            text = "\n".join(textwrap.wrap(f"{setting}: {texts[column]}", 58))
+            bottom.text(0, 1 - line / len(captions), text, fontsize=7, va="top", transform=bottom.transAxes)
     save_figure(figure, path)

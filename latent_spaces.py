@@ -26,6 +26,7 @@ STREAMS = {
     "evaluate": 5,
     "probe": 6,
     "downstream": 7,
+    "order": 8,
 }
 
 

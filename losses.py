@@ -6,6 +6,7 @@ import torch
 
 # Distances held at once, in elements: 8 MiB in float64 stay in a CPU's cache, a GPU wants larger blocks.
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+SMALLEST_NORM = 1e-8  # an encoding shorter than this is similar to none (as torch's cosine_similarity)
 
 
 def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0):
@@ -42,6 +43,34 @@ def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=
         loss_x = _AnchorLoss.apply(h_x, h_t, negatives_x, p, tau, in_batch)
         loss_t = _AnchorLoss.apply(h_t, h_x, negatives_t, p, tau, in_batch)
     return (loss_x + loss_t) / 2
+
+
+def image_text_contrastive_loss(h_x, h_t, tau=1.0, negatives="both"):
+    """Contrastive loss of image and text encodings by cosine similarity; a scalar tensor.
+
+    Each of the 2B encodings is classified as its partner of the other modality, by the cross-entropy of the similarities
+    over τ. negatives "both": among the 2B − 1 other encodings of both modalities (Chen et al., 2020, as the paper's runs
+    have it); "cross": among the B of the other modality, Eq. 1 of the paper. Either matrix of similarities is symmetric in
+    the modalities, so it is computed once. h_x, h_t: (B, D) float encodings of B pairs. Raises ValueError for shapes that do
+    not fit.
+    """
+    if h_x.ndim != 2 or h_x.shape != h_t.shape:
+        raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
+    # half-precision encodings are compared in float32, whatever precision produced them
+    h_x, h_t = (h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t))
+    with torch.autocast(h_x.device.type, enabled=False):
+        unit_x, unit_t = (h / h.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM) for h in (h_x, h_t))
+        if negatives == "cross":
+            similarities = unit_x @ unit_t.T / tau
+            log_sums = similarities.logsumexp(dim=1) + similarities.logsumexp(dim=0)
+            return (log_sums / 2 - similarities.diagonal()).mean()
+        if negatives != "both":
+            raise ValueError(f"negatives {negatives!r} are none of: both, cross")
+        units = torch.cat((unit_x, unit_t))
+        similarities = units @ units.T / tau
+        itself = torch.eye(len(units), dtype=torch.bool, device=units.device)
+        log_sums = similarities.masked_fill(itself, -math.inf).logsumexp(dim=1)
+        return log_sums.mean() - similarities.diagonal(offset=len(unit_x)).mean()
 
 
 class _AnchorLoss(torch.autograd.Function):

@@ -29,17 +29,17 @@ from training import (
     add_training_flags,
     apply_recipe,
     batch_size_at,
-    check_writable,
     describe_device,
     drawn_seed,
     is_finished,
+    keep_results,
     load_weights,
     open_model_directory,
     provenance,
     save_weights,
     select_device,
     start_directory,
-    stored_args,
+    take_evaluation_seed,
     train,
     write_args,
 )
@@ -395,12 +395,7 @@ def main(argv=None):
 
 def evaluate_again(args, directory, device):
     """--evaluate: results.csv of a trained model from fresh samples; the results of another seed are kept beside it."""
-    stored = stored_args(directory)
-    if args.seed is None:
-        args.seed = next(seed for seed in iter(drawn_seed, None) if seed != stored["seed"])
-    if args.seed == stored["seed"]:
-        raise InputError(f"--seed {args.seed} is the training seed of {directory}; evaluate with another one")
-    check_writable(directory)
+    stored = take_evaluation_seed(args, directory)
     latents = build_latents(args, stored["seed"], device)
     networks = load_networks(args, latents, directory)
     print(f"model        {directory}, training seed {stored['seed']}, evaluation seed {args.seed}")
@@ -421,9 +416,7 @@ def write_evaluation(networks, latents, args, directory, seed, earlier_seed=None
         results = evaluate(networks, latents, args.num_eval_batches, seed, args.mlp_eval)
     except (ValueError, torch.linalg.LinAlgError) as error:  # weights that are not finite, or make encodings explode
         raise InputError(f"the encodings of {directory} cannot be evaluated: {error}; train it anew") from None
-    for file in (directory / "results.csv", directory / "results.png"):
-        if earlier_seed not in (None, seed) and file.exists():
-            file.replace(file.with_stem(f"results_seed{earlier_seed}"))
+    keep_results(directory, earlier_seed, seed)
     write_csv(results, directory / "results.csv")
     show_results(results, latents, args, directory / "results.png")
     return {"eval_seconds": round(time.perf_counter() - started, 1)}

@@ -1,9 +1,12 @@
-"""Probes of frozen encodings: what linear and nonlinear regression can read off them, as R² on held-out samples.
+"""Probes of frozen encodings: what linear and nonlinear models can read off them, on held-out samples.
+
+Regression of continuous targets is scored by R², classification of discrete ones by the Matthews correlation (MCC).
 
 Everything runs on the device of its inputs, for all targets at once, and agrees with scikit-learn's estimators one
-target at a time: LinearRegression, MLPRegressor and GridSearchCV(KernelRidge) (Pedregosa et al., 2011).
-Targets are dictionaries from a name to (N, k) tensors, or (N,) where k = 1; with k > 1 they are one regression with k
-outputs, whose R² are averaged uniformly.
+target at a time: LinearRegression, MLPRegressor and GridSearchCV(KernelRidge), LogisticRegression and MLPClassifier
+(Pedregosa et al., 2011). Targets of regression are dictionaries from a name to (N, k) tensors, or (N,) where k = 1; with
+k > 1 they are one regression with k outputs, whose R² are averaged uniformly. Targets of classification are (N,) integer
+tensors, one class a number.
 """
 
 import math
@@ -14,6 +17,8 @@ from scipy.linalg import lapack
 HIDDEN_UNITS, LEARNING_RATE, BATCH_SIZE, WEIGHT_DECAY, MAX_EPOCHS = 100, 1e-3, 200, 1e-4, 200
 TOLERANCE, PATIENCE = 1e-4, 10  # stop once more than PATIENCE epochs running have not improved the loss by TOLERANCE
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+LOGISTIC_TOLERANCE, LOGISTIC_ITERATIONS = 1e-6, 1000  # of the largest gradient of the mean loss; of L-BFGS
 
 ALPHAS = (1.0, 0.1, 0.01, 0.001)
 GAMMAS = tuple(10.0**exponent for exponent in (-2, -2 / 3, 2 / 3, 2))
@@ -51,6 +56,17 @@ def r2_scores(target, prediction):
     _check_finite("target", target)
     _check_finite("prediction", prediction)
     return _r2_columns(_columns(target), _columns(prediction)).mean().item()
+
+
+def matthews_correlation(target, prediction):
+    """Matthews correlation of (N,) integer classes, a float in [−1, 1] (Gorodkin, 2004); 0 where either is constant."""
+    classes, joint = torch.cat((target, prediction)).unique(return_inverse=True)
+    counts = torch.bincount(joint[: len(target)] * len(classes) + joint[len(target) :], minlength=len(classes) ** 2)
+    counts = counts.reshape(len(classes), -1).double()
+    true, predicted, total = counts.sum(dim=1), counts.sum(dim=0), counts.sum()
+    covariance = counts.trace() * total - true @ predicted
+    variances = (total**2 - true @ true) * (total**2 - predicted @ predicted)
+    return (covariance / variances.sqrt()).item() if variances > 0 else 0.0
 
 
 def fit_linear(fit_h, fit_targets, test_h):
@@ -100,18 +116,90 @@ def mlp_r2(encodings, fit_targets, test_targets, generator):
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     scores = {}
     for (size, _), members in groups.items():
-        sources = [name for name, (fit_h, _) in encodings.items() if fit_h.shape[1] == size]
-        source = torch.tensor(
-            [sources.index(encoding) for encoding, _ in members], device=encodings[sources[0]][0].device
-        )
-        fit_inputs, test_inputs = (
-            torch.stack([_with_ones(encodings[name][part]) for name in sources]) for part in (0, 1)
-        )
+        fit_inputs, test_inputs, source = _stacked_inputs(encodings, size, members)
         stacked = torch.stack([_columns(fit_targets[target]).float() for _, target in members], dim=1)
         networks, _ = _train_networks(fit_inputs, source, stacked, _squared_error, torch.Generator().manual_seed(seed))
         outputs = _network_outputs(networks, test_inputs, source, stacked.shape[2])
         for (encoding, target), output in zip(members, outputs, strict=True):
             scores[encoding, target] = r2_scores(_columns(test_targets[target]), output.T)
+    return {(encoding, target): scores[encoding, target] for encoding in encodings for target in fit_targets}
+
+
+def logistic_mcc(fit_h, fit_targets, test_h, test_targets):
+    """MCC of multinomial logistic regression on the test set, by target.
+
+    fit_h: (N, D), test_h: (M, D), standardised; fit_targets, test_targets: (N,), (M,) integers under the same names. The
+    minimum of the log-loss plus ‖W‖²/2, as LogisticRegression's with its defaults, here for all targets at once: one
+    matrix of weights, in float64. A target with a single class to fit scores 0. Raises ValueError for shapes or names that
+    do not fit and for values that are not finite.
+    """
+    _check_encodings(fit_h, test_h)
+    _check_classes(fit_targets, test_targets, fit_h, test_h)
+    h, classes = _with_ones(fit_h).double(), {name: target.unique() for name, target in fit_targets.items()}
+    sizes = [len(labels) for labels in classes.values()]
+    places = [torch.searchsorted(classes[name], target) for name, target in fit_targets.items()]
+    # two classes have one vector of weights w there, and (−w/2, w/2) here: half its square
+    penalty = torch.cat([h.new_full((size, 1), 2.0 if size == 2 else 1.0) for size in sizes])
+    penalty = torch.cat((penalty.expand(-1, h.shape[1] - 1), torch.zeros_like(penalty)), dim=1)
+    truth = torch.cat(
+        [torch.nn.functional.one_hot(place, size) for place, size in zip(places, sizes, strict=True)], dim=1
+    )
+    wanted = truth.to(h.dtype).T @ h  # (classes of all targets, D + 1)
+
+    def loss_and_gradient(flat):
+        weights = torch.from_numpy(flat).to(h.device).view_as(penalty)
+        logits = h @ weights.T
+        log_sums = [part.logsumexp(dim=1, keepdim=True) for part in logits.split(sizes, dim=1)]
+        loss = sum(part.sum() for part in log_sums) - (weights * wanted).sum() + (penalty * weights.square()).sum() / 2
+        probabilities = [(part - total).exp() for part, total in zip(logits.split(sizes, dim=1), log_sums, strict=True)]
+        gradient = torch.cat(probabilities, dim=1).T @ h - wanted + penalty * weights
+        return loss.item() / len(h), gradient.div_(len(h)).flatten().cpu().numpy()
+
+    from scipy.optimize import minimize
+
+    start = torch.zeros(penalty.numel(), dtype=h.dtype).numpy()
+    options = {"maxiter": LOGISTIC_ITERATIONS, "gtol": LOGISTIC_TOLERANCE, "ftol": 0, "maxcor": 30}
+    solution = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options).x
+    logits = _with_ones(test_h).double() @ torch.from_numpy(solution).to(h.device).view_as(penalty).T
+    scores = {}
+    for (name, labels), part in zip(classes.items(), logits.split(sizes, dim=1), strict=True):
+        scores[name] = matthews_correlation(test_targets[name], labels[part.argmax(dim=1)])
+    return scores
+
+
+def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None):
+    """MCC of an MLP classifier on the test set, by (encoding, target).
+
+    encodings: a dictionary from a name to (fit_h (N, D), test_h (M, D)), standardised; fit_targets, test_targets: (N,),
+    (M,) integers under the same names; generator: a torch.Generator, of which one number is drawn. One hidden layer of 100
+    ReLU units and scikit-learn's defaults for MLPClassifier, in float32; with `steps`, that many steps instead of its rule
+    to stop. As in `mlp_r2`, all networks of one shape train as one batch, whatever the encoding. A target with a single
+    class to fit scores 0. Raises ValueError for shapes or names that do not fit, for values that are not finite and where
+    the training diverges.
+    """
+    groups, classes, scores = {}, {name: target.unique() for name, target in fit_targets.items()}, {}
+    for encoding, (fit_h, test_h) in encodings.items():
+        _check_encodings(fit_h, test_h)
+        _check_classes(fit_targets, test_targets, fit_h, test_h)
+        for target, labels in classes.items():
+            if len(labels) == 1:
+                scores[encoding, target] = 0.0
+            else:
+                groups.setdefault((fit_h.shape[1], len(labels)), []).append((encoding, target))
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    for (size, count), members in groups.items():
+        fit_inputs, test_inputs, source = _stacked_inputs(encodings, size, members)
+        places = [torch.searchsorted(classes[target], fit_targets[target]) for _, target in members]
+        if count == 2:  # one output tells two classes apart
+            truth, loss_and_delta = torch.stack(places, dim=1).unsqueeze(2), _binary_cross_entropy
+        else:
+            truth, loss_and_delta = torch.nn.functional.one_hot(torch.stack(places, dim=1), count), _cross_entropy
+        rng = torch.Generator().manual_seed(seed)
+        networks, _ = _train_networks(fit_inputs, source, truth.float(), loss_and_delta, rng, steps)
+        outputs = _network_outputs(networks, test_inputs, source, truth.shape[2])
+        for (encoding, target), output in zip(members, outputs, strict=True):
+            place = (output[0] > 0).long() if count == 2 else output.argmax(dim=0)
+            scores[encoding, target] = matthews_correlation(test_targets[target], classes[target][place])
     return {(encoding, target): scores[encoding, target] for encoding in encodings for target in fit_targets}
 
 
@@ -180,6 +268,14 @@ def _with_ones(h):
     return torch.cat((h.float(), torch.ones(len(h), 1, device=h.device)), dim=1)
 
 
+def _stacked_inputs(encodings, size, members):
+    """Encodings of one size as (E, N, size + 1), (E, M, size + 1), and (len(members),): which of them each network reads."""
+    names = [name for name, (fit_h, _) in encodings.items() if fit_h.shape[1] == size]
+    fit_inputs, test_inputs = (torch.stack([_with_ones(encodings[name][part]) for name in names]) for part in (0, 1))
+    source = torch.tensor([names.index(encoding) for encoding, _ in members], device=fit_inputs.device)
+    return fit_inputs, test_inputs, source
+
+
 def _check_finite(name, values):
     if not values.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite")
@@ -212,6 +308,18 @@ def _check_test_targets(fit_targets, test_targets, test_h):
     for (name, target), width in zip(fit_targets.items(), widths, strict=True):
         if _columns(target).shape[1] != width:
             raise ValueError(f"target {name} has {_columns(target).shape[1]} outputs to fit and {width} to test")
+
+
+def _check_classes(fit_targets, test_targets, fit_h, test_h):
+    if missing := [name for name in fit_targets if name not in test_targets]:
+        raise ValueError(f"no test targets for: {', '.join(missing)}")
+    for targets, h in ((fit_targets, fit_h), (test_targets, test_h)):
+        for name in fit_targets:
+            target = targets[name]
+            if target.shape != (len(h),) or target.is_floating_point() or not len(target):
+                raise ValueError(
+                    f"target {name} is {target.dtype} {tuple(target.shape)}; expected ({len(h)},) integer classes"
+                )
 
 
 def _r2_columns(target, prediction):
@@ -249,13 +357,26 @@ def _squared_error(outputs, targets):
     return delta.square().sum(dim=(1, 2)).mul_(0.5 / delta[0].numel()), delta
 
 
+def _binary_cross_entropy(outputs, targets):
+    """(N,) losses of a minibatch and (N, 1, B) deltas of logits of the class 1, the targets being 0 and 1."""
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(dim=(1, 2))
+    return loss, outputs.sigmoid_().sub_(targets)
+
+
+def _cross_entropy(outputs, targets):
+    """(N,) losses of a minibatch and (N, k, B) deltas of logits of k classes, the targets being one-hot."""
+    log_probabilities = outputs.log_softmax(dim=1)
+    loss = (log_probabilities * targets).sum(dim=1).mean(dim=1).neg_()
+    return loss, log_probabilities.exp_().sub_(targets)
+
+
 @torch.no_grad()
-def _train_networks(inputs, source, targets, loss_and_delta, generator):
+def _train_networks(inputs, source, targets, loss_and_delta, generator, max_steps=None):
     """Parameters (N, P) of N networks trained side by side, each until it stops, and their numbers of epochs (N,).
 
     inputs: (E, n, D + 1) float32, the last column 1; source: (N,) the input of each network; targets: (n, N, k). Adam,
-    the penalty, the loss of an epoch and the rule to stop are those of scikit-learn's MLPRegressor; the gradients are
-    written out, since autograd would cost more than these small products.
+    the penalty, the loss of an epoch and the rule to stop are those of scikit-learn's MLPRegressor; with max_steps, all
+    take that many steps instead. The gradients are written out, since autograd would cost more than these small products.
     """
     device, (_, samples, size), (_, count, outputs) = inputs.device, inputs.shape, targets.shape
     batch_size = min(BATCH_SIZE, samples)
@@ -270,7 +391,8 @@ def _train_networks(inputs, source, targets, loss_and_delta, generator):
     # activations and their gradients, by size of the minibatch: the last one of an epoch may be smaller
     widths = {batch_size, samples % batch_size} - {0}
     buffers = {width: torch.empty(2, count, HIDDEN_UNITS, width, device=device) for width in widths}
-    for epoch in range(1, MAX_EPOCHS + 1):
+    last_epoch = MAX_EPOCHS if max_steps is None else math.ceil(max_steps / math.ceil(samples / batch_size))
+    for epoch in range(1, last_epoch + 1):
         # anew each epoch: networks that stopped have left
         gradients, weights = torch.empty_like(rows), torch.empty_like(rows)
         hidden_weights, output_weights, output_biases = _views(rows, size, outputs)
@@ -280,6 +402,8 @@ def _train_networks(inputs, source, targets, loss_and_delta, generator):
         target_batches = targets.index_select(0, order).permute(1, 2, 0).split(batch_size, dim=2)
         epoch_loss = torch.zeros_like(best)
         for batch, batch_targets in zip(batches, target_batches, strict=True):
+            if steps == max_steps:
+                break
             width = batch.shape[1]
             batch = batch.index_select(0, source).transpose(1, 2)
             hidden, hidden_delta = buffers[width]
@@ -307,7 +431,7 @@ def _train_networks(inputs, source, targets, loss_and_delta, generator):
             raise ValueError("the training of an MLP probe diverged: the encodings or the targets are too large")
         stalled = torch.where(epoch_loss > best - TOLERANCE, stalled + 1, 0)
         best = torch.minimum(best, epoch_loss)
-        stop = (stalled > PATIENCE) | (epoch == MAX_EPOCHS)
+        stop = (stalled > PATIENCE) & (max_steps is None) | (epoch == last_epoch)
         if stop.any():
             finished[active[stop]], epochs[active[stop]] = rows[stop], epoch
             if stop.all():

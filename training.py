@@ -279,6 +279,27 @@ def start_directory(directory, args, details):
     write_args(directory, args, {**details, "finished": False})
 
 
+def take_evaluation_seed(args, directory):
+    """Dict of args.json of the model that --evaluate evaluates; args.seed is drawn if it was not given.
+
+    Raises InputError if the seed is that of the training, and OSError if the results could not be written.
+    """
+    stored = stored_args(directory)
+    if args.seed is None:
+        args.seed = next(seed for seed in iter(drawn_seed, None) if seed != stored["seed"])
+    if args.seed == stored["seed"]:
+        raise InputError(f"--seed {args.seed} is the training seed of {directory}; evaluate with another one")
+    check_writable(directory)
+    return stored
+
+
+def keep_results(directory, earlier_seed, seed):
+    """Rename the results of an earlier evaluation with another seed to results_seed{N}.csv and .png."""
+    for file in (directory / "results.csv", directory / "results.png"):
+        if earlier_seed not in (None, seed) and file.exists():
+            file.replace(file.with_stem(f"results_seed{earlier_seed}"))
+
+
 def check_writable(directory):
     """Raise OSError if no file can be made in `directory`, or its disk is full."""
     with tempfile.TemporaryFile(dir=directory) as file:
@@ -392,12 +413,13 @@ class Progress:
     seconds: float = 0.0
 
 
-def train(modules, compute_loss, args, directory, generators, device, monitor=None):
+def train(modules, compute_loss, args, directory, generators, device, monitor=None, after_step=None):
     """Train `modules` for args.train_steps steps of Adam; returns the Progress at the end.
 
     modules: dict name → nn.Module; compute_loss(progress): a scalar tensor of one fresh batch, where progress in [0, 1)
-    is the share of the steps done; generators: dict name → torch.Generator, every source of randomness that
-    compute_loss uses; monitor(): (dict column → number, text) for each line of the log, from random numbers of its own.
+    is the share of the steps done; generators: dict name → torch.Generator or what else has its get_state and set_state,
+    every source of randomness that compute_loss uses, the order of the data too; monitor(): (dict column → number, text)
+    for each line of the log, from random numbers of its own; after_step(step) is called when `step` steps are done.
     Continues from checkpoint.pt if the directory has one. SIGINT and SIGTERM write a checkpoint, say how to resume and
     exit with 128 + the signal's number. Raises InputError if the loss is no longer finite.
     """
@@ -409,6 +431,8 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
     preconditioner = InputDeflation(modules) if args.preconditioner == "inputs" else None
     checkpoint = directory / "checkpoint.pt"
     progress = Progress()
+    for module in modules.values():
+        module.train()
     if checkpoint.exists():
         progress = _load_checkpoint(checkpoint, modules, optimiser, preconditioner, generators)
         print(f"resumed from step {progress.step} of {args.train_steps}")
@@ -444,6 +468,8 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
             loss_sum += loss
             progress.step += 1
             progress.loss_steps += 1
+            if after_step:
+                after_step(progress.step)
             if bar.update():
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if progress.step % args.log_steps == 0 or progress.step == args.train_steps:

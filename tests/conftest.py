@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import pytest
 import torch
 
@@ -5,6 +8,9 @@ import latent_spaces
 import main_numeric
 import probes
 from command_line import run_script
+from datasets import MPI3D_GRID
+from rendering_data.MPI3D.render_multimodal_mpi3d import render
+from rendering_data.MPI3D.render_standin_images import MPI3D_FILE, write_images
 
 TINY = (
     "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --batch-size 16 --train-steps 40 --log-steps 10 "
@@ -38,3 +44,19 @@ def run(tmp_path, capsys, monkeypatch):
         return stopped.value.code or 0, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def rendered_mpi3d(tmp_path_factory):
+    """Folder of a small MPI3D-Complex: stand-in images and all captions; nobody changes it."""
+    folder = tmp_path_factory.mktemp("mpi3d")
+    sizes = dict(zip(MPI3D_GRID, (4, 4, 2, 2, 3, 2, 1), strict=True))
+    write_images(folder / MPI3D_FILE, sizes)
+    render(folder, sizes, train_ratio=0.75, seed=0)
+    return folder
+
+
+@pytest.fixture
+def mpi3d(rendered_mpi3d, tmp_path):
+    """The same in a folder of the test, linked file by file: a test replaces files, it does not write into them."""
+    return shutil.copytree(rendered_mpi3d, tmp_path / "mpi3d", copy_function=os.link)

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
-from encoders import MLPEncoder, initialise
+from encoders import CAPTION_LENGTHS, ImageEncoder, MLPEncoder, TextEncoder, initialise
 
 
 @pytest.mark.parametrize("d, size", [(15, 10), (6, 1), (10, 5)])
@@ -55,3 +56,83 @@ def test_initialisation_comes_from_the_generator():
     assert torch.equal(one[0].weight, again[0].weight) and not torch.equal(one[0].weight, other[0].weight)
     with pytest.raises(ValueError, match="xavier"):
         initialise(MLPEncoder(3, 2), "xavier", torch.Generator())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# images and captions
+
+MEAN, STD = (0.2, 0.3, 0.4), (0.5, 0.25, 0.125)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_image_encoder_is_resnet18_on_normalised_pixels():
+    encoder = initialise(ImageEncoder(4, MEAN, STD, hidden_size=7), "default", seeded()).eval()
+    images = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8, generator=seeded(1))
+    plain = resnet18(weights=None, num_classes=7).eval()
+    plain.load_state_dict(encoder.resnet.state_dict())
+    x = (images.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+        :, None, None
+    ]
+    with torch.no_grad():
+        expected = nn.functional.leaky_relu(plain(x), 0.01) @ encoder.linear.weight.T + encoder.linear.bias
+        found = encoder(images)
+    assert found.shape == (3, 4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_files_of_the_image_encoder_hold_its_weights_alone():
+    names = set(ImageEncoder(3, MEAN, STD).state_dict())
+    assert {name for name in names if not name.startswith("resnet.")} == {"linear.weight", "linear.bias"}
+    assert {name.removeprefix("resnet.") for name in names if name.startswith("resnet.")} == set(
+        resnet18().state_dict()
+    )
+
+
+def test_default_initialisation_of_the_image_encoder_is_torchvision_s():
+    drawn, theirs = initialise(ImageEncoder(3, MEAN, STD), "default", seeded()), resnet18(weights=None, num_classes=100)
+    for (name, ours), (_, expected) in zip(drawn.resnet.named_parameters(), theirs.named_parameters(), strict=True):
+        assert ours.std().item() == pytest.approx(expected.std().item(), rel=0.05, abs=1e-9), name
+    again = initialise(ImageEncoder(3, MEAN, STD), "default", seeded())
+    assert all(torch.equal(a, b) for a, b in zip(drawn.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("length", [4, 5, 9, 20, 164])
+def test_text_encoder_is_one_hot_times_linear_then_the_specified_blocks(length):
+    encoder = initialise(TextEncoder(11, length, 5), "default", seeded()).double().eval()
+    tokens = torch.randint(11, (6, length), generator=seeded(1))
+    with torch.no_grad():
+        x = encoder.embedding(nn.functional.one_hot(tokens, 11).double()).unsqueeze(1)
+        assert x.shape == (6, 1, length, 128)
+        layers, channels = iter(encoder.convolutions), []
+        while min(x.shape[2:]) >= 4:
+            convolution, normalisation, relu = (next(layers) for _ in range(3))
+            assert convolution.kernel_size == (4, 4) and convolution.stride == (2, 2) and convolution.padding == (1, 1)
+            assert isinstance(normalisation, nn.BatchNorm2d) and isinstance(relu, nn.ReLU)
+            channels.append(convolution.out_channels)
+            x = normalisation(convolution(x)).relu()
+        assert next(layers, None) is None and channels == [25, 50, 100, 200, 200, 200][: len(channels)]
+        torch.testing.assert_close(encoder(tokens), encoder.linear(x.flatten(1)))
+
+
+def test_gradients_of_the_look_up_are_those_of_one_hot_times_linear():
+    encoder = initialise(TextEncoder(7, 6, 3), "he", seeded()).double()
+    tokens = torch.randint(7, (5, 6), generator=seeded(1))
+    found = torch.autograd.grad(encoder(tokens).square().sum(), list(encoder.parameters()))
+    x = encoder.embedding(nn.functional.one_hot(tokens, 7).double()).unsqueeze(1)
+    loss = encoder.linear(encoder.convolutions(x).flatten(1)).square().sum()
+    for ours, expected in zip(found, torch.autograd.grad(loss, list(encoder.parameters())), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("length", [3, 165])
+def test_captions_of_other_lengths_are_refused(length):
+    with pytest.raises(ValueError, match=f"captions of {length} tokens, expected 4 to 164"):
+        TextEncoder(5, length, 3)
+
+
+def test_all_lengths_leave_something_to_flatten():
+    for length in CAPTION_LENGTHS:
+        assert TextEncoder(3, length, 1).linear.in_features >= 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import losses
-from losses import multimodal_contrastive_loss
+from losses import image_text_contrastive_loss, multimodal_contrastive_loss
 
 
 def written_out(a, positive, negatives, p=2.0, tau=1.0):
@@ -125,3 +125,61 @@ def test_no_gradient_flows_where_none_is_asked():
 def test_arguments_that_do_not_fit(shapes, options, message):
     with pytest.raises(ValueError, match=message):
         multimodal_contrastive_loss(*(torch.zeros(shape) for shape in shapes), **options)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# image/text loss
+
+
+def written_out_image_text(h_x, h_t, tau=1.0, negatives="both"):
+    """The loss of the 2B rows, one after another, each over the list of its candidates."""
+    encodings = [*h_x, *h_t]
+    pairs, terms = len(h_x), []
+    for i, anchor in enumerate(encodings):
+        partner = (i + pairs) % (2 * pairs)
+        others = range(2 * pairs) if negatives == "both" else range(pairs) if i >= pairs else range(pairs, 2 * pairs)
+        candidates = [j for j in others if j != i]
+        logits = (
+            torch.stack([(anchor @ encodings[j]) / (anchor.norm() * encodings[j].norm()) for j in candidates]) / tau
+        )
+        terms.append(torch.logsumexp(logits, dim=0) - logits[candidates.index(partner)])
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("negatives", ["both", "cross"])
+@pytest.mark.parametrize("pairs, dimensions, tau", [(17, 5, 1.0), (2, 3, 0.1), (9, 1, 2.0)])
+def test_image_text_value_and_gradients_in_float64(pairs, dimensions, tau, negatives):
+    tensors = encodings((pairs, pairs), dimensions)
+    options = {"tau": tau, "negatives": negatives}
+    value, gradients = value_and_gradients(image_text_contrastive_loss, tensors, torch.float64, **options)
+    expected, expected_gradients = value_and_gradients(written_out_image_text, tensors, torch.float64, **options)
+    assert abs(value - expected) <= 1e-12 * max(1, abs(expected))
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-14)
+
+
+def test_image_text_loss_is_symmetric_and_independent_of_scale():
+    h_x, h_t = encodings((30, 30), 4)
+    value = image_text_contrastive_loss(h_x, h_t)
+    assert image_text_contrastive_loss(h_t, h_x).item() == pytest.approx(value.item(), abs=1e-13)
+    assert image_text_contrastive_loss(100 * h_x, h_t / 7).item() == pytest.approx(value.item(), abs=1e-12)
+    single = image_text_contrastive_loss(h_x.float(), h_t.float())
+    assert single.dtype == torch.float32 and single.item() == pytest.approx(value.item(), abs=1e-6)
+
+
+def test_image_text_loss_of_half_precision_and_of_zero_is_finite():
+    h_x, h_t = (h.bfloat16().requires_grad_() for h in encodings((8, 8), 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = image_text_contrastive_loss(h_x, h_t, tau=0.05)
+    expected = image_text_contrastive_loss(h_x.detach().double(), h_t.detach().double(), tau=0.05)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    zero = torch.zeros(4, 3, requires_grad=True)
+    image_text_contrastive_loss(zero, torch.ones(4, 3)).backward()
+    assert zero.grad.isfinite().all()
+
+
+def test_image_text_loss_names_wrong_inputs():
+    with pytest.raises(ValueError, match=r"h_x \(4, 3\) and h_t \(4, 2\)"):
+        image_text_contrastive_loss(torch.zeros(4, 3), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="none of: both, cross"):
+        image_text_contrastive_loss(torch.ones(4, 3), torch.ones(4, 3), negatives="all")

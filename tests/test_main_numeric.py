@@ -246,7 +246,7 @@ def test_evaluation_may_change_its_own_flags(run, trained):
 def test_evaluation_without_a_seed_draws_one_that_is_not_the_training_s(run, trained, monkeypatch):
     directory, _ = trained
     drawn = iter([1, 1, 77])
-    monkeypatch.setattr(main_numeric, "drawn_seed", lambda: next(drawn))
+    monkeypatch.setattr(training, "drawn_seed", lambda: next(drawn))
     assert run("--evaluate", base="--no-cuda")[0] == 0
     assert json.loads(contents(directory)["args.json"])["eval_seed"] == 77
 

@@ -26,6 +26,31 @@ def test_adam_is_torch_s():
         assert torch.allclose(a, b, atol=1e-6) and not torch.equal(a, torch.ones_like(a))
 
 
+def test_adam_is_torch_s_whatever_the_order_in_memory():
+    """Weights of convolutions in channels_last, and of a look-up whose gradient comes transposed."""
+    networks = []
+    for _ in range(2):
+        network = nn.ModuleDict(
+            {"image": nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), "text": nn.Linear(4, 2)}
+        )
+        generator = torch.Generator().manual_seed(0)
+        for parameter in network.parameters():
+            parameter.data.normal_(generator=generator)
+        networks.append(network)
+    tokens, images = torch.tensor([0, 1, 2, 0]), torch.randn(4, 5, 5, 2, generator=generator).permute(0, 3, 1, 2)
+    own = Adam(list(networks[0].parameters()))
+    reference = torch.optim.Adam(networks[1].parameters(), lr=0.1, foreach=False)
+    for _ in range(5):
+        for network in networks:
+            network.zero_grad()
+            h = nn.functional.embedding(tokens, network["text"].weight.T) + network["text"].bias
+            (network["image"](images).square().sum() + h.square().sum()).backward()
+        own.step(0.1)
+        reference.step()
+    for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_rates_are_larger_where_the_fan_in_is_smaller():
     network = nn.Sequential(nn.Linear(30, 750), nn.LeakyReLU(), nn.Linear(750, 375), nn.LeakyReLU(), nn.Linear(375, 2))
     rates = fan_in_rates({"m": network})

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import LinearRegression
-from sklearn.metrics import r2_score
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.metrics import matthews_corrcoef, r2_score
 from sklearn.model_selection import GridSearchCV, KFold
-from sklearn.neural_network import MLPRegressor
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
 
 import probes
@@ -258,3 +258,152 @@ def test_gpu_agrees_with_cpu():
         )
     for own, expected, tolerance in zip(results["cuda"], results["cpu"], (1e-6, 1e-6, 1e-2), strict=True):
         assert own == pytest.approx(expected, abs=tolerance)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# classification
+
+
+def make_classes(samples, seed=0):
+    """Standardised encodings x and t of several factors, and those factors: 2 to 40 classes, from separable to noise."""
+    rng = generator(seed)
+    count = 2 * samples
+    sizes = {"four": 4, "two": 2, "three": 3, "forty": 40, "noisy": 2, "unseen": 4}
+    factors = {name: torch.randint(size, (count,), generator=rng) for name, size in sizes.items()}
+    centres = torch.randn(4, 3, generator=rng) * 2
+    h = centres[factors["four"]] + 0.8 * torch.randn(count, 3, generator=rng)
+    h[:, 0] += 2.0 * factors["two"] + (torch.rand(count, generator=rng) < 0.8) * factors["noisy"]
+    h[:, 1] += 0.25 * factors["forty"]
+    h[:, 2] *= 1 + factors["three"]
+    factors["constant"] = torch.full((count,), 3)
+    factors["numbered from 5"] = factors["three"] + 5
+    encodings = {"x": probes.standardise(h[:samples], h[samples:])}
+    other = torch.tanh(h @ torch.randn(3, 3, generator=rng))
+    encodings["t"] = probes.standardise(other[:samples], other[samples:])
+    fit = {name: factor[:samples] for name, factor in factors.items()}
+    return encodings, fit, {name: factor[samples:] for name, factor in factors.items()}
+
+
+def test_matthews_correlation_agrees_with_scikit_learn():
+    for classes, seed in ((2, 0), (4, 1), (40, 2)):
+        target, noise = torch.randint(classes, (2, 300), generator=generator(seed))
+        prediction = torch.where(torch.rand(300, generator=generator(seed)) < 0.6, target, noise)
+        expected = matthews_corrcoef(target, prediction)
+        assert probes.matthews_correlation(target, prediction) == pytest.approx(expected, abs=1e-12)
+    constant = torch.ones(300, dtype=torch.long)
+    assert probes.matthews_correlation(target, constant) == probes.matthews_correlation(constant, target) == 0.0
+    assert probes.matthews_correlation(target, target) == pytest.approx(1)
+
+
+def test_logistic_regression_agrees_with_scikit_learn():
+    encodings, fit, test = make_classes(1000)
+    for fit_h, test_h in encodings.values():
+        scores = probes.logistic_mcc(fit_h, fit, test_h, test)
+        assert list(scores) == list(fit)
+        for name in set(fit) - {"constant"}:
+            model = LogisticRegression(max_iter=1000, tol=1e-6).fit(fit_h.double().numpy(), fit[name])
+            expected = matthews_corrcoef(test[name], model.predict(test_h.double().numpy()))
+            assert scores[name] == pytest.approx(expected, abs=0.01), name
+        assert scores["constant"] == 0.0 and scores["four"] > 0.2
+
+
+def test_logistic_regression_finds_scikit_learn_s_weights(monkeypatch):
+    """Few samples, so that the penalty counts, also for two classes, where scikit-learn has one vector of weights."""
+    encodings, fit, test = make_classes(60)
+    fit_h, test_h = encodings["x"]
+    found = {}
+    real = probes.matthews_correlation
+    monkeypatch.setattr(
+        probes, "matthews_correlation", lambda t, p: found.setdefault(len(found), p) is None or real(t, p)
+    )
+    probes.logistic_mcc(fit_h, fit, test_h, test)
+    for name, prediction in zip(fit, found.values(), strict=True):
+        if name != "constant":
+            model = LogisticRegression(max_iter=5000, tol=1e-8).fit(fit_h.double().numpy(), fit[name])
+            assert (prediction.numpy() == model.predict(test_h.double().numpy())).all(), name
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_networks_follow_mlp_classifier_step_by_step(classes, monkeypatch):
+    """From the same weights over the same minibatches: the same number of epochs and the same probabilities."""
+    encodings, fit, _ = make_classes(430)
+    fit_h, test_h = encodings["x"]
+    target, outputs = (fit["two"], 1) if classes == 2 else (fit["four"], 4)
+    truth = target[:, None, None] if classes == 2 else torch.nn.functional.one_hot(target, 4)[:, None]
+    loss = probes._binary_cross_entropy if classes == 2 else probes._cross_entropy
+    inputs, source = probes._with_ones(fit_h)[None], torch.tensor([0])
+    networks, epochs = probes._train_networks(inputs, source, truth.float(), loss, generator())
+    shared = generator()
+    row = probes._initial_row(4, outputs, shared)
+    hidden, output, bias = (part.double().numpy()[0] for part in probes._views(row[None], 4, outputs))
+    initial = {100: (hidden[:-1].copy(), hidden[-1].copy()), outputs: (output.T.copy(), bias[:, 0].copy())}
+    monkeypatch.setattr(MLPClassifier, "_init_coef", lambda self, fan_in, fan_out, dtype: initial[fan_out])
+    monkeypatch.setattr(
+        "sklearn.neural_network._multilayer_perceptron.shuffle",
+        lambda index, random_state: torch.randperm(len(index), generator=shared).numpy(),
+    )
+    expected = MLPClassifier().fit(fit_h.double().numpy(), target.numpy())
+    assert expected.n_iter_ == epochs[0]
+    logits = probes._network_outputs(networks, probes._with_ones(test_h)[None], source, outputs)[0].T
+    own = torch.cat((1 - logits.sigmoid(), logits.sigmoid()), dim=1) if classes == 2 else logits.softmax(dim=1)
+    prediction = torch.from_numpy(expected.predict_proba(test_h.double().numpy()))
+    torch.testing.assert_close(own.double(), prediction, rtol=0, atol=2e-3)
+
+
+def test_mlp_classifiers_agree_with_scikit_learn():
+    encodings, fit, test = make_classes(800)
+    scores = probes.mlp_mcc(encodings, fit, test, generator())
+    assert list(scores) == [(encoding, target) for encoding in encodings for target in fit]
+    fit_h, test_h = encodings["x"]
+    for name in ("four", "two", "three", "forty"):
+        model = MLPClassifier(random_state=0).fit(fit_h, fit[name])
+        expected = matthews_corrcoef(test[name], model.predict(test_h))
+        # at this size MLPClassifier differs by as much from itself with another seed
+        assert scores["x", name] == pytest.approx(expected, abs=0.03), name
+    for encoding in encodings:
+        assert scores[encoding, "constant"] == 0.0 and abs(scores[encoding, "unseen"]) < 0.1
+        assert scores[encoding, "numbered from 5"] == scores[encoding, "three"]
+    assert scores["x", "three"] > 0.3 > probes.logistic_mcc(fit_h, fit, test_h, test)["three"]
+
+
+def test_a_class_that_is_not_fitted_counts_as_wrong():
+    encodings, fit, test = make_classes(300)
+    fit, test = {"four": fit["four"].clamp(max=2)}, {"four": test["four"]}
+    h = encodings["x"]
+    assert 0 < probes.logistic_mcc(h[0], fit, h[1], test)["four"] < 0.9
+    assert 0 < probes.mlp_mcc({"x": h}, fit, test, generator())["x", "four"] < 0.9
+
+
+def test_the_paper_s_number_of_steps_is_taken_exactly():
+    encodings, fit, test = make_classes(430)
+    fit_h, _ = encodings["x"]
+    calls = []
+
+    def counted(outputs, targets):
+        calls.append(len(targets))
+        return probes._binary_cross_entropy(outputs, targets)
+
+    truth = fit["noisy"][:, None, None].float()
+    probes._train_networks(probes._with_ones(fit_h)[None], torch.tensor([0]), truth, counted, generator(), 1001)
+    assert len(calls) == 1001
+    few, many = (probes.mlp_mcc(encodings, fit, test, generator(), steps) for steps in (3, 600))
+    assert few["x", "four"] < many["x", "four"]
+
+
+def test_wrong_classes_are_named():
+    encodings, fit, test = make_classes(30)
+    fit_h, test_h = encodings["x"]
+
+    def both(fit, test):
+        yield lambda: probes.logistic_mcc(fit_h, fit, test_h, test)
+        yield lambda: probes.mlp_mcc({"x": (fit_h, test_h)}, fit, test, generator())
+
+    cases = [
+        ({"four": fit["four"].float()}, test, "four is torch.float32"),
+        ({"four": fit["four"][:5]}, test, r"four is torch.int64 \(5,\); expected \(30,\)"),
+        ({"four": fit["four"]}, {"two": test["two"]}, "no test targets for: four"),
+    ]
+    for fit_part, test_part, message in cases:
+        for probe in both(fit_part, test_part):
+            with pytest.raises(ValueError, match=message):
+                probe()

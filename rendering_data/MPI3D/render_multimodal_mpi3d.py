@@ -1,0 +1,174 @@
+"""Write captions for the images of MPI3D-Complex: ten settings of what they leave out and what they state wrongly.
+
+    python rendering_data/MPI3D/render_multimodal_mpi3d.py                     # the whole data set, in seconds
+    python rendering_data/MPI3D/render_multimodal_mpi3d.py --output-dir data/standin --seed 1
+
+Selection k = 0 … 4 speaks of the first k + 1 of colour, shape, size, camera and background. Perturbation k speaks of all
+five, and replaces the last k of them, each with probability 0.9, by values drawn uniformly. The folder receives train/ and
+test/ with image_semantics.csv, text_semantics_{setting}.csv and text_{setting}.txt, and vocab_{setting}.json beside them.
+One seed gives one split and the same bytes, whatever images lie in the folder; their grid is taken from them.
+"""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+
+from command_line import InputError, Parser, integer, number, run_script
+from datasets import (
+    BIAS_IDS,
+    BIAS_TYPES,
+    EOS,
+    MPI3D_FILE,
+    MPI3D_GRID,
+    PAD,
+    UNK,
+    mpi3d_images,
+    mpi3d_setting,
+    tokenise,
+)
+from files import write_bytes, write_json
+
+REPLACED = 0.9  # probability that a perturbable value is drawn anew; it may come out the same
+
+WORDS = {
+    "OBJ_COLOR": ("yellow", "green", "olive", "red"),
+    "OBJ_SHAPE": ("coffee-cup", "tennis-ball", "croissant", "beer-cup"),
+    "OBJ_SIZE": ("small size", "large size"),
+    "CAMERA": ("top view", "center view", "bottom view"),
+    "BACKGROUND": ("in a purple background", "in a sea-green background", "in a salmon background"),
+}
+TEMPLATES = (
+    ("An object colored {OBJ_COLOR}.", "It has a {OBJ_COLOR} appearance.", "Something with {OBJ_COLOR}."),
+    (
+        "A {OBJ_SHAPE} that is {OBJ_COLOR}.",
+        "The {OBJ_COLOR} {OBJ_SHAPE}.",
+        "An object shaped like a {OBJ_SHAPE}, colored {OBJ_COLOR}.",
+    ),
+    (
+        "A {OBJ_SIZE} {OBJ_SHAPE} in {OBJ_COLOR}.",
+        "{OBJ_COLOR}, {OBJ_SIZE}, {OBJ_SHAPE}.",
+        "The object is {OBJ_SIZE}, shaped as a {OBJ_SHAPE}, and colored {OBJ_COLOR}.",
+    ),
+    (
+        "A {OBJ_SIZE} {OBJ_SHAPE} in {OBJ_COLOR}, seen from {CAMERA}.",
+        "Viewed from {CAMERA}, a {OBJ_COLOR}, {OBJ_SIZE} {OBJ_SHAPE}.",
+        "A {OBJ_SIZE} {OBJ_SHAPE} with {OBJ_COLOR}, perspective: {CAMERA}.",
+    ),
+    (
+        "A {OBJ_SIZE} {OBJ_SHAPE} in {OBJ_COLOR}, viewed from {CAMERA}, {BACKGROUND}.",
+        "From {CAMERA}, you see a {OBJ_COLOR}, {OBJ_SIZE} {OBJ_SHAPE}, {BACKGROUND}.",
+        "A {OBJ_SIZE} {OBJ_SHAPE}, {OBJ_COLOR}, placed {BACKGROUND}, observed from {CAMERA}.",
+    ),
+)  # the templates of captions that speak of 1, 2, … 5 factors
+
+
+def perturb(values, size, rng):
+    """(N,) values of which each is replaced with probability REPLACED by one drawn uniformly from 0 … size − 1."""
+    return np.where(rng.random(len(values)) < REPLACED, rng.integers(0, size, len(values)), values)
+
+
+def caption_table(factors, sizes):
+    """Every caption that speaks of `factors`: a list in row-major order of (values of the factors, template)."""
+    words = [WORDS[factor][: sizes[factor]] for factor in factors]
+    return [
+        template.format(**dict(zip(factors, combination, strict=True)))
+        for combination in itertools.product(*words)
+        for template in TEMPLATES[len(factors) - 1]
+    ]
+
+
+def vocabulary(captions):
+    """Dict word → number of captions in order: {pad}, {eos}, {unk}, then words by appearance."""
+    words = dict.fromkeys(word for caption in captions for word in tokenise(caption))
+    return {word: place for place, word in enumerate((PAD, EOS, UNK, *words))}
+
+
+def write_lines(path, table, rows, header=()):
+    """Write the lines `header`, then table[row] for each of `rows`: text of which few lines are distinct."""
+    lines = np.array([f"{line}\n".encode() for line in table], dtype=object)
+    write_bytes(path, b"".join([f"{line}\n".encode() for line in header] + lines[rows].tolist()))
+
+
+def render(folder, sizes, train_ratio, seed):
+    """Write all files of all settings; sizes: dict factor → number of values. Returns the numbers of train and test rows."""
+    count = math.prod(sizes.values())
+    order = np.random.default_rng([seed, 0]).permutation(count)
+    train_count = round(train_ratio * count)
+    splits = {"train": slice(0, train_count), "test": slice(train_count, count)}
+    image = dict(zip(sizes, np.unravel_index(order, tuple(sizes.values())), strict=True))
+    for split in splits:
+        (folder / split).mkdir(parents=True, exist_ok=True)
+    every_image = [",".join(map(str, point)) for point in itertools.product(*map(range, sizes.values()))]
+    for split, part in splits.items():
+        write_lines(folder / split / "image_semantics.csv", every_image, order[part], [",".join(sizes)])
+    for stream, (bias_type, bias_id) in enumerate(itertools.product(BIAS_TYPES, BIAS_IDS), start=1):
+        rng = np.random.default_rng([seed, stream])
+        setting, name = mpi3d_setting(bias_type, bias_id), f"{bias_type}_{bias_id}"
+        text = [
+            perturb(image[factor], sizes[factor], rng) if factor in setting.perturbed else image[factor]
+            for factor in setting.selected
+        ]
+        shape = tuple(sizes[factor] for factor in setting.selected)
+        values = np.ravel_multi_index(text, shape)
+        template = rng.integers(0, len(TEMPLATES[0]), count)
+        captions = caption_table(setting.selected, sizes)
+        caption = values * len(TEMPLATES[0]) + template
+        every_text = [",".join(map(str, point)) for point in itertools.product(*map(range, shape))]
+        for split, part in splits.items():
+            target = folder / split / f"text_semantics_{name}.csv"
+            write_lines(target, every_text, values[part], [",".join(setting.selected)])
+            write_lines(folder / split / f"text_{name}.txt", captions, caption[part])
+        distinct, first = np.unique(caption[splits["train"]], return_index=True)
+        by_appearance = distinct[np.argsort(first)]
+        write_json(folder / f"vocab_{name}.json", vocabulary(captions[row] for row in by_appearance))
+    return train_count, count - train_count
+
+
+def grid_of(sizes):
+    """Dict factor → number of values for --grid; InputError if a factor has no value or more than the data set."""
+    for (name, largest), size in zip(MPI3D_GRID.items(), sizes, strict=True):
+        if size > largest:
+            raise InputError(f"--grid: {name} has {largest} values, not {size}")
+    return dict(zip(MPI3D_GRID, sizes, strict=True))
+
+
+def main(argv=None):
+    """Write the captions; returns the exit code."""
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser.add_argument("--output-dir", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the split and the captions (%(default)s)")
+    parser.add_argument(
+        "--train-ratio", type=number(0, 1, above=True), default=0.9, help="share of the images in train (%(default)s)"
+    )
+    parser.add_argument(
+        "--grid", type=integer(1), nargs=7, metavar="SIZE",
+        help=f"values of {', '.join(MPI3D_GRID)}; none given: those of the images in the folder, else "
+        f"{' '.join(map(str, MPI3D_GRID.values()))}")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace captions that lie in the folder")
+    args, _ = parser.parse(argv)
+    folder = Path(args.output_dir)
+    if (folder / MPI3D_FILE).exists():
+        _, sizes = mpi3d_images(folder)
+        if args.grid and tuple(args.grid) != tuple(sizes.values()):
+            grid = " ".join(map(str, sizes.values()))
+            raise InputError(f"--grid {' '.join(map(str, args.grid))}: the images in {folder} have the grid {grid}")
+    else:
+        sizes = grid_of(args.grid or MPI3D_GRID.values())
+    count = math.prod(sizes.values())
+    if not 0 < round(args.train_ratio * count) < count:
+        raise InputError(f"--train-ratio {args.train_ratio:g} of {count} images leaves a split without images")
+    if not args.overwrite and (folder / "train").exists():
+        raise InputError(f"{folder / 'train'} exists already; --overwrite replaces the captions in it")
+    train, test = render(folder, sizes, args.train_ratio, args.seed)
+    settings = len(BIAS_TYPES) * len(BIAS_IDS)
+    print(f"{settings} settings of {train} training and {test} test captions in {folder}, seed {args.seed}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,42 @@
+"""Draw images of MPI3D-Complex with their captions in each of the ten settings (Figures 11 and 15 of the paper).
+
+python rendering_data/MPI3D/show_pairs.py --output docs/mpi3d_pairs.png
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from command_line import InputError, Parser, integer, run_script
+from datasets import BIAS_IDS, BIAS_TYPES, load_mpi3d, read_lines
+from figures import plot_captioned_images
+
+
+def main(argv=None):
+    """Draw the picture; returns the exit code."""
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser.add_argument("--datapath", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
+    parser.add_argument("--output", default="mpi3d_pairs.png", help="picture to write (%(default)s)")
+    parser.add_argument("--count", type=integer(1), default=4, help="test pairs to show, the first ones (%(default)s)")
+    args, _ = parser.parse(argv)
+    output = Path(args.output)
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent} is no folder to write {output.name} to")
+    captions = {}
+    for bias_type, bias_id in itertools.product(BIAS_TYPES, BIAS_IDS):
+        pairs, _ = load_mpi3d(args.datapath, bias_type, bias_id)
+        lines = read_lines(Path(args.datapath) / "test" / f"text_{bias_type}_{bias_id}.txt")
+        captions[f"{bias_type} {bias_id}"] = lines[: args.count]
+    count = min(args.count, len(pairs.splits["test"]))
+    images = pairs.images_of("test", torch.arange(count)).numpy()
+    plot_captioned_images(images, captions, output)
+    print(f"{count} pairs of {len(captions)} settings in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,498 @@
+"""MPI3D-Complex as tensors, against a plain reading of its files; whoever wrote them, and whatever is wrong with them."""
+
+import io
+import json
+import os
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib import colors
+
+import datasets
+from command_line import InputError
+from datasets import MPI3D_FILE, EpochOrder, Images, load_mpi3d, mpi3d_setting, open_npz_images, tokenise
+from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table
+
+
+def replace(path, content):
+    """Put another file in the place of a linked one."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def save_npz(path, compressed=False, **arrays):
+    path.unlink(missing_ok=True)
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+
+
+def images_and_grid(folder):
+    with np.load(folder / MPI3D_FILE, allow_pickle=False) as content:
+        return content["images"], content["grid"]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+@pytest.fixture(scope="module")
+def nltk_tokens():
+    from nltk.tokenize.destructive import NLTKWordTokenizer
+
+    return NLTKWordTokenizer().tokenize
+
+
+def test_tokens_of_every_caption_are_nltk_s(nltk_tokens):
+    for count in range(1, 6):
+        for caption in caption_table(datasets.MPI3D_SEMANTICS[:count], datasets.MPI3D_GRID):
+            assert tokenise(caption) == nltk_tokens(caption)
+    assert tokenise("An object shaped like a beer-cup, colored red.")[4:] == [
+        "a",
+        "beer-cup",
+        ",",
+        "colored",
+        "red",
+        ".",
+    ]
+
+
+QUOTED = (
+    'A cow of "{}" color is visible, positioned at the mid-left of the image, under a "{}" spotlight shining from the west.',
+    'A "{}" head is at the top-right of the image, illuminated by a "{}" spotlight from the center, against a background.',
+    'At the top-left of the image, there is a "{}" object in the form of a hare, against a "{}".',
+    '"{}" and {}\'s.',
+)
+
+
+def test_tokens_of_quoted_colour_names_are_nltk_s(nltk_tokens):
+    names = [*colors.TABLEAU_COLORS, *colors.CSS4_COLORS, *colors.XKCD_COLORS]
+    names += [name.split(":")[-1] for name in names]
+    assert any("'" in name for name in names) and any("/" in name for name in names)
+    for number, name in enumerate(names):
+        caption = QUOTED[number % len(QUOTED)].format(name, names[-number])
+        assert tokenise(caption) == nltk_tokens(caption)
+    assert tokenise('A "robin\'s egg" cow.') == ["A", "``", "robin", "'s", "egg", "''", "cow", "."]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# against a plain reading
+
+
+@pytest.mark.parametrize("bias_type, bias_id", [("selection", 0), ("selection", 3), ("perturbation", 4)])
+def test_pairs_are_those_of_a_plain_loop(mpi3d, bias_type, bias_id):
+    pairs, setting = load_mpi3d(mpi3d, bias_type, bias_id)
+    assert setting == mpi3d_setting(bias_type, bias_id)
+    images, grid = images_and_grid(mpi3d)
+    words = {number: word for word, number in pairs.vocabulary.items()}
+    name = f"{bias_type}_{bias_id}"
+    longest = 0
+    for split in ("train", "test"):
+        captions = (mpi3d / split / f"text_{name}.txt").read_text().splitlines()
+        factors = pd.read_csv(mpi3d / split / "image_semantics.csv")
+        text = pd.read_csv(mpi3d / split / f"text_semantics_{name}.csv")
+        assert len(pairs.splits[split]) == len(captions)
+        rows = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))[:40]
+        batch, tokens = pairs.images_of(split, rows), pairs.tokens_of(split, rows)
+        assert batch.dtype == torch.uint8 and tokens.dtype == torch.int64 and tokens.shape == (40, pairs.length)
+        for row, image, caption in zip(rows.tolist(), batch, tokens.tolist(), strict=True):
+            place = 0
+            for value, size in zip(factors.iloc[row], grid, strict=True):
+                place = place * size + value
+            assert (image.numpy() == images[place]).all()
+            expected = [*tokenise(captions[row]), "{eos}"]
+            assert [words[token] for token in caption] == expected + ["{pad}"] * (pairs.length - len(expected))
+        longest = max(longest, *(len(tokenise(caption)) for caption in captions))
+        for table, found in ((factors, pairs.splits[split].image_factors), (text, pairs.splits[split].text_factors)):
+            assert list(found) == list(table) and all((found[key].numpy() == table[key]).all() for key in found)
+    assert pairs.length == longest + 1
+
+
+def test_the_settings_are_the_paper_s():
+    assert mpi3d_setting("selection", 0).unbiased == ("OBJ_COLOR",)
+    assert mpi3d_setting("selection", 3).selected == ("OBJ_COLOR", "OBJ_SHAPE", "OBJ_SIZE", "CAMERA")
+    assert mpi3d_setting("perturbation", 0).perturbed == ()
+    assert mpi3d_setting("perturbation", 2).perturbed == ("CAMERA", "BACKGROUND")
+    assert mpi3d_setting("perturbation", 4).unbiased == ("OBJ_COLOR",)
+
+
+def test_each_distinct_caption_is_encoded_once(mpi3d):
+    pairs, _ = load_mpi3d(mpi3d, "selection", 0)
+    rows, seen = torch.arange(len(pairs.splits["train"])), []
+
+    def encoder(tokens):
+        seen.append(len(tokens))
+        return tokens.double() ** 2
+
+    found = pairs.encode_captions("train", rows, encoder, 5)
+    assert torch.equal(found, pairs.tokens_of("train", rows).double() ** 2)
+    assert sum(seen) == 12 and max(seen) == 5
+    images = pairs.encode_images("train", rows, lambda batch: batch[:, 0, 0].float(), 100)
+    assert torch.equal(images, pairs.images_of("train", rows)[:, 0, 0].float())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_reading_threads_change_nothing(mpi3d, workers):
+    array, _ = open_npz_images(mpi3d / MPI3D_FILE)
+    rows = torch.randint(len(array), (50,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Images(array, workers=workers).take(rows), Images(array).take(rows))
+    assert torch.equal(Images(array, workers=workers).take(rows[:2]), Images(array).take(rows[:2]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("reserve", [0, 2**50])
+def test_a_gpu_has_the_same_batches_whether_the_images_fit_or_not(mpi3d, monkeypatch, reserve):
+    monkeypatch.setattr(datasets, "GPU_RESERVE", reserve)
+    here, there = (load_mpi3d(mpi3d, "selection", 1, device)[0] for device in ("cpu", "cuda"))
+    assert (there.images.resident is None) == (reserve > 0)
+    rows = torch.arange(60)
+    assert torch.equal(there.images_of("train", rows).cpu(), here.images_of("train", rows))
+    assert torch.equal(there.tokens_of("train", rows).cpu(), here.tokens_of("train", rows))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the order of the data
+
+
+def order(size=23, seed=0):
+    return EpochOrder(size, torch.Generator().manual_seed(seed))
+
+
+def test_an_epoch_is_a_permutation_without_its_last_incomplete_batch():
+    batches = order()
+    epochs = [torch.cat([batches.next(5) for _ in range(4)]) for _ in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 20 and set(epoch.tolist()) <= set(range(23))
+    assert not torch.equal(epochs[0], epochs[1]) and {*epochs[0].tolist()} != {*epochs[1].tolist()}
+    assert torch.equal(epochs[0], torch.cat([part for b in [order()] for part in (b.next(5) for _ in range(4))]))
+    assert not torch.equal(epochs[0][:5], order(seed=1).next(5))
+    counts = torch.bincount(torch.cat([batches.next(5) for _ in range(4 * 500)]), minlength=23)
+    assert counts.min() > 380 and counts.max() <= 500, "every pair comes in about 20 of 23 epochs"
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 4, 9])
+def test_the_order_goes_on_from_its_state(taken):
+    batches = order()
+    for _ in range(taken):
+        batches.next(5)
+    state = batches.get_state()
+    expected = [batches.next(5).tolist() for _ in range(9)]
+    other = order(seed=99)
+    other.next(7)
+    other.set_state(state)
+    assert [other.next(5).tolist() for _ in range(9)] == expected
+    assert state.dtype == torch.uint8, "as the states of generators, which a checkpoint holds"
+
+
+def test_batches_may_grow_and_not_exceed_the_data():
+    batches = order()
+    assert [len(batches.next(size)) for size in (5, 9, 23)] == [5, 9, 23]
+    with pytest.raises(ValueError, match="a batch of 24 pairs, and there are 23"):
+        batches.next(24)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# images on disk
+
+
+def test_a_stored_member_is_mapped_in_place(mpi3d):
+    before = sorted(path.name for path in mpi3d.iterdir())
+    array, grid = open_npz_images(mpi3d / MPI3D_FILE)
+    expected, expected_grid = images_and_grid(mpi3d)
+    assert isinstance(array, np.memmap) and array.filename == mpi3d / MPI3D_FILE
+    assert (array == expected).all() and grid == tuple(expected_grid)
+    assert sorted(path.name for path in mpi3d.iterdir()) == before
+
+
+def test_a_compressed_file_is_unpacked_once_with_a_message(mpi3d, capsys):
+    images, grid = images_and_grid(mpi3d)
+    save_npz(mpi3d / MPI3D_FILE, compressed=True, images=images, grid=grid)
+    array, _ = open_npz_images(mpi3d / MPI3D_FILE)
+    (unpacked,) = mpi3d.glob("*.npy")
+    assert (array == images).all() and array.filename == unpacked
+    assert f"into {unpacked}" in capsys.readouterr().out
+    stamp = unpacked.stat().st_mtime_ns
+    assert (open_npz_images(mpi3d / MPI3D_FILE)[0] == images).all()
+    assert capsys.readouterr().out == "" and unpacked.stat().st_mtime_ns == stamp
+    assert not [path for path in mpi3d.iterdir() if path.name.startswith(".")]
+    # other images of the same name are not taken for these
+    save_npz(mpi3d / MPI3D_FILE, compressed=True, images=255 - images, grid=grid)
+    assert (open_npz_images(mpi3d / MPI3D_FILE)[0] == 255 - images).all()
+
+
+def test_a_compressed_file_on_a_full_disk_leaves_nothing(mpi3d, monkeypatch):
+    images, grid = images_and_grid(mpi3d)
+    save_npz(mpi3d / MPI3D_FILE, compressed=True, images=images, grid=grid)
+    before = sorted(path.name for path in mpi3d.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space"):
+        open_npz_images(mpi3d / MPI3D_FILE)
+    assert sorted(path.name for path in mpi3d.iterdir()) == before
+
+
+def test_a_file_without_a_grid_is_the_real_one_if_it_has_its_number_of_images(mpi3d, monkeypatch):
+    images, grid = images_and_grid(mpi3d)
+    save_npz(mpi3d / MPI3D_FILE, images=images)
+    with pytest.raises(
+        InputError, match=f"{len(images)} images, expected 460800 of the grid 4 × 4 × 2 × 3 × 3 × 40 × 40"
+    ):
+        load_mpi3d(mpi3d, "selection", 0)
+    monkeypatch.setattr(datasets, "MPI3D_GRID", dict(zip(datasets.MPI3D_GRID, grid.tolist(), strict=True)))
+    assert len(load_mpi3d(mpi3d, "selection", 0)[0].images) == len(images)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# captions: the cache, and files of others
+
+
+def every_token(pairs):
+    return {split: pairs.tokens_of(split, torch.arange(len(pairs.splits[split]))) for split in pairs.splits}
+
+
+def test_tokens_are_taken_from_the_cache_until_the_captions_change(mpi3d, monkeypatch):
+    first, _ = load_mpi3d(mpi3d, "selection", 1)
+    cache = mpi3d / "tokens_selection_1.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "tokenise", lambda caption: pytest.fail("tokenised again"))
+        again, _ = load_mpi3d(mpi3d, "selection", 1)
+    assert again.vocabulary == first.vocabulary and again.fingerprint == first.fingerprint
+    assert all(torch.equal(a, b) for a, b in zip(every_token(first).values(), every_token(again).values(), strict=True))
+    replace(
+        mpi3d / "vocab_selection_1.json", json.dumps(dict.fromkeys(("{pad}", "{eos}", "{unk}"))).replace("null", "0")
+    )
+    with pytest.raises(InputError, match=r"vocab_selection_1.json is damaged"):
+        load_mpi3d(mpi3d, "selection", 1)
+    os.remove(mpi3d / "vocab_selection_1.json")
+    replace(cache, b"damaged")
+    assert load_mpi3d(mpi3d, "selection", 1)[0].fingerprint == first.fingerprint
+    replace(
+        mpi3d / "test/text_selection_1.txt",
+        (mpi3d / "test/text_selection_1.txt").read_text().replace("olive", "olives"),
+    )
+    changed, _ = load_mpi3d(mpi3d, "selection", 1)
+    assert changed.fingerprint != first.fingerprint and (every_token(changed)["test"] == 2).any()
+
+
+def test_a_folder_that_cannot_be_written_is_read(mpi3d, monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(datasets, "write_bytes", refused)
+    load_mpi3d(mpi3d, "selection", 1)
+    assert not (mpi3d / "tokens_selection_1.npz").exists()
+
+
+def test_the_vocabulary_is_that_of_the_training_captions_by_appearance(mpi3d):
+    rendered = json.loads((mpi3d / "vocab_selection_2.json").read_text())
+    os.remove(mpi3d / "vocab_selection_2.json")
+    pairs, _ = load_mpi3d(mpi3d, "selection", 2)
+    lines = (mpi3d / "train/text_selection_2.txt").read_text().splitlines()
+    expected = dict.fromkeys(["{pad}", "{eos}", "{unk}", *(word for line in lines for word in tokenise(line))])
+    assert list(pairs.vocabulary.items()) == list(rendered.items()) == [(word, i) for i, word in enumerate(expected)]
+
+
+def test_splits_may_be_parts_of_one_file(tmp_path):
+    """The vocabulary is that of the training part alone."""
+    (tmp_path / "all.txt").write_text("a red cow.\na red cow.\na blue hen.\na red hen.\n")
+    parts = {"train": (tmp_path / "all.txt", slice(0, 2)), "test": (tmp_path / "all.txt", slice(2, 4))}
+    for _ in range(2):  # the second time from the cache
+        captions, vocabulary = datasets.load_captions(parts, tmp_path / "none.json", tmp_path / "cache.npz")
+        assert list(vocabulary) == ["{pad}", "{eos}", "{unk}", "a", "red", "cow", "."]
+        assert captions["train"].tokens.tolist() == [[3, 4, 5, 6, 1]] and captions["train"].index.tolist() == [0, 0]
+        assert captions["test"].take(torch.tensor([1, 0])).tolist() == [[3, 4, 2, 6, 1], [3, 2, 2, 6, 1]]
+    other = {**parts, "test": (tmp_path / "all.txt", slice(3, 4))}
+    captions, _ = datasets.load_captions(other, tmp_path / "none.json", tmp_path / "cache.npz")
+    assert len(captions["test"].index) == 1
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_other_vocabularies(mpi3d, wrapped):
+    plain, _ = load_mpi3d(mpi3d, "selection", 0)
+    words = [*reversed([word for word in plain.vocabulary if word != "olive"]), "zebra"]
+    numbered = [(word, number) for number, word in enumerate(words)]
+    vocabulary = dict(reversed(numbered) if wrapped else numbered)
+    replace(mpi3d / "vocab_selection_0.json", json.dumps({"w2i": vocabulary, "i2w": {}} if wrapped else vocabulary))
+    pairs, _ = load_mpi3d(mpi3d, "selection", 0)
+    assert pairs.vocabulary == vocabulary
+    again, _ = load_mpi3d(mpi3d, "selection", 0)  # from the cache
+    assert again.fingerprint == pairs.fingerprint != plain.fingerprint
+    renumbered = torch.tensor([vocabulary.get(word, vocabulary["{unk}"]) for word in plain.vocabulary])
+    for split, tokens in every_token(plain).items():
+        assert torch.equal(every_token(pairs)[split], renumbered[tokens])
+
+
+def test_more_than_256_words_are_told_apart(mpi3d):
+    lines = (mpi3d / "train/text_selection_0.txt").read_text().splitlines()
+    replace(mpi3d / "train/text_selection_0.txt", "".join(f"{line} word{i}\n" for i, line in enumerate(lines)))
+    os.remove(mpi3d / "vocab_selection_0.json")
+    pairs, _ = load_mpi3d(mpi3d, "selection", 0)
+    assert (
+        len(pairs.vocabulary) > 256
+        and pairs.tokens_of("train", torch.tensor([280])).max() == pairs.vocabulary["word280"]
+    )
+
+
+def as_crlf(text):
+    return text.replace("\n", "\r\n")
+
+
+@pytest.mark.parametrize(
+    "change", [as_crlf, str.rstrip, lambda text: as_crlf(text).rstrip(), lambda text: "\ufeff" + text],
+    ids=["CRLF", "no final newline", "both", "byte order mark"],
+)  # fmt: skip
+def test_captions_and_tables_of_other_editors(mpi3d, change):
+    plain, _ = load_mpi3d(mpi3d, "perturbation", 2)
+    for split in ("train", "test"):
+        for name in ("text_perturbation_2.txt", "text_semantics_perturbation_2.csv", "image_semantics.csv"):
+            replace(mpi3d / split / name, change((mpi3d / split / name).read_text()))
+    pairs, _ = load_mpi3d(mpi3d, "perturbation", 2)
+    assert pairs.fingerprint == plain.fingerprint
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what is wrong with the files, in one line
+
+
+def lines_of(path):
+    return path.read_text().splitlines(keepends=True)
+
+
+def without_line(path):
+    replace(path, "".join(lines_of(path)[:-1]))
+
+
+def with_images(folder, **arrays):
+    images, grid = images_and_grid(folder)
+    save_npz(folder / MPI3D_FILE, **{"images": images, "grid": grid, **arrays})
+
+
+def truncated(folder, compressed=False):
+    if compressed:
+        images, grid = images_and_grid(folder)
+        save_npz(folder / MPI3D_FILE, compressed=True, images=images, grid=grid)
+    replace(folder / MPI3D_FILE, (folder / MPI3D_FILE).read_bytes()[:-100_000])
+
+
+def damaged_inside(folder):
+    images, grid = images_and_grid(folder)
+    save_npz(folder / MPI3D_FILE, compressed=True, images=images, grid=grid)
+    content = bytearray((folder / MPI3D_FILE).read_bytes())
+    content[5000:6000] = bytes(1000)
+    replace(folder / MPI3D_FILE, bytes(content))
+
+
+def shorter_member(folder):
+    """A header that promises more images than there are."""
+    images, _ = images_and_grid(folder)
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, images)
+    (folder / MPI3D_FILE).unlink()
+    with zipfile.ZipFile(folder / MPI3D_FILE, "w") as archive:
+        archive.writestr("images.npy", buffer.getvalue()[:-64])
+
+
+def pickled(folder):
+    with_images(folder, images=np.array([{"run": "me"}], dtype=object))
+
+
+def swapped(folder, name, other):
+    """The captions of another setting, as if somebody had mixed up two files."""
+    for split in ("train", "test"):
+        replace(folder / split / f"text_{name}.txt", (folder / split / f"text_{other}.txt").read_bytes())
+
+
+def swapped_with_table(folder, name, other):
+    swapped(folder, name, other)
+    for split in ("train", "test"):
+        replace(
+            folder / split / f"text_semantics_{name}.csv",
+            (folder / split / f"text_semantics_{other}.csv").read_bytes(),
+        )
+
+
+def shuffled(folder):
+    path = folder / "train/text_selection_1.txt"
+    replace(path, "".join(lines_of(path)[::-1]))
+
+
+def edited(file, old, new):
+    def edit(folder):
+        text = (folder / file).read_text()
+        assert old in text
+        replace(folder / file, text.replace(old, new, 1))
+
+    return edit
+
+
+def extra_column(folder):
+    table = pd.read_csv(folder / "test/image_semantics.csv")
+    replace(folder / "test/image_semantics.csv", table.assign(EXTRA=0).to_csv(index=False))
+
+
+WRONG = {
+    "no folder": (lambda f: f.rename(f.with_name("moved")), "mpi3d is no folder"),
+    "no npz": (lambda f: (f / MPI3D_FILE).unlink(), "get it from https://.*render_standin_images.py"),
+    "truncated": (truncated, "npz is truncated or damaged"),
+    "truncated, compressed": (lambda f: truncated(f, True), "npz is truncated or damaged"),
+    "damaged inside": (damaged_inside, "npz is truncated or damaged"),
+    "empty npz": (lambda f: replace(f / MPI3D_FILE, b""), "npz is truncated or damaged"),
+    "short member": (shorter_member, "npz is damaged: `images` of shape"),
+    "no images": (lambda f: save_npz(f / MPI3D_FILE, pictures=np.zeros(3)), "holds pictures.npy, expected"),
+    "dtype": (lambda f: with_images(f, images=np.zeros((384, 64, 64, 3), np.float32)), "is float32, expected uint8"),
+    "shape": (lambda f: with_images(f, images=np.zeros((384, 64, 64), np.uint8)), r"has shape \(384, 64, 64\)"),
+    "count": (lambda f: with_images(f, images=np.zeros((383, 8, 8, 3), np.uint8)), "holds 383 images, expected 384"),
+    "grid": (lambda f: with_images(f, grid=np.array([4, 4, 2, 2, 3, 2])), "holds 384 images, expected"),
+    "grid of floats": (lambda f: with_images(f, grid=np.ones(7)), "`grid` must be the sizes"),
+    "pickled": (pickled, "is a pickled array, which is not opened"),
+    "no captions": (lambda f: (f / "test/text_selection_1.txt").unlink(), "render_multimodal_mpi3d.py"),
+    "no table": (lambda f: (f / "test/text_semantics_selection_1.csv").unlink(), "selection_1.csv is missing"),
+    "no image table": (lambda f: (f / "train/image_semantics.csv").unlink(), "image_semantics.csv is missing"),
+    "a caption less": (lambda f: without_line(f / "train/text_selection_1.txt"), "disagree in their number"),
+    "a row less": (lambda f: without_line(f / "test/image_semantics.csv"), "disagree in their number"),
+    "a text row less": (lambda f: without_line(f / "test/text_semantics_selection_1.csv"), "disagree in their"),
+    "other grid": (
+        lambda f: with_images(f, images=np.zeros((768, 8, 8, 3), np.uint8), grid=np.array([4, 4, 2, 2, 3, 2, 2])),
+        "train and test have 384 rows and there are 768 images",
+    ),
+    "fewer said": (lambda f: swapped(f, "selection_1", "selection_0"), "line .* reads as line .* OBJ_SHAPE differ"),
+    "more said": (lambda f: swapped(f, "selection_0", "selection_1"), "the captions tell OBJ_SHAPE", "selection_0"),
+    "other perturbation": (lambda f: swapped(f, "perturbation_4", "perturbation_2"), "reads as line", "perturbation_4"),
+    "other perturbation and table": (
+        lambda f: swapped_with_table(f, "perturbation_2", "perturbation_4"),
+        "OBJ_SHAPE differs from the image's in row", "perturbation_2",
+    ),
+    "fewer perturbed": (
+        lambda f: swapped_with_table(f, "perturbation_4", "perturbation_2"),
+        "OBJ_SHAPE is the image's in every row", "perturbation_4",
+    ),
+    "other order": (shuffled, "reads as line"),
+    "empty caption": (edited("train/text_selection_1.txt", "\n", "\n\n"), "the caption in line 2 is empty"),
+    "no text": (lambda f: replace(f / "train/text_selection_1.txt", b"\xff\xfe\x00"), "not a text file in UTF-8"),
+    "nothing": (lambda f: replace(f / "train/text_selection_1.txt", ""), "holds no caption"),
+    "missing column": (edited("train/image_semantics.csv", "V_AXIS", "AXIS"), "image_semantics.csv is damaged: .*V_AXIS"),
+    "extra column": (extra_column, "image_semantics.csv is damaged"),
+    "columns of another setting": (lambda f: swapped_with_table(f, "selection_1", "selection_2"), "is damaged"),
+    "off the grid": (edited("train/image_semantics.csv", "\n", "\n4,0,0,0,0,0,0\n"), "OBJ_COLOR is 4, expected .* 3"),
+    "negative": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,-1\n"), "OBJ_SHAPE is -1, expected"),
+    "no integer": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,0.5\n"), "OBJ_SHAPE is 0.5, expected"),
+    "a word": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,red\n"), "OBJ_SHAPE is red, expected"),
+    "a gap": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,\n"), "without gaps"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_files_are_named_and_nothing_is_written(mpi3d, case):
+    damage, message, name = (*WRONG[case], "selection_1")[:3]
+    damage(mpi3d)
+    listed = sorted(path for path in mpi3d.rglob("*") if path.is_file() and not path.name.startswith("tokens_"))
+    before = [path.read_bytes() for path in listed]
+    bias_type, bias_id = name.split("_")
+    with pytest.raises(InputError, match=message):
+        load_mpi3d(mpi3d, bias_type, int(bias_id))
+    after = sorted(path for path in mpi3d.rglob("*") if path.is_file() and not path.name.startswith("tokens_"))
+    assert after == listed and [path.read_bytes() for path in after] == before

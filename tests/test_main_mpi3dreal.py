@@ -1,0 +1,432 @@
+"""main_mpi3dreal.py as a user runs it: the files it writes, killing and resuming, and one line for whatever is wrong."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import encoders
+import main_mpi3dreal
+import probes
+from command_line import run_script
+from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_setting
+
+ROOT = Path(main_mpi3dreal.__file__).parent
+FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
+FILES = [
+    "args.json",
+    "checkpoint.pt",
+    "encoder_img.pt",
+    "encoder_txt.pt",
+    "results.csv",
+    "results.png",
+    "train_log.csv",
+]
+
+
+class SmallImageEncoder(nn.Module):
+    """Stands for the ResNet-18, with its batch normalisation: seconds instead of minutes."""
+
+    def __init__(self, encoding_size, mean, std, hidden_size=100):
+        super().__init__()
+        self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4 * 64, encoding_size)
+
+    def forward(self, images):
+        x = images.permute(0, 3, 1, 2).float() / 255
+        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
+
+
+@pytest.fixture
+def run(tmp_path, mpi3d, capsys, monkeypatch):
+    """run(flags) → (exit code, stdout, stderr) of main_mpi3dreal.py with a small encoder, short probes and no drawing."""
+    monkeypatch.setattr(main_mpi3dreal, "ImageEncoder", SmallImageEncoder)
+    monkeypatch.setattr(probes, "MAX_EPOCHS", 8)
+    monkeypatch.setattr(main_mpi3dreal, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
+
+    def call(flags="", model="m", base=FLAGS):
+        argv = ["--datapath", str(mpi3d), *base.split(), "--model-dir", str(tmp_path / "models"), "--model-id", model]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: main_mpi3dreal.main([*argv, *flags.split()]))
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def contents(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_run_writes_the_specified_files(run, tmp_path):
+    code, out, err = run("--seed 1")
+    assert code == 0, err
+    directory = tmp_path / "models/m"
+    assert sorted(contents(directory)) == FILES
+    results = pd.read_csv(directory / "results.csv")
+    assert list(results.columns) == ["ix", "modality", "semantic_name", "mcc_logreg", "mcc_mlp"]
+    assert list(zip(results.ix, results.semantic_name, strict=True)) == 2 * list(enumerate(MPI3D_GRID))
+    assert results.modality.tolist() == ["image"] * 7 + ["text"] * 7
+    assert results[["mcc_logreg", "mcc_mlp"]].abs().max(axis=None) <= 1
+    log = pd.read_csv(directory / "train_log.csv")
+    assert log.step.tolist() == [5, 10, 12] and {"loss", "image_OBJ_COLOR", "text_V_AXIS"} <= set(log.columns)
+    for words in (
+        "I_θ = {OBJ_COLOR, OBJ_SHAPE}; captions leave out {OBJ_SIZE, CAMERA, BACKGROUND, H_AXIS, V_AXIS}",
+        "288 pairs to train, 96 to evaluate; images of 64 × 64",
+        "text CNN → R^3",
+        "OBJ_SHAPE *",
+        "nonlinear MCC",
+        "12 steps of 12 pairs",
+    ):
+        assert words in out
+    stored = json.loads((directory / "args.json").read_text())
+    assert stored["finished"] and stored["seed"] == 1 and stored["eval_seed"] == 2 and stored["bias_id"] == 1
+
+
+def test_results_are_the_probes_of_the_two_halves_of_test(run, tmp_path, mpi3d):
+    """Linear scores by scikit-learn, of encodings that are computed from the files of the run."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import matthews_corrcoef
+    from sklearn.preprocessing import StandardScaler
+
+    assert run("--seed 1 --train-steps 40")[0] == 0
+    results = pd.read_csv(tmp_path / "models/m/results.csv").set_index(["modality", "semantic_name"]).mcc_logreg
+    pairs, _ = main_mpi3dreal.load_mpi3d(mpi3d, "selection", 1)
+    factors = pd.read_csv(mpi3d / "test/image_semantics.csv")
+    half, rows = len(factors) // 2, torch.arange(len(factors))
+    image, text = SmallImageEncoder(3, 0, 1), encoders.TextEncoder(len(pairs.vocabulary), pairs.length, 3)
+    for encoder, file, inputs in (
+        (image, "encoder_img.pt", pairs.images_of("test", rows)),
+        (text, "encoder_txt.pt", pairs.tokens_of("test", rows)),
+    ):
+        encoder.load_state_dict(torch.load(tmp_path / "models/m" / file, weights_only=True))
+        with torch.no_grad():
+            h = encoder.eval()(inputs).double().numpy()
+        h = StandardScaler().fit(h[:half]).transform(h)
+        for name in MPI3D_GRID:
+            expected = 0.0
+            if name != "V_AXIS":  # which is constant here
+                model = LogisticRegression(max_iter=2000, tol=1e-6).fit(h[:half], factors[name][:half])
+                expected = matthews_corrcoef(factors[name][half:], model.predict(h[half:]))
+            modality = "image" if encoder is image else "text"
+            assert results[modality, name] == pytest.approx(expected, abs=0.03), (modality, name)
+
+
+def test_the_defaults_are_the_specified_ones():
+    args, given = main_mpi3dreal.parse_flags([])
+    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
+    defaults = {
+        **{"datapath": "data/MPI3d_real_complex", "model_dir": "models", "model_id": None, "bias_type": "selection"},
+        **{"bias_id": 0, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
+        **{"train_steps": 200001, "log_steps": 1000, "checkpoint_steps": 10000, "evaluate": False, "seed": None},
+        **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
+        **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
+        **{"layer_lr": "uniform", "final_batch_size": 0, "recipe": "paper"},
+    }
+    assert {name: getattr(args, name) for name in defaults} == defaults
+
+
+@pytest.mark.parametrize(
+    "flags, size",
+    [("--bias-id 0", 3), ("--bias-id 4", 5), ("--bias-type perturbation --bias-id 0", 5),
+     ("--bias-type perturbation --bias-id 1", 4), ("--bias-type perturbation --bias-id 4", 3), ("--encoding-size 1", 1)],
+)  # fmt: skip
+def test_the_size_of_the_encodings(flags, size):
+    args, _ = main_mpi3dreal.parse_flags(flags.split())
+    setting = mpi3d_setting(args.bias_type, args.bias_id)
+    assert main_mpi3dreal.encoding_size(args, setting) == size
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--tau 0.5", "--encoding-size 2", "--protocol paper", "--init he", "--lr 0.02", "--batch-size 13", "--bias-id 2",
+     "--bias-type perturbation", "--precision bf16", "--lr-schedule onecycle", "--final-batch-size 20", "--layer-lr fan-in",
+     "--train-steps 6", "--seed 2"],
+)  # fmt: skip
+def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(main_mpi3dreal, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(main_mpi3dreal, "make_monitor", lambda *_: None)
+    for model, extra in (("plain", ""), ("changed", flags)):
+        code, _, err = run(f"--seed 1 --train-steps 5 {extra}", model)
+        assert code == 0, err
+    plain, changed = (contents(tmp_path / "models" / model) for model in ("plain", "changed"))
+    assert plain["encoder_img.pt"] != changed["encoder_img.pt"]
+
+
+def test_how_often_is_logged_saved_and_read_by_how_many_changes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_mpi3dreal, "write_evaluation", lambda *_: {})
+    for model, flags in (("a", ""), ("b", "--log-steps 3 --checkpoint-steps 5 --save-all-checkpoints --workers 3")):
+        assert run(f"--seed 1 {flags}", model)[0] == 0
+    a, b = (contents(tmp_path / "models" / model) for model in "ab")
+    assert a["encoder_img.pt"] == b["encoder_img.pt"] and a["encoder_txt.pt"] == b["encoder_txt.pt"]
+    assert sorted(set(b) - set(a)) == [f"encoder_{m}_{step}.pt" for m in ("img", "txt") for step in (10, 5)]
+    assert b["encoder_img_10.pt"] != b["encoder_img_5.pt"]
+
+
+def test_encoders_are_saved_while_training_goes_on(run, tmp_path, monkeypatch):
+    seen = {}
+    real = main_mpi3dreal.batch_loss
+
+    def noted(*arguments):
+        seen[len(seen)] = (tmp_path / "models/m/encoder_txt.pt").exists()
+        return real(*arguments)
+
+    monkeypatch.setattr(main_mpi3dreal, "batch_loss", noted)
+    monkeypatch.setattr(main_mpi3dreal, "write_evaluation", lambda *_: {})
+    assert run("--seed 1")[0] == 0
+    assert [seen[step] for step in range(12)] == [False] * 4 + [True] * 8
+
+
+# --------------------------------------------------------------------------------------------------------------
+# killed and resumed
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program may catch it."""
+
+
+def outcome(directory):
+    files = contents(directory)
+    log = pd.read_csv(directory / "train_log.csv").drop(columns="seconds").to_csv()
+    return {name: files[name] for name in ("encoder_img.pt", "encoder_txt.pt", "results.csv")}, log
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--recipe fast --bias-type perturbation --train-steps 40", "--final-batch-size 40"]
+)
+def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch, flags):
+    """24 batches make an epoch, so the kills and the checkpoints fall into several of them."""
+    flags = f"--seed 3 --train-steps 60 {flags}"
+    assert run(flags, "whole")[0] == 0
+    rng, real = random.Random(flags), main_mpi3dreal.batch_loss
+    for _ in range(3):
+        count, last = itertools.count(), rng.randrange(6, 13)
+
+        def dying(*arguments, count=count, last=last):
+            if next(count) == last:
+                raise Killed
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(main_mpi3dreal, "batch_loss", dying)
+            with pytest.raises(Killed):
+                run(f"{flags} --resume", "killed")
+    code, out, err = run("--resume --log-steps 5", "killed", base="--no-cuda")
+    assert code == 0 and "resumed from step" in out, err
+    assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
+
+
+def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path, monkeypatch):
+    assert run("--seed 3", "whole")[0] == 0
+    real, count = main_mpi3dreal.batch_loss, itertools.count()
+
+    def signalled(*arguments):
+        if next(count) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_mpi3dreal, "batch_loss", signalled)
+        code, _, err = run("--seed 3", "stopped")
+    assert code == 128 + signal.SIGTERM and "after step 7 of 12" in err and "--model-id stopped --resume" in err
+    assert run("--resume --log-steps 5", "stopped", base="--no-cuda")[0] == 0
+    assert outcome(tmp_path / "models/stopped") == outcome(tmp_path / "models/whole")
+
+
+def test_the_real_encoders_train_resume_and_are_evaluated_again(run, tmp_path, monkeypatch, capsys):
+    """Once with the ResNet-18 itself, a few pairs and steps."""
+    monkeypatch.setattr(main_mpi3dreal, "ImageEncoder", encoders.ImageEncoder)
+    monkeypatch.setattr(main_mpi3dreal, "make_monitor", lambda *_: None)
+    flags = "--seed 1 --batch-size 4 --train-steps 3 --log-steps 2 --hidden-size 20"
+    real, count = main_mpi3dreal.batch_loss, itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(main_mpi3dreal, "write_evaluation", lambda *_: {})
+        assert run(flags, "whole")[0] == 0
+
+        def dying(*arguments):
+            if next(count) == 2:
+                raise Killed
+            return real(*arguments)
+
+        with monkeypatch.context() as inner:
+            inner.setattr(main_mpi3dreal, "batch_loss", dying)
+            with pytest.raises(Killed):
+                run(flags, "killed")
+        assert run("--resume", "killed", base="--no-cuda")[0] == 0
+    whole, killed = (contents(tmp_path / "models" / model) for model in ("whole", "killed"))
+    assert whole["encoder_img.pt"] == killed["encoder_img.pt"] and whole["encoder_txt.pt"] == killed["encoder_txt.pt"]
+    assert "module." not in "".join(torch.load(tmp_path / "models/whole/encoder_img.pt", weights_only=True))
+    assert run("--evaluate --seed 5", "whole", base="--no-cuda")[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------------------
+# --evaluate, --overwrite
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    code, _, err = run("--seed 1")
+    assert code == 0, err
+    return tmp_path / "models/m"
+
+
+def test_evaluation_again_probes_the_same_encodings(run, trained):
+    before = contents(trained)
+    assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0
+    after = contents(trained)
+    assert after["results_seed2.csv"] == before["results.csv"]
+    first, again = (pd.read_csv(trained / name) for name in ("results_seed2.csv", "results.csv"))
+    assert (first.mcc_logreg == again.mcc_logreg).all() and (first.mcc_mlp != again.mcc_mlp).any()
+    assert all(
+        before[name] == after[name] for name in ("encoder_img.pt", "encoder_txt.pt", "checkpoint.pt", "train_log.csv")
+    )
+    assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
+    assert contents(trained)["results.csv"] == before["results.csv"]
+
+
+def test_weights_with_the_prefix_of_a_wrapper_are_evaluated_alike(run, trained):
+    before = pd.read_csv(trained / "results.csv")
+    for name in ("encoder_img.pt", "encoder_txt.pt"):
+        state = torch.load(trained / name, weights_only=True)
+        torch.save({f"module.{key}": value for key, value in state.items()}, trained / name)
+    assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0
+    assert (pd.read_csv(trained / "results.csv").mcc_logreg == before.mcc_logreg).all()
+
+
+def test_the_paper_s_protocol_probes_for_its_number_of_steps(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        main_mpi3dreal.probes, "mlp_mcc", lambda *arguments: seen.append(arguments[-1]) or REAL(*arguments[:-1])
+    )
+    assert run("--seed 1 --protocol paper", "paper")[0] == 0 and run("--seed 1", "code")[0] == 0
+    assert seen == [10_000, None]
+
+
+REAL = probes.mlp_mcc
+
+
+def test_finished_models_are_safe(run, trained):
+    before = contents(trained)
+    for flags, words in (
+        ("--seed 2", "--overwrite trains it anew"),
+        ("--resume --lr 0.5", "--lr 0.5 contradicts 0.01"),
+    ):
+        code, _, err = run(flags, base="--no-cuda")
+        assert code == 2 and words in err and contents(trained) == before
+    code, out, _ = run("--resume", base="--no-cuda")
+    assert code == 0 and "finished already" in out and contents(trained) == before
+    code, _, err = run("--evaluate --seed 5 --bias-id 2", base="--no-cuda")
+    assert code == 2 and "--bias-id 2 contradicts 1" in err and contents(trained) == before
+    assert run("--seed 2 --overwrite")[0] == 0 and contents(trained)["encoder_img.pt"] != before["encoder_img.pt"]
+
+
+def test_other_captions_than_those_trained_on_are_refused(run, trained, mpi3d):
+    before = contents(trained)
+    path = mpi3d / "vocab_selection_1.json"
+    words = list(json.loads(path.read_text()))
+    path.unlink()
+    path.write_text(json.dumps({word: number for number, word in enumerate(words[:3] + words[:2:-1])}))
+    code, _, err = run("--evaluate --seed 5", base="--no-cuda")
+    assert code == 2 and "does not hold the captions" in err and contents(trained) == before
+
+
+# --------------------------------------------------------------------------------------------------------------
+# bad input: one line, exit code 2, nothing changed
+
+
+def no_data(folder):
+    shutil.rmtree(folder)
+
+
+def no_images(folder):
+    (folder / MPI3D_FILE).unlink()
+
+
+def pickled(folder):
+    (folder / MPI3D_FILE).unlink()
+    np.savez(folder / MPI3D_FILE, images=np.array([{}], dtype=object))
+
+
+def long_captions(folder):
+    for split in ("train", "test"):
+        path = folder / split / "text_selection_1.txt"
+        lines = [f"{line} {'very ' * 164}\n" for line in path.read_text().splitlines()]
+        path.unlink()
+        path.write_text("".join(lines))
+
+
+def short_captions(folder):
+    for split in ("train", "test"):
+        path = folder / split / "text_selection_1.txt"
+        table = pd.read_csv(folder / split / "text_semantics_selection_1.csv")
+        path.unlink()
+        path.write_text("".join(f"{a} {b}\n" for a, b in table.to_numpy()))
+
+
+@pytest.mark.parametrize(
+    "flags, damage, words",
+    [
+        ("--bias-id 5", None, "--bias-id 5 is out of range: settings are 0 … 4"),
+        ("--bias-id -1", None, "--bias-id -1 is out of range"),
+        ("--bias-id x", None, "--bias-id"),
+        ("--bias-type omission", None, "--bias-type"),
+        ("--encoding-size -1", None, "--encoding-size"),
+        ("--hidden-size 0", None, "--hidden-size"),
+        ("--tau 0", None, "--tau"),
+        ("--checkpoint-steps 0", None, "--checkpoint-steps"),
+        ("--workers -1", None, "--workers"),
+        ("--batch-size 289", None, "a batch of 289 pairs"),
+        ("--final-batch-size 300", None, "a batch of 300 pairs"),
+        ("--datapath nowhere", None, "nowhere is no folder"),
+        ("", no_data, "is no folder"),
+        ("", no_images, "is missing: get it from"),
+        ("", pickled, "pickled array"),
+        ("", long_captions, "tokens, expected 4 to 164"),
+        ("", short_captions, "captions of 3 tokens, expected 4 to 164"),
+        ("--evaluate", None, "args.json is missing"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(run, tmp_path, mpi3d, flags, damage, words):
+    if damage:
+        damage(mpi3d)
+    before = {name: content for name, content in contents(tmp_path).items() if "tokens_" not in name}
+    code, out, err = run(flags)
+    assert code == 2, (out, err)
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and words in err, err
+    assert {name: content for name, content in contents(tmp_path).items() if "tokens_" not in name} == before
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_damaged_encoder_is_named(run, trained):
+    (trained / "encoder_img.pt").write_bytes(b"damaged")
+    code, _, err = run("--evaluate --seed 5", base="--no-cuda")
+    assert code == 2 and "encoder_img.pt is damaged" in err
+
+
+def test_training_may_not_go_on_without_its_data(run, tmp_path, mpi3d, monkeypatch):
+    monkeypatch.setattr(
+        main_mpi3dreal, "batch_loss", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    assert run("--seed 1")[0] == 2
+    before = contents(tmp_path / "models")
+    shutil.rmtree(mpi3d)
+    assert run("--resume", base="--no-cuda")[0] == 2 and contents(tmp_path / "models") == before
+
+
+def test_the_script_explains_itself():
+    done = subprocess.run([sys.executable, "main_mpi3dreal.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for words in ("setting: what the caption says of the image", "--save-all-checkpoints", "(paper 1e-05, fast"):
+        assert words in done.stdout

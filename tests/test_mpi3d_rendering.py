@@ -1,0 +1,287 @@
+"""Captions and stand-in images of MPI3D-Complex: what they say, how often, and that one seed gives the same bytes."""
+
+import itertools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import chisquare
+
+import datasets
+from command_line import run_script
+from rendering_data.MPI3D import render_multimodal_mpi3d as captions
+from rendering_data.MPI3D import render_standin_images as standin
+
+SIZES = dict(zip(datasets.MPI3D_GRID, (4, 4, 2, 3, 3, 8, 8), strict=True))
+COUNT = 18_432
+SETTINGS = list(itertools.product(datasets.BIAS_TYPES, datasets.BIAS_IDS))
+NAMES = [f"{bias_type}_{bias_id}" for bias_type, bias_id in SETTINGS]
+
+SELECTED = {"selection_0": 1, "selection_1": 2, "selection_2": 3, "selection_3": 4}  # all five elsewhere
+PERTURBED = {
+    "perturbation_1": {"BACKGROUND"},
+    "perturbation_2": {"CAMERA", "BACKGROUND"},
+    "perturbation_3": {"OBJ_SIZE", "CAMERA", "BACKGROUND"},
+    "perturbation_4": {"OBJ_SHAPE", "OBJ_SIZE", "CAMERA", "BACKGROUND"},
+}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def call(main, *argv):
+    """Exit code of a script's main."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: main([str(argument) for argument in argv]))
+    return stopped.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captions")
+    assert call(captions.main, "--output-dir", folder, "--seed", 5, "--grid", *SIZES.values()) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(folder):
+    """tables[split][name]: DataFrame of a CSV; "image" and the ten settings."""
+    return {
+        split: {"image": pd.read_csv(folder / split / "image_semantics.csv")}
+        | {name: pd.read_csv(folder / split / f"text_semantics_{name}.csv") for name in NAMES}
+        for split in ("train", "test")
+    }
+
+
+def test_train_and_test_share_no_image_and_have_them_all(tables):
+    train, test = (
+        [tuple(row) for row in tables[split]["image"].itertuples(index=False)] for split in ("train", "test")
+    )
+    assert len(train) == round(0.9 * COUNT) and not set(train) & set(test)
+    assert sorted(train + test) == list(itertools.product(*map(range, SIZES.values())))
+
+
+def test_both_halves_of_test_hold_all_values(tables):
+    """The first half fits the probes: rows in the order of the grid would leave it without half of the colours."""
+    image = tables["test"]["image"]
+    for half in (image[: len(image) // 2], image[len(image) // 2 :]):
+        for name, size in SIZES.items():
+            assert chisquare(np.bincount(half[name], minlength=size)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_replaced_as_often_as_they_should_be_and_nothing_else(tables, name):
+    image, text = (pd.concat([tables[split][table] for split in tables]) for table in ("image", name))
+    assert list(text.columns) == list(SIZES)[: SELECTED.get(name, 5)]
+    for factor in text.columns:
+        if factor not in PERTURBED.get(name, ()):
+            assert (image[factor].to_numpy() == text[factor].to_numpy()).all()
+            continue
+        n = SIZES[factor]
+        counts = pd.crosstab(image[factor].to_numpy(), text[factor].to_numpy()).to_numpy()
+        expected = (0.9 / n + 0.1 * np.eye(n)) * counts.sum(axis=1, keepdims=True)
+        assert chisquare(counts.ravel(), expected.ravel(), ddof=n - 1).pvalue > 1e-4
+    perturbed = [factor for factor in text.columns if factor in PERTURBED.get(name, ())]
+    changed = [(image[factor].to_numpy() != text[factor].to_numpy()).astype(float) for factor in perturbed]
+    for one, other in itertools.combinations(changed, 2):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.03, "factors are replaced independently"
+
+
+WORDS = {
+    "OBJ_COLOR": ["yellow", "green", "olive", "red"],
+    "OBJ_SHAPE": ["coffee-cup", "tennis-ball", "croissant", "beer-cup"],
+    "OBJ_SIZE": ["small size", "large size"],
+    "CAMERA": ["top view", "center view", "bottom view"],
+    "BACKGROUND": ["in a purple background", "in a sea-green background", "in a salmon background"],
+}
+
+
+def whole(word):
+    """Pattern of a word that is no part of another one: "red" is no part of "colored", "green" none of "sea-green"."""
+    return rf"(?<![\w-]){word}(?![\w-])"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_caption_says_what_its_row_says(folder, tables, name):
+    for split in tables:
+        lines = (folder / split / f"text_{name}.txt").read_text().splitlines()
+        rows = tables[split][name].drop_duplicates()
+        assert len(lines) == len(tables[split][name])
+        by_row = pd.Series(lines).groupby([tables[split][name][factor] for factor in rows.columns])
+        for values, spoken in by_row:
+            values = dict(zip(rows.columns, values, strict=True))
+            for line in spoken.unique():
+                for factor, words in WORDS.items():
+                    said = [number for number, word in enumerate(words) if re.search(whole(word), line)]
+                    assert said == ([values[factor]] if factor in values else []), line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_are_equally_frequent(folder, name):
+    lines = pd.Series((folder / "train" / f"text_{name}.txt").read_text().splitlines())
+    for words in WORDS.values():
+        lines = lines.str.replace("|".join(map(whole, words)), "*", regex=True)
+    counts = lines.value_counts()
+    assert len(counts) == 3 and chisquare(counts).pvalue > 1e-4
+
+
+def test_templates_to_the_letter(folder):
+    row = {"OBJ_COLOR": 2, "OBJ_SHAPE": 1, "OBJ_SIZE": 0, "CAMERA": 2, "BACKGROUND": 1}
+    full = (
+        "A small size tennis-ball in olive, viewed from bottom view, in a sea-green background.",
+        "From bottom view, you see a olive, small size tennis-ball, in a sea-green background.",
+        "A small size tennis-ball, olive, placed in a sea-green background, observed from bottom view.",
+    )
+    expected = {
+        "selection_0": ("An object colored olive.", "It has a olive appearance.", "Something with olive."),
+        "selection_1": (
+            "A tennis-ball that is olive.",
+            "The olive tennis-ball.",
+            "An object shaped like a tennis-ball, colored olive.",
+        ),
+        "selection_2": (
+            "A small size tennis-ball in olive.",
+            "olive, small size, tennis-ball.",
+            "The object is small size, shaped as a tennis-ball, and colored olive.",
+        ),
+        "selection_3": (
+            "A small size tennis-ball in olive, seen from bottom view.",
+            "Viewed from bottom view, a olive, small size tennis-ball.",
+            "A small size tennis-ball with olive, perspective: bottom view.",
+        ),
+        "selection_4": full,
+        "perturbation_0": full,
+        "perturbation_4": full,
+    }
+    for name, wanted in expected.items():
+        table = pd.read_csv(folder / "train" / f"text_semantics_{name}.csv")
+        lines = np.array((folder / "train" / f"text_{name}.txt").read_text().splitlines())
+        chosen = (table == [row[factor] for factor in table.columns]).all(axis=1)
+        assert set(lines[chosen]) == set(wanted)
+
+
+def test_one_seed_gives_the_same_bytes_and_another_one_others(tmp_path):
+    grid = ("--grid", 2, 2, 2, 2, 2, 3, 3)
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert call(captions.main, "--output-dir", tmp_path / folder, "--seed", seed, *grid) == 0
+    a, b, c = (contents(tmp_path / folder) for folder in "abc")
+    assert a == b and len(a) == 2 * 21 + 10
+    assert all(a[name] != c[name] for name in a if not name.startswith("vocab"))
+    assert call(captions.main, "--output-dir", tmp_path / "d", "--train-ratio", 0.5, *grid) == 0
+    assert len(pd.read_csv(tmp_path / "d/train/image_semantics.csv")) == 144
+
+
+def test_the_bytes_of_a_seed_stay_what_they_are(tmp_path):
+    """A change of them would change every data set that a seed stands for."""
+    assert call(captions.main, "--output-dir", tmp_path, "--seed", 0, "--grid", 4, 4, 2, 3, 3, 1, 1) == 0
+    assert (tmp_path / "test/image_semantics.csv").read_text().splitlines()[:3] == FIRST_ROWS
+    assert (tmp_path / "test/text_perturbation_4.txt").read_text().splitlines()[0] == FIRST_CAPTION
+
+
+FIRST_ROWS = ["OBJ_COLOR,OBJ_SHAPE,OBJ_SIZE,CAMERA,BACKGROUND,H_AXIS,V_AXIS", "0,3,0,2,2,0,0", "1,0,1,1,2,0,0"]
+FIRST_CAPTION = "A small size beer-cup in yellow, viewed from center view, in a salmon background."
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--grid 4 4 2 3 3 40 41", "V_AXIS has 40 values, not 41"),
+        ("--grid 4 4 2 3 3 40", "expected 7 arguments"),
+        ("--grid 0 4 2 3 3 4 4", "--grid"),
+        ("--grid 2 1 1 1 1 1 1 --train-ratio 0.99", "leaves a split without images"),
+        ("--train-ratio 1.5", "--train-ratio"),
+        ("--seed -1", "--seed"),
+    ],
+)
+def test_wrong_flags_of_the_captions(tmp_path, capsys, flags, words):
+    assert call(captions.main, "--output-dir", tmp_path / "x", *flags.split()) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1 and not (tmp_path / "x").exists()
+
+
+def test_captions_are_replaced_only_when_told_to(tmp_path, capsys):
+    grid = ("--grid", 2, 2, 2, 2, 2, 2, 2)
+    assert call(captions.main, "--output-dir", tmp_path, *grid) == 0
+    before = contents(tmp_path)
+    assert call(captions.main, "--output-dir", tmp_path, "--seed", 1, *grid) == 2
+    assert "--overwrite" in capsys.readouterr().err and contents(tmp_path) == before
+    assert call(captions.main, "--output-dir", tmp_path, "--seed", 1, *grid, "--overwrite") == 0
+    assert contents(tmp_path) != before
+
+
+# --------------------------------------------------------------------------------------------------------------
+# stand-in images
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """(folder, images as an array of the shape of the grid, then 64 × 64 × 3)."""
+    folder = tmp_path_factory.mktemp("standin")
+    assert call(standin.main, "--output-dir", folder, "--grid", 4, 4, 2, 3, 3, 2, 2) == 0
+    with np.load(folder / datasets.MPI3D_FILE, allow_pickle=False) as content:
+        assert content["images"].dtype == np.uint8 and content["grid"].tolist() == [4, 4, 2, 3, 3, 2, 2]
+        return folder, content["images"].reshape(4, 4, 2, 3, 3, 2, 2, 64, 64, 3)
+
+
+def test_every_factor_can_be_seen_in_every_image(drawn):
+    """Two images that differ in one factor differ in at least 15 pixels by at least 25 of 255."""
+    _, images = drawn
+    for axis in range(7):
+        moved = np.moveaxis(images, axis, 0).astype(np.int16)
+        for one, other in itertools.combinations(range(len(moved)), 2):
+            changed = np.abs(moved[one] - moved[other]).max(axis=-1) >= 25
+            assert changed.sum(axis=(-2, -1)).min() >= 15, list(datasets.MPI3D_GRID)[axis]
+
+
+def test_the_rim_has_the_background_s_colour_and_the_object_its_own(drawn):
+    _, images = drawn
+    for factor_axis, colors in ((4, standin.RIM_COLORS), (0, standin.OBJECT_COLORS)):
+        for value, color in enumerate(colors):
+            chosen = np.moveaxis(images, factor_axis, 0)[value].reshape(-1, 64 * 64, 3).astype(np.float32)
+            norm = np.linalg.norm(chosen, axis=2)
+            alike = (norm > 70) & (chosen @ (np.float32(color) / np.linalg.norm(color)) > 0.995 * norm)
+            assert (alike.sum(axis=1) >= 10).mean() > 0.95
+
+
+def test_a_large_object_covers_more_than_a_small_one(drawn):
+    _, images = drawn
+    dark = images.astype(int).max(axis=-1) < 60
+    covered = (~dark).sum(axis=(-2, -1)).mean(axis=(0, 1, 3, 4, 5, 6))
+    assert covered[1] > covered[0] + 40
+
+
+def test_a_position_is_the_same_in_a_finer_grid(drawn, tmp_path):
+    """The ends of the joints' ranges do not depend on how many positions there are."""
+    _, images = drawn
+    fine = np.concatenate(list(standin.blocks((1, 2, 1, 2, 1, 3, 3)))).reshape(1, 2, 1, 2, 1, 3, 3, 64, 64, 3)
+    assert (fine[0, 1, 0, 1, 0, 2, 2] == images[0, 1, 0, 1, 0, 1, 1]).all()
+
+
+def test_drawing_again_gives_the_same_bytes_and_replaces_nothing_untold(drawn, tmp_path, capsys):
+    folder, _ = drawn
+    path = folder / datasets.MPI3D_FILE
+    before = path.read_bytes()
+    assert call(standin.main, "--output-dir", folder) == 2 and path.read_bytes() == before
+    assert "a downloaded file too" in capsys.readouterr().err
+    assert call(standin.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 2) == 0
+    assert (tmp_path / datasets.MPI3D_FILE).read_bytes() == before
+    assert "not the photographs" in capsys.readouterr().out
+
+
+def test_captions_take_the_grid_of_the_images_in_the_folder(drawn, tmp_path, capsys):
+    folder, _ = drawn
+    (tmp_path / datasets.MPI3D_FILE).hardlink_to(folder / datasets.MPI3D_FILE)
+    assert call(captions.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 3) == 2
+    assert "have the grid 4 4 2 3 3 2 2" in capsys.readouterr().err and not (tmp_path / "train").exists()
+    assert call(captions.main, "--output-dir", tmp_path) == 0
+    rows = [len(pd.read_csv(tmp_path / split / "image_semantics.csv")) for split in ("train", "test")]
+    assert rows == [1037, 115]
+
+
+def test_scripts_run_from_anywhere_and_help_says_that_these_are_no_photographs(tmp_path):
+    done = subprocess.run([sys.executable, standin.__file__, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "DRAWINGS, NOT PHOTOGRAPHS" in done.stdout
