@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from command_line import InputError
+from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, MPI3D_SOURCE, mpi3d_setting
 from files import read_csv, read_json
 
 ROOT = Path(__file__).resolve().parent
@@ -44,6 +45,23 @@ class ResultFile:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataSet:
+    """What the models of an experiment are trained on: its last file, and the commands that make it or, without, its source."""
+
+    file: str
+    commands: tuple = ()
+    source: str = ""
+
+    def missing(self):
+        """Commands (lists of words) that make the data set, none if it is there; InputError if only a user can get it."""
+        if Path(self.file).exists():
+            return []
+        if not self.commands:
+            raise InputError(f"{self.file} is missing: {self.source}")
+        return [[sys.executable, str(ROOT / script), *flags] for script, *flags in self.commands]
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """What is trained, but for the seed: the flags of the experiment's training script."""
 
@@ -52,6 +70,7 @@ class Setting:
     name: str
     script: str
     flags: tuple
+    data: DataSet | None = None
 
     def folder(self, models):
         """Path of the folder of all models of this experiment and scale."""
@@ -232,6 +251,74 @@ def ablation(table, selected, perturbed, encoding_size):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# MPI3D-Complex
+
+_MPI3D_REAL = "data/MPI3d_real_complex"
+_CAPTIONS = "rendering_data/MPI3D/render_multimodal_mpi3d.py"
+MPI3D_DATA = DataSet(
+    f"{_MPI3D_REAL}/vocab_perturbation_4.json",
+    source=f"put {MPI3D_FILE} of {MPI3D_SOURCE} into {_MPI3D_REAL}, and write its captions with `python {_CAPTIONS}`",
+)
+MPI3D_STANDIN = "data/mpi3d_standin"
+MPI3D_STANDIN_DATA = DataSet(
+    f"{MPI3D_STANDIN}/vocab_perturbation_4.json",
+    (("rendering_data/MPI3D/render_standin_images.py", "--output-dir", MPI3D_STANDIN, "--overwrite"),
+     (_CAPTIONS, "--output-dir", MPI3D_STANDIN, "--overwrite")),
+)  # fmt: skip
+MPI3D_FLAGS = {
+    "paper": (),
+    "fast": ("--recipe", "fast"),
+    "tiny": ("--recipe", "fast", "--datapath", MPI3D_STANDIN, "--batch-size", "64", "--train-steps", "300",
+             "--log-steps", "100"),
+}  # fmt: skip
+MPI3D_RESULTS = ResultFile("results.csv", ("ix", "modality", "semantic_name", "mcc_logreg", "mcc_mlp"),
+                           "main_mpi3dreal.py", MPI3D_FLAGS)  # fmt: skip
+MPI3D_ENCODING_SIZES = (1, 2, 3, 4)  # of Figure 13; 3 is that of every run with fewer unbiased semantics
+
+
+def mpi3d_cells(scale, bias_type, bias_id, size, metric, keys, column):
+    """Cells of both encodings and all factors of one setting of MPI3D-Complex; size: of the encodings, 0 the right one."""
+    flags = [*MPI3D_FLAGS[scale], "--bias-type", bias_type, "--bias-id", str(bias_id)]
+    name = f"{bias_type}_{bias_id}"
+    if size:
+        name, flags = f"{name}_size_{size}", [*flags, "--encoding-size", str(size)]
+    data = MPI3D_STANDIN_DATA if scale == "tiny" else MPI3D_DATA
+    setting = Setting("mpi3d", scale, name, "main_mpi3dreal.py", tuple(flags), data)
+    unbiased = mpi3d_setting(bias_type, bias_id).unbiased
+    for modality, factor in itertools.product(("image", "text"), MPI3D_GRID):
+        learned = factor in unbiased if metric == "mcc_mlp" and not size else None
+        own = {**keys, "metric": metric, "modality": modality, "factor": factor}
+        where = {"modality": modality, "semantic_name": factor}
+        yield Cell(own, (f"{modality} encoding", column[0]), factor, column[1], setting, MPI3D_RESULTS, where, metric,
+                   learned, clipped=False)  # fmt: skip
+
+
+def mpi3d_factors(figure, metric):
+    """cells(scale) of Figures 5 and 12: MCC of every factor under every bias; columns are named after what they add."""
+
+    def cells(scale):
+        for bias_type, bias_id in itertools.product(BIAS_TYPES, BIAS_IDS):
+            setting = mpi3d_setting(bias_type, bias_id)
+            added = setting.selected[-1:] if bias_type == "selection" else setting.perturbed[:1]
+            column = (f"{bias_type} bias", f"{bias_id}: {'+ ' if bias_id else ''}{(*added, '∅')[0]}")
+            keys = {"figure": figure, "bias_type": bias_type, "bias_id": bias_id}
+            yield from mpi3d_cells(scale, bias_type, bias_id, 0, metric, keys, column)
+
+    return cells
+
+
+def mpi3d_encoding_sizes(figure, metric):
+    """cells(scale) of Figure 13: MCC of every factor for encodings of several sizes, the colour alone selected."""
+
+    def cells(scale):
+        for size in MPI3D_ENCODING_SIZES:
+            keys, column = {"figure": figure, "encoding_size": size}, ("colour selected", f"size {size}")
+            yield from mpi3d_cells(scale, "selection", 0, 0 if size == 3 else size, metric, keys, column)
+
+    return cells
+
+
+# --------------------------------------------------------------------------------------------------------------
 # all figures; a new experiment adds its grid here and nothing elsewhere
 
 _IDENTIFICATION, _DOWNSTREAM = ("main_numeric.py",), ("main_numeric.py", "eval_numeric_predict.py")
@@ -243,7 +330,8 @@ FIGURES = {
                cells=identification(3, "r2_nonlinear", "selection")),
         Figure("fig4", "downstream tasks under selection bias", "numeric", _DOWNSTREAM, "numeric_downstream.csv",
                curves=True, cells=downstream(4, "selection")),
-        Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D),
+        Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D,
+               cells=mpi3d_factors(5, "mcc_mlp")),
         Figure("fig6", "nonlinear scores on Causal3DIdent", "causal3dident", ("main_causal3dident.py",), _CAUSAL),
         Figure("fig7", "nonlinear R² under perturbation bias", "numeric", _IDENTIFICATION, _NUMERIC,
                cells=identification(7, "r2_nonlinear", "perturbation")),
@@ -253,8 +341,10 @@ FIGURES = {
                cells=identification(9, "r2_linear", "perturbation")),
         Figure("fig10", "downstream tasks under perturbation bias", "numeric", _DOWNSTREAM, "numeric_downstream.csv",
                curves=True, cells=downstream(10, "perturbation")),
-        Figure("fig12", "linear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D),
-        Figure("fig13", "encoding sizes on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",)),
+        Figure("fig12", "linear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D,
+               cells=mpi3d_factors(12, "mcc_logreg")),
+        Figure("fig13", "encoding sizes on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",),
+               cells=mpi3d_encoding_sizes(13, "mcc_mlp")),
         *(Figure(f"fig{number}", f"{probe} scores on Causal3DIdent, image and text", "causal3dident",
                  ("main_causal3dident.py",), _CAUSAL)
           for number, probe in ((16, "nonlinear"), (17, "linear"), (18, "linear"))),

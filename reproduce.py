@@ -17,8 +17,10 @@ A run that was killed or failed goes on with the same command; what is finished 
 
 import contextlib
 import itertools
+import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -46,14 +48,20 @@ def run(args):
     needed = needed_models(chosen_figures(args.names), args.scale, args.seeds, args.models)
     missing = {model: files for model, all_files in needed.items() if (files := model.missing(all_files))}
     work = {model: model.commands(files) for model, files in missing.items()}
+    data = dict.fromkeys(model.setting.data for model in work if model.setting.data)
+    preparation = [command for data_set in data for command in data_set.missing()]
     print(
         f"{args.scale} scale: {len(needed)} models, {len(needed) - len(work)} are done, {len(work)} to do", flush=True
     )
     if args.dry_run:
-        for commands in work.values():
-            shown = [["python", Path(script).name, *words] for _, script, *words in commands]
+        for commands in [*([command] for command in preparation), *work.values()]:
+            shown = [["python", os.path.relpath(script, grids.ROOT), *words] for _, script, *words in commands]
             print(" && ".join(map(shlex.join, shown)))
         return 0
+    for command in preparation:
+        print("$", shlex.join(command), flush=True)
+        if code := subprocess.run(command).returncode:
+            raise InputError(f"{Path(command[1]).name} ended with exit code {code}: the data set is not complete")
     failures, count, started = {}, itertools.count(1), time.monotonic()
 
     def ended(model):

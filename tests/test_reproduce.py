@@ -1,5 +1,6 @@
 """reproduce.py: its grids against the paper's numbers, its jobs with a training that takes seconds, its report."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -121,7 +122,7 @@ def is_one_line_error(answer, *words):
 
 @pytest.mark.parametrize("scale", grids.COMPARED)
 def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_way_round(scale):
-    for file in {figure.paper for figure in grids.FIGURES.values() if figure.cells}:
+    for file in {figure.paper for figure in grids.FIGURES.values() if figure.cells and figure.paper}:
         paper = pd.read_csv(REPOSITORY / "paper" / file, keep_default_na=False)
         keys = [name for name in paper.columns if name != "value"]
         ours = [
@@ -185,13 +186,57 @@ def test_the_theory_s_pattern_is_that_of_the_unbiased_block():
     }
 
 
+def test_settings_of_mpi3d_are_named_and_flagged_as_they_are_trained():
+    cells = list(grids.FIGURES["fig5"].cells("fast"))
+    assert len(cells) == 2 * 7 * 10 and len({cell.setting for cell in cells}) == 10
+    for cell in cells:
+        args = grids.expected_args(cell.setting)
+        assert cell.setting.name == f"{args['bias_type']}_{args['bias_id']}" and args["recipe"] == "fast"
+        told = ["OBJ_COLOR", "OBJ_SHAPE", "OBJ_SIZE", "CAMERA", "BACKGROUND"]
+        k = args["bias_id"]
+        unbiased = told[: k + 1] if args["bias_type"] == "selection" else told[: 5 - k]
+        assert cell.learned == (cell.keys["factor"] in unbiased)
+        assert cell.panel == (f"{cell.keys['modality']} encoding", f"{args['bias_type']} bias")
+    columns = list(dict.fromkeys((cell.panel[1], cell.column) for cell in cells))
+    assert columns[0] == ("selection bias", "0: OBJ_COLOR") and columns[1] == ("selection bias", "1: + OBJ_SHAPE")
+    assert columns[5:7] == [("perturbation bias", "0: ∅"), ("perturbation bias", "1: + BACKGROUND")]
+    sizes = {cell.column: grids.expected_args(cell.setting) for cell in grids.FIGURES["fig13"].cells("paper")}
+    assert {column: args["encoding_size"] for column, args in sizes.items()} == {
+        "size 1": 1, "size 2": 2, "size 3": 0, "size 4": 4,
+    }  # fmt: skip
+    assert {(args["bias_type"], args["bias_id"], args["recipe"]) for args in sizes.values()} == {
+        ("selection", 0, "paper")
+    }
+
+
+def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake, call, tmp_path, monkeypatch):
+    (tmp_path / "make_data.py").write_text("import sys; open(sys.argv[1], 'x').close()")
+    made = grids.DataSet("data.csv", (("make_data.py", "data.csv"),))
+    for data, code in ((made, 0), (grids.DataSet("other.csv", (), "get it from its authors"), 2)):
+        figure = fake_figure("slow", ("--steps", "1"))
+        cell = figure.cells("tiny")[0]
+        setting = dataclasses.replace(cell.setting, name=Path(data.file).stem, data=data)
+        figure = dataclasses.replace(figure, cells=lambda _, c=cell, s=setting: [dataclasses.replace(c, setting=s)])
+        monkeypatch.setattr(grids, "FIGURES", {"slow": figure})
+        monkeypatch.setattr(grids, "GROUPS", {"all": ["slow"]})
+        answer = call("run slow --scale tiny --seeds 1")
+        assert answer[0] == code and Path(data.file).exists() == (code == 0)
+        if code:
+            assert is_one_line_error(answer, "other.csv is missing: get it from its authors")
+            assert not Path("models/fake-tiny/other_seed1").exists()
+        else:  # a second model of the same data does not make them again, which would fail
+            assert call("run slow --scale tiny --seeds 2")[0] == 0
+
+
 def test_list_counts_models_and_tells_what_cannot_be_made_yet_from_the_scripts_that_are_there(
     call, tmp_path, monkeypatch
 ):
     code, out, _ = call(f"list --models {tmp_path}")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0 and "60 models" in lines["fig3"] and "6 models" in lines["table4"]
-    assert "126 models" in lines["together"] and "0 done" in lines["together"]
+    assert "30 models" in lines["fig5"] and "12 models" in lines["fig13"]
+    # 126 numeric ones, 30 of MPI3D-Complex and 9 with other encoding sizes, of which Figure 13 shares three more
+    assert "165 models" in lines["together"] and "0 done" in lines["together"]
     for name, figure in grids.FIGURES.items():
         absent = [script for script in figure.scripts if not (REPOSITORY / script).exists()]
         assert ("not available yet" in lines[name]) == (bool(absent) or figure.cells is None)
@@ -430,6 +475,25 @@ def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn,
     assert not (tmp_path / "report/tiny/table5_beside_paper.png").exists()
     models = pd.read_csv(tmp_path / "report/fast/models.csv")
     assert len(models) == 3 and set(models.train_seconds) == {2.5}
+
+
+def test_mpi3d_is_reported_beside_the_paper_and_a_figure_without_its_numbers_alone(call, undrawn, tmp_path):
+    for cell in grids.FIGURES["fig13"].cells("fast"):
+        where = [(0, modality, factor, 0.5, 1.0 if factor == "OBJ_COLOR" else -0.01)
+                 for modality in ("image", "text") for factor in grids.MPI3D_GRID]  # fmt: skip
+        write_model(tmp_path / "models", cell.setting, 1, where, grids.MPI3D_RESULTS)
+    code, out, err = call(f"report mpi3d --models {tmp_path}/models --output {tmp_path}/report")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "report/fast/fig5.csv")
+    computed = table[table.seeds > 0]
+    assert set(computed.bias_type) == {"selection"} and set(computed.bias_id) == {0} and len(computed) == 14
+    row = computed[(computed.factor == "OBJ_COLOR") & (computed.modality == "image")].iloc[0]
+    assert (row["mean"], row.paper, row.difference) == (1.0, 1.0, 0.0)
+    sizes = pd.read_csv(tmp_path / "report/fast/fig13.csv")
+    assert len(sizes) == 56 and sizes.paper.isna().all() and (sizes.seeds == 1).all()
+    assert "14 of 14 cells (100.0%)" in (tmp_path / "report/index.html").read_text()
+    assert "fast scale: 84 of 336 cells computed, 14 of 28 lie within ±0.05" in out
+    assert not (tmp_path / "report/fast/fig13_beside_paper.png").exists()
 
 
 @pytest.mark.parametrize("damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing"])
