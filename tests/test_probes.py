@@ -363,7 +363,7 @@ def test_mlp_classifiers_agree_with_scikit_learn():
     for encoding in encodings:
         assert scores[encoding, "constant"] == 0.0 and abs(scores[encoding, "unseen"]) < 0.1
         assert scores[encoding, "numbered from 5"] == scores[encoding, "three"]
-    assert scores["x", "three"] > 0.3 > probes.logistic_mcc(fit_h, fit, test_h, test)["three"]
+    assert scores["x", "three"] > probes.logistic_mcc(fit_h, fit, test_h, test)["three"] + 0.1
 
 
 def test_a_class_that_is_not_fitted_counts_as_wrong():
