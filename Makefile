@@ -1,13 +1,18 @@
 # make demo    train a small model on the CPU, show its table and picture (a minute after installation)
 # make test    run the test suite            make lint    check the style
 # make bench   time what the README quotes
+# make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
 
 PYTHON ?= python3
+PYTHON311 ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BLENDER := .venv-blender/bin/python
+BLENDER_INSTALLED := .venv-blender/.installed
+CAUSAL3DIDENT := rendering_data/Causal3DIdent
 
-.PHONY: install demo test lint bench clean
+.PHONY: install blender demo test lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -18,11 +23,21 @@ $(INSTALLED): requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+blender: $(BLENDER_INSTALLED)
+
+$(BLENDER_INSTALLED): $(CAUSAL3DIDENT)/requirements.txt
+	@$(PYTHON311) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "error: Blender's package needs Python 3.11, and $(PYTHON311) is not there; name one: make blender PYTHON311=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BLENDER) || $(PYTHON311) -m venv .venv-blender
+	$(BLENDER) -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python main_numeric.py --recipe fast --no-cuda --semantics-n 4 --modality-n 2 --theta-value 10 --beta-value 2 \
 		--train-steps 600 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
 
+# Without Python 3.11, or where Blender's package cannot be had, the tests that render are skipped.
 test: $(INSTALLED)
+	@$(MAKE) --no-print-directory blender || echo "the tests that render Causal3DIdent are skipped"
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
