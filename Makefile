@@ -2,6 +2,7 @@
 # make test    run the test suite            make lint    check the style
 # make bench   time what the README quotes
 # make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
+# make demo-causal3dident      render a few hundred small images with captions
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BLENDER := .venv-blender/bin/python
 BLENDER_INSTALLED := .venv-blender/.installed
 CAUSAL3DIDENT := rendering_data/Causal3DIdent
 
-.PHONY: install blender demo test lint bench clean
+.PHONY: install blender demo demo-causal3dident test lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -34,6 +35,12 @@ $(BLENDER_INSTALLED): $(CAUSAL3DIDENT)/requirements.txt
 demo: $(INSTALLED)
 	$(BIN)/python main_numeric.py --recipe fast --no-cuda --semantics-n 4 --modality-n 2 --theta-value 10 --beta-value 2 \
 		--train-steps 600 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
+
+demo-causal3dident: $(INSTALLED) $(BLENDER_INSTALLED)
+	$(BIN)/python $(CAUSAL3DIDENT)/generate_latents.py --output-folder data/demo-causal3dident --n-points 400 --seed 0
+	$(BIN)/python $(CAUSAL3DIDENT)/generate_text.py --output-folder data/demo-causal3dident
+	$(BLENDER) $(CAUSAL3DIDENT)/generate_images.py --output-folder data/demo-causal3dident --size 64 --samples 64
+	$(BIN)/python $(CAUSAL3DIDENT)/contact_sheet.py --output-folder data/demo-causal3dident
 
 # Without Python 3.11, or where Blender's package cannot be had, the tests that render are skipped.
 test: $(INSTALLED)
