@@ -2,13 +2,19 @@
 # make demo-mpi3d   draw stand-in images, write captions, train on a selection and a perturbation bias (minutes)
 # make test    run the test suite            make lint    check the style
 # make bench   time what the README quotes
+# make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
+# make demo-causal3dident      render a few hundred small images with captions
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
 
 PYTHON ?= python3
+PYTHON311 ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BLENDER := .venv-blender/bin/python
+BLENDER_INSTALLED := .venv-blender/.installed
+CAUSAL3DIDENT := rendering_data/Causal3DIdent
 
-.PHONY: install demo demo-mpi3d test lint bench clean
+.PHONY: install blender demo demo-mpi3d demo-causal3dident test lint bench
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -17,6 +23,14 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name another one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+blender: $(BLENDER_INSTALLED)
+
+$(BLENDER_INSTALLED): $(CAUSAL3DIDENT)/requirements.txt
+	@$(PYTHON311) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "error: Blender's package needs Python 3.11, and $(PYTHON311) is not there; name one: make blender PYTHON311=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BLENDER) || $(PYTHON311) -m venv .venv-blender
+	$(BLENDER) -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 demo: $(INSTALLED)
@@ -33,7 +47,15 @@ demo-mpi3d: $(INSTALLED)
 	$(BIN)/python $(MPI3D_DEMO) --bias-type perturbation --bias-id 4 --model-id demo_mpi3d_perturbation
 	$(BIN)/python rendering_data/MPI3D/show_pairs.py --datapath $(STANDIN) --output models/demo_mpi3d_pairs.png
 
+demo-causal3dident: $(INSTALLED) $(BLENDER_INSTALLED)
+	$(BIN)/python $(CAUSAL3DIDENT)/generate_latents.py --output-folder data/demo-causal3dident --n-points 400 --seed 0
+	$(BIN)/python $(CAUSAL3DIDENT)/generate_text.py --output-folder data/demo-causal3dident
+	$(BLENDER) $(CAUSAL3DIDENT)/generate_images.py --output-folder data/demo-causal3dident --size 64 --samples 64
+	$(BIN)/python $(CAUSAL3DIDENT)/contact_sheet.py --output-folder data/demo-causal3dident
+
+# Without Python 3.11, or where Blender's package cannot be had, the tests that render are skipped.
 test: $(INSTALLED)
+	@$(MAKE) --no-print-directory blender || echo "the tests that render Causal3DIdent are skipped"
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)

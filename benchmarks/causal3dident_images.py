@@ -1,0 +1,168 @@
+"""Rendering Causal3DIdent: generate_images.py against rendering to the letter of the specification, on the same latents.
+
+    .venv-blender/bin/python benchmarks/causal3dident_images.py                             # stand-in shapes
+    .venv-blender/bin/python benchmarks/causal3dident_images.py --assets multimodal3dident/assets
+    .venv-blender/bin/python benchmarks/causal3dident_images.py --rounds 2 --references 2   # a quick look
+
+The plain form is `generate_images.py --plain`: 128 samples in every pixel, denoised, the scene loaded anew for every image.
+It runs twice, as one process with all cores and as one process a core; speed is quoted against the faster one. The forms
+take turns on the same images, so that a machine whose speed drifts is fair to all; Blender's start is not timed. Quality is
+the PSNR of the 8-bit images to references of 2,048 samples, rendered plainly and not denoised, so that they are not biased
+towards any denoiser.
+"""
+
+import argparse
+import math
+import platform
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rendering_data/Causal3DIdent"))
+import generate_images
+from generate_images import Renderers, render_settings, usable_cores
+
+IMAGES = 100_000  # of the data set
+
+
+def sample_latents(count, shapes, seed):
+    """List of `count` dicts of latents, distributed as in the data set; the shapes take turns."""
+    draw, rows = random.Random(seed), []
+    for k in range(count):
+        row = {
+            "object_shape": shapes[k % len(shapes)],
+            "object_xpos": draw.randrange(3),
+            "object_ypos": draw.randrange(3),
+        }
+        row |= {f"object_{name}rot": draw.random() for name in ("alpha", "beta", "gamma")}
+        row["spotlight_pos"] = draw.random()
+        row["object_color"] = ((row["object_xpos"] + row["object_ypos"]) / 2 + draw.random()) / 3
+        row["spotlight_color"] = (row["spotlight_pos"] + draw.random()) / 2
+        row["background_color"] = (row["spotlight_pos"] + row["spotlight_color"] + draw.random()) / 3
+        rows.append(row)
+    return rows
+
+
+def jobs(latents, indices, folder):
+    """Images for Renderers.render, numbered files in `folder`."""
+    folder.mkdir(exist_ok=True)
+    return [{"file": str(folder / f"{k}.png"), "temporary": str(folder / f".{k}.png.part"), "seed": k, "latents": latents[k]}
+            for k in indices]  # fmt: skip
+
+
+def timed(renderers, images):
+    """Seconds an image that `images` take."""
+    started = time.perf_counter()
+    for _ in renderers.render(images):
+        pass
+    return (time.perf_counter() - started) / len(images)
+
+
+def psnr(file, reference):
+    """Peak signal-to-noise ratio of two images in dB."""
+    import bpy
+    import numpy as np
+
+    def pixels(path):
+        image = bpy.data.images.load(str(path))
+        return np.round(255 * np.array(image.pixels[:]).reshape(-1, 4)[:, :3])
+
+    return 10 * math.log10(255**2 / max(np.mean((pixels(file) - pixels(reference)) ** 2), 1e-9))
+
+
+def describe_cpu():
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def spread(values):
+    return f"median {statistics.median(values):6.3f}, {min(values):.3f} to {max(values):.3f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assets", type=Path, help="folder assets of a clone of Multimodal3DIdent")
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of all forms")
+    parser.add_argument("--per-round", type=int, default=4, help="images of a round")
+    parser.add_argument("--references", type=int, default=8, help="images whose PSNR is measured")
+    parser.add_argument("--reference-samples", type=int, default=2048)
+    parser.add_argument("--device", choices=("cpu", "cuda", "optix"), default="cpu")
+    parser.add_argument("--keep", type=Path, help="folder for the rendered images (none: they are removed)")
+    parser.add_argument("--seed", type=int, default=0, help="of the latents")
+    args = parser.parse_args()
+    shapes = list(range(len(generate_images.SHAPES)))
+    if args.assets:
+        shapes = [k for k in shapes if (args.assets / f"shapes/Shape{generate_images.SHAPES[k]}.blend").is_file()]
+        generate_images.check_assets(args.assets, shapes)
+    cores = usable_cores()
+    print(f"{describe_cpu()}, {cores} usable cores, {args.device}, {'assets' if args.assets else 'stand-in'} shapes, "
+          f"{args.size} × {args.size}, {args.samples} samples")  # fmt: skip
+
+    def settings(plain, threads, **changes):
+        args.plain = plain
+        return render_settings(args, shapes, threads) | changes
+
+    side_by_side = cores if args.device == "cpu" else 1
+    forms = {
+        "plain, one process": (settings(True, cores), 1),
+        "plain, a process a core": (settings(True, max(1, cores // side_by_side)), side_by_side),
+        "generate_images.py": (settings(False, max(1, cores // side_by_side)), side_by_side),
+    }
+    if side_by_side == 1:
+        del forms["plain, a process a core"]
+    count = max(args.rounds * args.per_round, args.references)
+    latents = sample_latents(count + side_by_side, shapes, args.seed)
+    folder = args.keep or Path(tempfile.mkdtemp(prefix="causal3dident-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = {name: [] for name in forms}
+    pools = {name: Renderers(*form) for name, form in forms.items()}
+    try:
+        for pool in pools.values():
+            pool.__enter__()
+            timed(pool, jobs(latents, range(count, count + side_by_side), folder / "warm-up"))
+        for start in range(0, count, args.per_round):
+            indices = range(start, min(start + args.per_round, count))
+            for name, pool in pools.items():
+                seconds[name].append(timed(pool, jobs(latents, indices, folder / name.replace(", ", " "))))
+            print("  ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items()), "s an image", flush=True)
+    finally:
+        for pool in pools.values():
+            pool.__exit__()
+    own = seconds.pop("generate_images.py")
+    for name, values in {**seconds, "generate_images.py": own}.items():
+        print(f"{name:24} {spread(values)} s an image over {len(values)} rounds of {args.per_round}")
+    fastest = min(seconds, key=lambda name: statistics.median(seconds[name]))
+    ratios = [plain / fast for plain, fast in zip(seconds[fastest], own, strict=True)]
+    print(f"against {fastest}: {spread(ratios)} times faster")
+    hours = IMAGES * statistics.median(own) / 3600
+    print(f"{IMAGES:,} images on this machine: {hours:.1f} hours, plainly "
+          f"{IMAGES * statistics.median(seconds[fastest]) / 3600:.1f} hours")  # fmt: skip
+
+    if args.references:
+        reference = settings(True, max(1, cores // side_by_side), samples=args.reference_samples, denoise=False)
+        with Renderers(reference, side_by_side) as pool:
+            timed(pool, jobs(latents, range(args.references), folder / "reference"))
+        scores = {name: [psnr(folder / name.replace(", ", " ") / f"{k}.png", folder / f"reference/{k}.png")
+                         for k in range(args.references)] for name in (fastest, "generate_images.py")}  # fmt: skip
+        for name, values in scores.items():
+            print(f"{name:24} PSNR mean {statistics.mean(values):.2f} dB, {spread(values)}")
+        gains = [fast - plain for plain, fast in zip(*scores.values(), strict=True)]
+        print(
+            f"gain                     mean {statistics.mean(gains):+.2f} dB, {spread(gains)} over {len(gains)} images"
+        )
+    if not args.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,689 @@
+"""Render the images of Causal3DIdent with Blender's Cycles, from their latents.
+
+    make blender                                                           # Blender as a Python package, once
+    .venv-blender/bin/python rendering_data/Causal3DIdent/generate_images.py --output-folder data/Causal3DIDent
+    blender --background --python rendering_data/Causal3DIdent/generate_images.py -- --output-folder data/Causal3DIDent
+
+    ... --assets multimodal3dident/assets         # the real shapes, of a clone of Multimodal3DIdent; else stand-ins
+    ... --device optix                            # on a GPU
+    ... --n-batches 50 --batch-index 7            # the eighth fiftieth of the images: for a job array
+    ... --plain                                   # the specification to the letter, without what makes it fast
+
+Reads latents_image.csv, which generate_latents.py wrote, and writes images/000000.png … and images.json, which says what
+they were rendered from. Images appear whole or not at all, and those already there are kept: a run that was stopped goes on
+with the same command, and an image does not depend on what was rendered before it.
+
+How an image costs less than with --plain. The scene is built once, and an image moves and colours objects without touching
+meshes or shaders. Every mesh has a second, parked user, so that Cycles keeps it and its BVH as an instance when it moves.
+Samples go where they are needed: a pixel gets no more of them once its estimated error is small. A process a core, of one
+thread each, runs side by side what does not scale with threads.
+"""
+
+import colorsys
+import contextlib
+import csv
+import datetime
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from command_line import InputError, Parser, integer, run_script
+
+SHAPES = ("Teapot", "Hare", "Dragon", "Cow", "Armadillo", "Horse", "Head")  # by object_shape; assets' names
+STANDINS = ("ring", "cone", "coil", "star", "jack", "arch", "monkey")
+# Latents that an image depends on: the number of values of a discrete one, None for a continuous one in [0, 1].
+LATENTS = {
+    "object_shape": len(SHAPES),
+    "object_xpos": 3,
+    "object_ypos": 3,
+    "object_alpharot": None,
+    "object_betarot": None,
+    "object_gammarot": None,
+    "spotlight_pos": None,
+    "object_color": None,
+    "spotlight_color": None,
+    "background_color": None,
+}
+OBJECT_SCALE, GROUND_SIZE = 1.5, 1500.0
+SPOT_WATTS, SPOT_CONE, SPOT_BLEND, SPOT_RADIUS = 3000.0, math.radians(35), 0.1, 0.5
+STANDIN_SIZE = 2.8  # largest dimension of a stand-in before it is scaled; the teapot's is 2.96, the cow's 2.70
+PARKED = (0.0, 0.0, -1e4)  # below the ground: seen by nothing, shading nothing
+# Adaptive sampling: a pixel's samples end when the error estimated from them is below the threshold.
+ADAPTIVE_THRESHOLD, ADAPTIVE_MIN_SAMPLES = 0.01, 16
+DENOISING_QUALITY = "BALANCED"
+PROGRESS_SECONDS = 10
+OLDEST_BLENDER = (4, 2)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the scene, in a process that has Blender
+
+
+def clear_scene(bpy):
+    """A scene with the camera and the two lamps of the base scene, and nothing else; returns the material's node group."""
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    scene = bpy.context.scene
+    camera = bpy.data.objects.new("Camera", bpy.data.cameras.new("Camera"))
+    camera.data.lens, camera.data.sensor_width = 35.0, 50.0
+    camera.location = (8.0, 0.0, 8.0)
+    area = bpy.data.objects.new("LightStatic", bpy.data.lights.new("LightStatic", "AREA"))
+    area.data.energy, area.data.size, area.location = 39.27, 1.0, (0.0, 0.0, 7.0)
+    sun = bpy.data.objects.new("LightDynamic", bpy.data.lights.new("LightDynamic", "SUN"))
+    sun.data.energy, sun.data.angle = 0.5, 0.2
+    camera.rotation_euler = (-camera.location).to_track_quat("-Z", "Y").to_euler()
+    for item in (camera, area, sun):
+        scene.collection.objects.link(item)
+    scene.camera = camera
+    group = bpy.data.node_groups.new("Rubber", "ShaderNodeTree")
+    group.interface.new_socket("Shader", in_out="OUTPUT", socket_type="NodeSocketShader")
+    group.interface.new_socket("Color", in_out="INPUT", socket_type="NodeSocketColor")
+    inputs, outputs, diffuse, gloss, fresnel, mix = (
+        group.nodes.new(f"{name}")
+        for name in (
+            "NodeGroupInput",
+            "NodeGroupOutput",
+            "ShaderNodeBsdfDiffuse",
+            "ShaderNodeBsdfAnisotropic",
+            "ShaderNodeFresnel",
+            "ShaderNodeMixShader",
+        )
+    )
+    gloss.inputs["Roughness"].default_value, fresnel.inputs["IOR"].default_value = 0.6, 1.2
+    for source, target in (
+        (inputs.outputs["Color"], diffuse.inputs["Color"]),
+        (fresnel.outputs[0], mix.inputs[0]),
+        (diffuse.outputs[0], mix.inputs[1]),
+        (gloss.outputs[0], mix.inputs[2]),
+        (mix.outputs[0], outputs.inputs["Shader"]),
+    ):
+        group.links.new(source, target)
+    return group
+
+
+def load_base_scene(bpy, assets):
+    """The base scene of the assets without its ground; returns the node group of the material Rubber."""
+    bpy.ops.wm.open_mainfile(filepath=str(assets / "scenes/base_scene_equal_xyz.blend"))
+    bpy.data.objects.remove(bpy.data.objects["Ground"])
+    return append(bpy, assets / "materials/Rubber.blend", "node_groups", "Rubber")
+
+
+def append(bpy, file, kind, name):
+    """Data block `name` of a .blend file; InputError if it is not in there."""
+    try:
+        with bpy.data.libraries.load(str(file)) as (source, target):
+            if name in getattr(source, kind):
+                setattr(target, kind, [name])
+    except OSError as error:
+        raise InputError(f"{file} is damaged ({error}); take it from a fresh clone of Multimodal3DIdent") from None
+    if not getattr(target, kind):
+        raise InputError(f"{file} holds no {name}; take it from a fresh clone of Multimodal3DIdent")
+    return getattr(target, kind)[0]
+
+
+def standin_mesh(bpy, name):
+    """Mesh of a stand-in shape, its largest dimension STANDIN_SIZE, its bounding box around the origin."""
+    import bmesh
+    from mathutils import Matrix, Vector
+
+    shape = bmesh.new()
+
+    def box(size, centre):
+        matrix = Matrix.Translation(centre) @ Matrix.Diagonal((*size, 1.0))
+        bmesh.ops.create_cube(shape, size=1.0, matrix=matrix)
+
+    def tube(path, radius, sides, closed):
+        """Circle of `sides` corners swept along points that wind around the z axis."""
+        rings = []
+        for point in path:
+            outwards = Vector((point.x, point.y, 0.0)).normalized()
+            angles = [2 * math.pi * k / sides for k in range(sides)]
+            corners = [point + radius * (math.cos(a) * outwards + math.sin(a) * Vector((0, 0, 1))) for a in angles]
+            rings.append([shape.verts.new(corner) for corner in corners])
+        for k in range(len(rings) if closed else len(rings) - 1):
+            here, there = rings[k], rings[(k + 1) % len(rings)]
+            for j in range(sides):
+                shape.faces.new((here[j], there[j], there[(j + 1) % sides], here[(j + 1) % sides]))
+        if not closed:
+            shape.faces.new(rings[0])
+            shape.faces.new(reversed(rings[-1]))
+
+    def turn(turns, points, rise):
+        angles = [2 * math.pi * turns * k / points for k in range(points)]
+        return [Vector((math.cos(a), math.sin(a), rise * (a / (2 * math.pi) - turns / 2))) for a in angles]
+
+    if name == "ring":
+        tube(turn(1, 48, 0.0), 0.38, 20, closed=True)
+    elif name == "cone":
+        bmesh.ops.create_cone(shape, cap_ends=True, segments=48, radius1=1.0, radius2=0.0, depth=2.2)
+    elif name == "coil":
+        tube(turn(2.5, 100, 0.9), 0.22, 14, closed=False)
+    elif name == "star":
+        for z in (-0.3, 0.3):
+            for k in range(10):
+                radius, angle = (1.0 if k % 2 == 0 else 0.42), math.pi * k / 5
+                shape.verts.new((radius * math.cos(angle), radius * math.sin(angle), z))
+        shape.verts.ensure_lookup_table()
+        bottom, top = shape.verts[:10], shape.verts[10:]
+        shape.faces.new(reversed(bottom))
+        shape.faces.new(top)
+        for k in range(10):
+            shape.faces.new((bottom[k], bottom[(k + 1) % 10], top[(k + 1) % 10], top[k]))
+    elif name == "jack":
+        for size in ((2.0, 0.36, 0.36), (0.36, 1.6, 0.36), (0.36, 0.36, 1.2)):
+            box(size, (0, 0, 0))
+    elif name == "arch":
+        for size, centre in (((1.8, 0.6, 0.5), (0, 0, 0.75)), ((0.5, 0.6, 1.5), (-0.65, 0, -0.25)),
+                             ((0.5, 0.6, 1.5), (0.65, 0, -0.25))):  # fmt: skip
+            box(size, centre)
+    else:
+        bmesh.ops.create_monkey(shape)
+        bmesh.ops.subdivide_edges(shape, edges=shape.edges[:], cuts=1, smooth=1.0, use_grid_fill=True)
+    low, high = ([pick(vertex.co[axis] for vertex in shape.verts) for axis in range(3)] for pick in (min, max))
+    centre = (Vector(low) + Vector(high)) / 2
+    factor = STANDIN_SIZE / max(b - a for a, b in zip(low, high, strict=True))
+    for vertex in shape.verts:
+        vertex.co = (vertex.co - centre) * factor
+    bmesh.ops.recalc_face_normals(shape, faces=shape.faces[:])
+    mesh = bpy.data.meshes.new(name)
+    shape.to_mesh(mesh)
+    shape.free()
+    if name in ("ring", "coil", "monkey"):
+        mesh.shade_smooth()
+    return mesh
+
+
+def rubber_material(bpy, name, group):
+    """Material of the node group Rubber whose colour is the object's, so that a new colour leaves the shader alone."""
+    material = bpy.data.materials.new(name)
+    material.use_nodes = True
+    tree = material.node_tree
+    tree.nodes.clear()
+    rubber, surface, color = (
+        tree.nodes.new(kind) for kind in ("ShaderNodeGroup", "ShaderNodeOutputMaterial", "ShaderNodeObjectInfo")
+    )
+    rubber.node_tree = group
+    tree.links.new(color.outputs["Color"], rubber.inputs["Color"])
+    tree.links.new(rubber.outputs["Shader"], surface.inputs["Surface"])
+    return material
+
+
+def build_scene(bpy, settings):
+    """Scene of `settings` (a dict, see `main`): returns {object_shape: (object, its largest dimension)}, ground, spot."""
+    assets = settings["assets"] and Path(settings["assets"])
+    group = load_base_scene(bpy, assets) if assets else clear_scene(bpy)
+    link = bpy.context.scene.collection.objects.link
+    material = rubber_material(bpy, "Object", group)
+    shapes = {}
+    for number in settings["shapes"]:
+        if assets:
+            shape = append(bpy, assets / f"shapes/Shape{SHAPES[number]}.blend", "objects", f"Shape{SHAPES[number]}")
+        else:
+            shape = bpy.data.objects.new(STANDINS[number], standin_mesh(bpy, STANDINS[number]))
+        shape.data.materials.clear()
+        shape.data.materials.append(material)
+        shape.scale = [OBJECT_SCALE * factor for factor in shape.scale]
+        shape.rotation_mode = "XYZ"
+        shape.location = PARKED
+        corners = [[corner[axis] for corner in shape.bound_box] for axis in range(3)]
+        size = max((max(c) - min(c)) * s for c, s in zip(corners, shape.scale, strict=True))
+        twin = shape.copy()  # a second user of the mesh: without it, Cycles rebuilds the BVH of a mesh that moves
+        for item in (shape, twin):
+            link(item)
+        shapes[number] = shape, size
+    half = GROUND_SIZE / 2
+    plane = bpy.data.meshes.new("Plane")
+    plane.from_pydata([(-half, -half, 0), (half, -half, 0), (half, half, 0), (-half, half, 0)], [], [(0, 1, 2, 3)])
+    plane.materials.append(rubber_material(bpy, "Plane", group))
+    ground = bpy.data.objects.new("Plane", plane)
+    spot = bpy.data.objects.new("Spot", bpy.data.lights.new("Spot", "SPOT"))
+    spot.data.energy, spot.data.spot_size, spot.data.spot_blend = SPOT_WATTS, SPOT_CONE, SPOT_BLEND
+    spot.data.shadow_soft_size = SPOT_RADIUS
+    for item in (ground, spot):
+        link(item)
+    set_up_cycles(bpy, settings)
+    return shapes, ground, spot
+
+
+def set_up_cycles(bpy, settings):
+    """Set the scene's renderer: no bounces, sampling and denoising, device and threads."""
+    scene = bpy.context.scene
+    render, cycles = scene.render, scene.cycles
+    render.engine = "CYCLES"
+    render.resolution_x = render.resolution_y = settings["size"]
+    render.resolution_percentage = 100
+    render.image_settings.file_format, render.image_settings.color_mode = "PNG", "RGB"
+    render.image_settings.color_depth = "8"
+    render.use_compositing = render.use_sequencer = render.use_file_extension = False
+    render.dither_intensity = 0.0
+    scene.view_settings.view_transform = "Standard"
+    scene.world = scene.world or bpy.data.worlds.new("World")
+    scene.world.use_nodes = True
+    for node in scene.world.node_tree.nodes:
+        if node.bl_idname == "ShaderNodeBackground":
+            node.inputs["Strength"].default_value = 0.0
+    for name in ("max", "diffuse", "glossy", "transmission", "volume"):
+        setattr(cycles, "max_bounces" if name == "max" else f"{name}_bounces", 0)
+    cycles.transparent_max_bounces = 0
+    cycles.samples = settings["samples"]
+    cycles.use_denoising, cycles.denoiser = settings["denoise"], "OPENIMAGEDENOISE"
+    cycles.denoising_input_passes = "RGB_ALBEDO_NORMAL"
+    # Albedo and normals of a scene without textures are free of noise but for edges: nothing to filter beforehand.
+    cycles.denoising_prefilter = "ACCURATE" if settings["plain"] else "NONE"
+    cycles.denoising_quality = "HIGH" if settings["plain"] else DENOISING_QUALITY
+    cycles.use_adaptive_sampling = not settings["plain"]
+    cycles.adaptive_threshold, cycles.adaptive_min_samples = ADAPTIVE_THRESHOLD, ADAPTIVE_MIN_SAMPLES
+    cycles.use_light_tree = not settings["plain"]  # less noise where the spotlight does not reach
+    cycles.use_auto_tile = False
+    render.threads_mode, render.threads = "FIXED", settings["threads"]
+    render.use_persistent_data = not settings["plain"]
+    if settings["device"] != "cpu":
+        preferences = bpy.context.preferences.addons["cycles"].preferences
+        kind = settings["device"].upper()
+        try:
+            preferences.compute_device_type = kind
+        except TypeError:
+            raise InputError(f"this Blender was built without {kind}; use --device cpu") from None
+        preferences.refresh_devices()
+        for device in preferences.devices:
+            device.use = device.type == kind
+        if not any(device.use for device in preferences.devices):
+            raise InputError(f"Cycles finds no {kind} device; check the driver, or use --device cpu")
+        cycles.device = "GPU"
+        cycles.denoising_use_gpu = True
+
+
+def set_latents(shapes, ground, spot, latents):
+    """Move and colour what the latents of one image say; the object of the last image is parked."""
+    from mathutils import Euler, Vector
+
+    shape, size = shapes[latents["object_shape"]]
+    for other, _ in shapes.values():
+        if other is not shape and tuple(other.location) != PARKED:
+            other.location = PARKED
+    shape.location = (3.0 * latents["object_ypos"] - 3.0, 3.0 * latents["object_xpos"] - 3.0, 0.0)
+    shape.rotation_euler = Euler(
+        math.pi * latents[f"object_{name}rot"] - math.pi / 2 for name in ("alpha", "beta", "gamma")
+    )
+    shape.color = (*colorsys.hsv_to_rgb(latents["object_color"], 1.0, 1.0), 1.0)
+    ground.location.z = -size
+    ground.color = (*colorsys.hsv_to_rgb((latents["background_color"] - 0.5) / 2 % 1.0, 0.6, 1.0), 1.0)
+    phi = math.pi * latents["spotlight_pos"] - math.pi / 2
+    spot.location = (4.0 * math.sin(phi), 4.0 * math.cos(phi), 6.0 + size)
+    spot.rotation_euler = (shape.location - Vector(spot.location)).to_track_quat("-Z", "Y").to_euler()
+    spot.data.color = colorsys.hsv_to_rgb((latents["spotlight_color"] - 0.5) / 2 % 1.0, 0.8, 1.0)
+
+
+def pixels_alone(png):
+    """Bytes of a PNG without its texts: dates and durations would make equal images differ."""
+    kept, position = [png[:8]], 8
+    while position < len(png):
+        end = position + 12 + int.from_bytes(png[position : position + 4], "big")
+        if png[position + 4 : position + 8] in (b"IHDR", b"IDAT", b"IEND"):
+            kept.append(png[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def work():
+    """A rendering process: settings, then one image a line on standard input, as JSON; answers a line for each.
+
+    "ready", "done SECONDS" and "error MESSAGE" go to what standard output was; Blender's own lines go nowhere.
+    """
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        import bpy
+
+        if bpy.app.version < OLDEST_BLENDER:
+            expected = ".".join(map(str, OLDEST_BLENDER))
+            raise InputError(f"Blender {bpy.app.version_string} is too old, expected {expected} or newer")
+        settings = json.loads(sys.stdin.readline())
+        scene = build_scene(bpy, settings)
+        print("ready", file=answers)
+        for line in sys.stdin:
+            started = time.perf_counter()
+            image = json.loads(line)
+            if settings["plain"]:
+                scene = build_scene(bpy, settings)
+            set_latents(*scene, image["latents"])
+            bpy.context.scene.cycles.seed = image["seed"]
+            bpy.context.scene.render.filepath = image["temporary"]
+            bpy.ops.render.render(write_still=True)
+            temporary = Path(image["temporary"])
+            temporary.write_bytes(pixels_alone(temporary.read_bytes()))
+            os.replace(temporary, image["file"])
+            print(f"done {time.perf_counter() - started:.6f}", file=answers)
+    except ImportError as error:
+        print(f"error Blender cannot be loaded ({error}); `make blender` installs it for Python 3.11", file=answers)
+        return 2
+    except (InputError, OSError, RuntimeError) as error:
+        print("error", " ".join(str(error).split()), file=answers)
+        return 2
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the processes that render, from one that needs no Blender
+
+
+def renderer_command():
+    """Command line of a rendering process: this Python where it has bpy, or the Blender that runs this script."""
+    bpy = sys.modules.get("bpy")
+    if bpy and bpy.app.binary_path:
+        return [bpy.app.binary_path, "--background", "--factory-startup", "--python", __file__, "--", "--work"]
+    if importlib.util.find_spec("bpy") is None:
+        raise InputError(
+            "this Python has no Blender: `make blender` installs it (package bpy, Python 3.11), then run "
+            ".venv-blender/bin/python; or run this script inside Blender, see --help"
+        )
+    return [sys.executable, __file__, "--work"]
+
+
+class Renderers:
+    """Processes that render images side by side; a context manager that ends them, whatever happens.
+
+    settings: dict of what `build_scene` and `set_up_cycles` need. Each process is handed its next image once it has one
+    left, so that a slow image holds up no other. Raises InputError with a process's last words if one ends.
+    """
+
+    def __init__(self, settings, count):
+        self.settings, self.count = settings, count
+        self.processes, self.listeners, self.answers = [], [], queue.Queue()
+
+    def __enter__(self):
+        command = renderer_command()
+        self.complaints = tempfile.TemporaryFile("w+")  # closed by __exit__
+        # The denoiser's threads would otherwise be as many as cores in every process, bound to the same cores.
+        denoiser = {"OIDN_NUM_THREADS": str(self.settings["threads"]), "OIDN_SET_AFFINITY": "0"}
+        environment = {**os.environ, **denoiser, "PYTHONDONTWRITEBYTECODE": "1"}
+        for number in range(self.count):
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints,
+                                       text=True, bufsize=1, env=environment, start_new_session=True)  # fmt: skip
+            self.processes.append(process)
+            self.listeners.append(threading.Thread(target=self._listen, args=(number, process), daemon=True))
+            self.listeners[-1].start()
+            self._tell(number, self.settings)
+        return self
+
+    def _listen(self, number, process):
+        """Pass on what a process says until it ends."""
+        for line in process.stdout:
+            word, _, rest = line.rstrip("\n").partition(" ")
+            if word in ("ready", "done", "error"):
+                self.answers.put((number, word, rest))
+        process.stdout.close()
+        self.answers.put((number, "ended", process.wait()))
+
+    def _tell(self, number, content):
+        """Hand a line of JSON to a process; one that has ended says so by itself."""
+        with contextlib.suppress(BrokenPipeError):
+            self.processes[number].stdin.write(json.dumps(content) + "\n")
+
+    def render(self, images):
+        """Yield (image, seconds) as images are done; each a dict of file, temporary, seed and latents."""
+        waiting, in_work = iter(images), [[] for _ in self.processes]
+        left = sum(self._hand_out(waiting, number, in_work) for number in range(self.count) for _ in range(2))
+        while left:
+            number, word, rest = self.answers.get()
+            if word == "error":
+                raise InputError(rest)
+            if word == "ended":
+                doing = f" at {in_work[number][0]['file']}" if in_work[number] else ""
+                raise InputError(f"a rendering process ended{doing} with code {rest}{self._last_words()}; the images so far "
+                                 "are kept, and the same command continues")  # fmt: skip
+            if word == "done":
+                image = in_work[number].pop(0)
+                left += self._hand_out(waiting, number, in_work) - 1
+                yield image, float(rest)
+
+    def _hand_out(self, waiting, number, in_work):
+        """Hand the next image to a process, if there is one; returns how many were."""
+        for image in waiting:
+            in_work[number].append(image)
+            self._tell(number, image)
+            return 1
+        return 0
+
+    def _last_words(self):
+        """The last line that a process complained in."""
+        self.complaints.seek(0)
+        lines = self.complaints.read().split("\n")
+        words = [line for line in lines if line.strip()]
+        return f" ({words[-1].strip()})" if words else ""
+
+    def __exit__(self, *exception):
+        for process in self.processes:
+            process.kill()
+        for process, listener in zip(self.processes, self.listeners, strict=True):
+            listener.join()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        self.complaints.close()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# files
+
+
+def read_latents(path):
+    """(rows, SHA-256): the latents in `path` that images depend on, a list of dicts; InputError names file and line."""
+    try:
+        content = path.read_bytes()
+        rows = list(csv.reader(content.decode().splitlines()))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; generate_latents.py writes it") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is damaged ({error}); make it again with generate_latents.py") from None
+    header, rows = (rows or [[]])[0], rows[1:]
+    missing = [name for name in LATENTS if name not in header]
+    if missing or not rows:
+        what = f"columns {', '.join(missing)}" if missing else "rows"
+        raise InputError(f"{path} lacks {what}; make it again with generate_latents.py")
+    columns = [(header.index(name), name, count) for name, count in LATENTS.items()]
+    latents = []
+    for line, row in enumerate(rows, 2):
+        latents.append({})
+        for position, name, count in columns:
+            text = row[position] if position < len(row) else ""
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if not 0 <= value <= (1 if count is None else count - 1) or (count is not None and value != int(value)):
+                expected = "a number in [0, 1]" if count is None else f"an integer in 0 … {count - 1}"
+                raise InputError(f"{path}, line {line}: {name} is {text or 'missing'}, expected {expected}; make it again "
+                                 "with generate_latents.py")  # fmt: skip
+            latents[-1][name] = value if count is None else int(value)
+    return latents, hashlib.sha256(content).hexdigest()
+
+
+def check_assets(assets, shapes):
+    """Raise InputError that names every file that is missing for the object shapes of the latents."""
+    files = ["scenes/base_scene_equal_xyz.blend", "materials/Rubber.blend"]
+    files += [f"shapes/Shape{SHAPES[number]}.blend" for number in shapes]
+    missing = [name for name in files if not (assets / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{assets} lacks {', '.join(missing)}; expected the folder assets of a clone of Multimodal3DIdent"
+        )
+
+
+def is_done(file, size):
+    """Whether an image is there; InputError if it is damaged or of another size."""
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(24)
+            stream.seek(-12, os.SEEK_END)
+            tail = stream.read()
+    except FileNotFoundError:
+        return False
+    except OSError:  # too short to hold an end
+        head = tail = b""
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or tail[4:8] != b"IEND":
+        raise InputError(f"{file} is damaged: remove it, and the same command renders it again")
+    width, height = (int.from_bytes(head[start : start + 4], "big") for start in (16, 20))
+    if (width, height) != (size, size):
+        raise InputError(
+            f"{file} has {width} × {height} pixels, not {size} × {size}: choose another folder, or remove images/"
+        )
+    return True
+
+
+def record_origin(folder, origin):
+    """images.json: what the images are rendered from; InputError if those already there were rendered from something else."""
+    path = folder / "images.json"
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            differing = [name for name in origin if stored[name] != origin[name]]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is damaged: remove it together with {folder / 'images'}") from None
+        if differing:
+            raise InputError(
+                f"{folder / 'images'} was rendered with other {', '.join(differing)} ({path}): choose another folder, "
+                "or remove both"
+            )
+        return
+    descriptor, temporary = tempfile.mkstemp(prefix=".images.json.", dir=folder)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(json.dumps(origin, indent=2) + "\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def batch_indices(count, n_batches, batch_index):
+    """Range of the images of one batch: the batches are contiguous, of equal size within one, and cover 0 … count − 1."""
+    return range(count * batch_index // n_batches, count * (batch_index + 1) // n_batches)
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+def usable_cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_flags(argv):
+    """The Namespace of the command line."""
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--assets", type=Path, metavar="DIR",
+                        help="folder assets of a clone of Multimodal3DIdent (none: stand-in shapes)")  # fmt: skip
+    parser.add_argument("--samples", type=integer(1), default=128, help="samples of a pixel, at most (%(default)s)")
+    parser.add_argument("--size", type=integer(8), default=128, help="pixels of an image's side (%(default)s)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the sampling noise (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "optix"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--workers", type=integer(1),
+                        help="rendering processes (CPU: one a core, of one thread each; GPU: one)")  # fmt: skip
+    parser.add_argument(
+        "--n-batches", type=integer(1), default=1, help="parts of the data set, for job arrays (%(default)s)"
+    )
+    parser.add_argument("--batch-index", type=integer(0), default=0, help="the part to render, from 0 (%(default)s)")
+    parser.add_argument("--plain", action="store_true",
+                        help="as the specification says: every sample taken, the scene reloaded for each image")  # fmt: skip
+    args = parser.parse(argv)[0]
+    if args.batch_index >= args.n_batches:
+        raise InputError(f"--batch-index {args.batch_index} is out of range: --n-batches {args.n_batches} has the batches "
+                         f"0 … {args.n_batches - 1}")  # fmt: skip
+    return args
+
+
+def render_settings(args, shapes, threads):
+    """Dict of what a rendering process needs to know: JSON."""
+    return {
+        "assets": args.assets and str(args.assets.resolve()),
+        "shapes": shapes,
+        "samples": args.samples,
+        "size": args.size,
+        "device": args.device,
+        "plain": args.plain,
+        "denoise": True,
+        "threads": threads,
+    }
+
+
+def report(done, total, started):
+    """Print progress: images so far, images per second and the time left."""
+    rate = done / max(time.perf_counter() - started, 1e-9)
+    left = datetime.timedelta(seconds=round((total - done) / rate)) if done else "unknown"
+    print(f"image {done:,}/{total:,}  {rate:.2f} images/s, {left} left", flush=True)
+
+
+def stop(number, frame):
+    """Signal handler: SIGTERM ends the script as Ctrl-C does, inside Blender too."""
+    raise KeyboardInterrupt
+
+
+def main(argv=None):
+    """Render the images of one batch that are not there yet; returns the exit code."""
+    args = parse_flags(argv)
+    latents, digest = read_latents(args.output_folder / "latents_image.csv")
+    batch = batch_indices(len(latents), args.n_batches, args.batch_index)
+    shapes = sorted({row["object_shape"] for row in latents})
+    if args.assets:
+        check_assets(args.assets, shapes)
+    renderer_command()
+    folder, digits = args.output_folder / "images", len(str(len(latents) - 1))
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # a folder that cannot be written is found before Blender starts
+        pass
+    record_origin(args.output_folder, {"latents": digest, "shapes": "assets" if args.assets else "stand-ins",
+                                       "size": args.size, "samples": args.samples, "seed": args.seed,
+                                       "plain": args.plain})  # fmt: skip
+    images = []
+    for index in batch:
+        file = folder / f"{index:0{digits}d}.png"
+        if not is_done(file, args.size):
+            seed = int.from_bytes(hashlib.sha256(f"{args.seed}/{index}".encode()).digest()[:4], "big") >> 1
+            images.append({"file": str(file.resolve()), "temporary": str(file.resolve().with_name(f".{file.name}.part")),
+                           "seed": seed, "latents": latents[index]})  # fmt: skip
+    if not args.assets:
+        print(f"no --assets: stand-in shapes instead of the data set's ({', '.join(STANDINS)} for "
+              f"{', '.join(SHAPES).lower()})")  # fmt: skip
+    if not images:
+        print(f"{folder}: all {len(batch):,} images of this batch are there already")
+        return 0
+    workers = min(args.workers or (usable_cores() if args.device == "cpu" else 1), len(images))
+    # On the CPU one thread each, whatever the number of processes: the last bits of an image depend on it.
+    threads = 1 if args.device == "cpu" else max(1, usable_cores() // workers)
+    print(f"{folder}: {len(images):,} images of {args.size} × {args.size}, {len(batch) - len(images):,} there already; "
+          f"{args.device}, {workers} processes", flush=True)  # fmt: skip
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    done, started, reported = 0, None, 0.0
+    try:
+        with Renderers(render_settings(args, shapes, threads), workers) as renderers:
+            for _image, _seconds in renderers.render(images):
+                started = started or time.perf_counter() - _seconds
+                done += 1
+                if time.perf_counter() - reported > PROGRESS_SECONDS or done == len(images):
+                    reported = time.perf_counter()
+                    report(done, len(images), started)
+    except KeyboardInterrupt:
+        print(f"stopped after {done:,} of {len(images):,} images; the same command continues", flush=True)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for image in images:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(image["temporary"])
+    return 0
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else sys.argv[1:]
+    if arguments == ["--work"]:
+        sys.exit(work())
+    run_script(lambda: main(arguments))

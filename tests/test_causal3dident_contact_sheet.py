@@ -1,0 +1,76 @@
+"""The contact sheet of Causal3DIdent: which images it shows, what it draws, bad input."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from command_line import run_script
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
+import contact_sheet
+
+CAPTION = 'A hare of "tab:olive" color is visible, positioned at the mid-left of the image, with a spotlight.'
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*flags) → (exit code, stdout, stderr) of contact_sheet.py."""
+
+    def call(*flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: contact_sheet.main([str(flag) for flag in flags]))
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data set of four red images, three of which are rendered."""
+    pd.DataFrame({"object_shape": [1, 1, 0, 2]}).to_csv(tmp_path / "latents_image.csv", index=False)
+    for setting in ("selections_6", "perturbations_6"):
+        (tmp_path / "text" / setting).mkdir(parents=True)
+        (tmp_path / "text" / setting / "text_raw.txt").write_text(f"{CAPTION}\n" * 4)
+    (tmp_path / "images").mkdir()
+    for k in range(3):
+        Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / f"images/{k}.png")
+    return tmp_path
+
+
+def test_every_shape_is_shown_before_one_is_shown_twice():
+    files = [Path(f"{k:02d}.png") for k in range(8)]
+    chosen = contact_sheet.chosen_images(files, [3, 3, 3, 1, 3, 5, 1, 3], 4)
+    assert [int(file.stem) for file in chosen] == [3, 0, 1, 5]
+
+
+def test_images_and_captions_are_drawn(data, run):
+    code, out, err = run("--output-folder", data, "--settings", "selections_6", "perturbations_6")
+    assert code == 0 and "3 images" in out, err
+    picture = np.asarray(Image.open(data / "contact_sheet.png").convert("RGB"))
+    red = (picture[..., 0] > 150) & (picture[..., 1] < 50)
+    assert 0.2 < red.mean() < 0.7
+    assert (picture.max(axis=2) < 100).sum() > 200  # the letters
+
+
+def test_what_is_missing_or_damaged_is_named_and_the_picture_kept(data, run):
+    assert run("--output-folder", data)[0] == 0
+    before = (data / "contact_sheet.png").read_bytes()
+    (data / "images/1.png").write_bytes(b"not an image")
+    code, _, err = run("--output-folder", data)
+    assert code == 2 and "1.png is damaged" in err and err.count("\n") == 1
+    code, _, err = run("--output-folder", data, "--settings", "selections_2")
+    assert code == 2 and "selections_2/text_raw.txt is missing" in err and err.count("\n") == 1
+    (data / "text/selections_6/text_raw.txt").write_text(CAPTION)
+    code, _, err = run("--output-folder", data)
+    assert code == 2 and "1 captions for 4 images" in err and err.count("\n") == 1
+    for path in (data / "images").iterdir():
+        path.unlink()
+    code, _, err = run("--output-folder", data)
+    assert code == 2 and "holds no images" in err and err.count("\n") == 1
+    assert (data / "contact_sheet.png").read_bytes() == before

@@ -1,0 +1,413 @@
+"""Causal3DIdent's images, rendered for real: each factor changes its pixels and no others; runs stop, go on and repeat.
+
+The scenes are tiny, of the stand-in shapes. With the environment variable CAUSAL3DIDENT_ASSETS, the folder assets of a clone
+of Multimodal3DIdent, those of its shapes that are there are rendered as well.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from command_line import run_script
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
+import generate_images
+
+ROOT = Path(__file__).parents[1]
+BLENDER = ROOT / ".venv-blender/bin/python"
+SCRIPT = ROOT / "rendering_data/Causal3DIdent/generate_images.py"
+SIZE = 48
+renders = pytest.mark.skipif(
+    not BLENDER.exists(), reason="no .venv-blender: make blender installs it, with Python 3.11"
+)
+
+# A green cone on red ground under a red light from the right; then the same but for one factor.
+BASE = {
+    "object_shape": 1,
+    "object_xpos": 1,
+    "object_ypos": 1,
+    "object_zpos": 0,
+    "object_alpharot": 0.3,
+    "object_betarot": 0.3,
+    "object_gammarot": 0.3,
+    "spotlight_pos": 0.5,
+    "object_color": 0.4,
+    "spotlight_color": 0.5,
+    "background_color": 0.5,
+}
+CHANGES = {
+    "base": {},
+    "left": {"object_xpos": 0},
+    "right": {"object_xpos": 2},
+    "top": {"object_ypos": 0},
+    "bottom": {"object_ypos": 2},
+    "alpha": {"object_alpharot": 0.8},
+    "beta": {"object_betarot": 0.8},
+    "gamma": {"object_gammarot": 0.8},
+    "light from behind": {"spotlight_pos": 0.1},
+    "blue object": {"object_color": 2 / 3},
+    "yellow light": {"spotlight_color": 0.8},
+    "yellow ground": {"background_color": 0.8},
+    **{f"shape {k}": {"object_shape": k} for k in (0, 2, 3, 4, 5, 6)},
+}
+
+
+def write_latents(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "latents_image.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, BASE)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def command(folder, *flags):
+    return [
+        str(BLENDER),
+        str(SCRIPT),
+        "--output-folder",
+        str(folder),
+        "--size",
+        str(SIZE),
+        "--samples",
+        "8",
+        *map(str, flags),
+    ]
+
+
+def render(folder, *flags):
+    """Standard output of a run that ends well."""
+    result = subprocess.run(command(folder, *flags), capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def pixels(file):
+    return np.asarray(Image.open(file).convert("RGB")).astype(float)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """(folder, {name of CHANGES: (H, W, 3) pixels}): first a run that is stopped, then the rest in two batches."""
+    folder = tmp_path_factory.mktemp("causal") / "data"
+    write_latents(folder, [BASE | change for change in CHANGES.values()])
+    process = subprocess.Popen(
+        command(folder, "--workers", 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 600
+    while not list((folder / "images").glob("[0-9]*.png")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    stopped = {
+        "code": process.returncode,
+        "out": out,
+        "err": err,
+        "files": sorted(p.name for p in folder.glob("images/*")),
+    }
+    early = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("images/*")}
+    logs = [render(folder, "--n-batches", 2, "--batch-index", k, "--workers", k + 1) for k in range(2)]
+    files = sorted((folder / "images").iterdir())
+    images = {name: pixels(file) for name, file in zip(CHANGES, files, strict=True)}
+    return {"folder": folder, "images": images, "stopped": stopped, "early": early, "logs": logs}
+
+
+def changed(images, name, level=12):
+    """(H, W) bool: the pixels of which a channel differs from the base image by more than `level` of 255."""
+    return (np.abs(images[name] - images["base"]) > level).any(axis=2)
+
+
+def object_mask(image):
+    """(H, W) bool: the pixels of a green object on red ground under red light."""
+    return (image[..., 1] > image[..., 0] + 8) & (image[..., 1] > 30)
+
+
+def grown(mask, pixels=2):
+    """(H, W) bool: `mask` and what is at most `pixels` away from it in each direction."""
+    steps = range(-pixels, pixels + 1)
+    return np.any([np.roll(mask, (dy, dx), (0, 1)) for dy in steps for dx in steps], axis=0)
+
+
+def centre(mask):
+    """(x, y) of the mean of a mask's pixels, as shares of the image."""
+    y, x = np.nonzero(mask)
+    return x.mean() / mask.shape[1], y.mean() / mask.shape[0]
+
+
+@renders
+def test_all_images_are_there_and_say_what_they_are(rendered):
+    folder = rendered["folder"]
+    assert sorted(p.name for p in folder.glob("images/*")) == [f"{k:02d}.png" for k in range(len(CHANGES))]
+    with Image.open(folder / "images/00.png") as image:
+        assert image.size == (SIZE, SIZE) and image.mode == "RGB"
+    assert json.loads((folder / "images.json").read_text())["shapes"] == "stand-ins"
+    assert all("stand-in shapes" in log for log in rendered["logs"])
+    assert f"image {len(CHANGES) // 2}/{len(CHANGES) // 2}" in rendered["logs"][1]
+    assert "images/s" in rendered["logs"][1] and "left" in rendered["logs"][1]
+
+
+@renders
+def test_a_stopped_run_leaves_whole_images_and_goes_on(rendered):
+    stopped, early = rendered["stopped"], rendered["early"]
+    assert (
+        stopped["code"] == 130
+        and stopped["err"] == "error: interrupted\n"
+        and "the same command continues" in stopped["out"]
+    )
+    assert 0 < len(stopped["files"]) < len(CHANGES)
+    assert all(name.endswith(".png") and not name.startswith(".") for name in stopped["files"])
+    for path, (content, written) in early.items():
+        assert path.read_bytes() == content and path.stat().st_mtime_ns == written
+
+
+@renders
+def test_an_image_depends_on_its_latents_and_the_seed_alone(rendered):
+    """The last but one, rendered again by itself, gets the same bytes; a complete folder is left alone."""
+    folder = rendered["folder"]
+    path = sorted((folder / "images").iterdir())[-2]
+    content = path.read_bytes()
+    path.unlink()
+    assert "1 images of" in render(folder)
+    assert path.read_bytes() == content
+    assert "are there already" in render(folder)
+
+
+@renders
+def test_the_object_moves_with_its_position(rendered):
+    images = rendered["images"]
+    x, y = zip(*(centre(object_mask(images[name])) for name in ("left", "base", "right", "top", "bottom")), strict=True)
+    assert x[0] < 0.4 < x[1] < 0.6 < x[2]
+    assert y[3] < y[1] - 0.08 and y[1] + 0.12 < y[4]
+    assert abs(y[0] - y[1]) < 0.05 and abs(y[2] - y[1]) < 0.05
+
+
+@renders
+def test_shapes_and_rotations_change_the_object_and_its_shadow_alone(rendered):
+    images = rendered["images"]
+    lit = changed(images, "yellow light", 4)
+    reach = np.zeros_like(lit)  # the object, its shadows, and the pool of light that the height of the ground moves
+    rows, columns = np.nonzero(lit | object_mask(images["base"]))
+    reach[rows.min() - 6 : rows.max() + 7, max(columns.min() - 6, 0) : columns.max() + 7] = True
+    assert 0.1 < reach.mean() < 0.7
+    masks = {
+        name: object_mask(images[name])
+        for name in images
+        if name.startswith("shape") or name in ("alpha", "beta", "gamma")
+    }
+    for name, mask in masks.items():
+        assert mask.sum() > 20, name
+        assert (mask ^ object_mask(images["base"])).sum() > 15, name
+        assert not (changed(images, name) & ~reach).any(), name
+    for first in masks:
+        for second in masks:
+            assert first >= second or (masks[first] ^ masks[second]).sum() > 15, (first, second)
+
+
+@renders
+def test_the_object_colour_changes_the_object_alone(rendered):
+    images = rendered["images"]
+    difference, inside = changed(images, "blue object", 25), object_mask(images["base"])
+    assert difference[inside].mean() > 0.9
+    assert difference[~grown(inside)].mean() < 0.002  # but for noise at the edge of the shadow
+    blue = images["blue object"][inside].mean(axis=0)
+    assert blue[2] > 2 * blue[0] and blue[2] > 2 * blue[1]
+
+
+@renders
+def test_the_spotlight_colour_leaves_the_unlit_background_alone(rendered):
+    images = rendered["images"]
+    difference = changed(images, "yellow light", 8)
+    assert 0.05 < difference.mean() < 0.35
+    assert not difference[: SIZE // 3].any() and not difference[-2:].any()
+    assert not difference[:, :3].any() and not difference[:, -SIZE // 5 :].any()
+    pool = difference & ~object_mask(images["base"])
+    gain = (images["yellow light"] - images["base"])[pool].mean(axis=0)
+    assert gain[1] > 15 and abs(gain[0]) < 8  # yellow is red and green
+
+
+@renders
+def test_the_spotlight_position_moves_the_pool_of_light_and_the_shadow_alone(rendered):
+    images = rendered["images"]
+    pools = [changed(images, "yellow light", 4)]
+    difference = changed(images, "light from behind", 8)
+    assert difference.sum() > 30
+    before = centre(pools[0] & ~object_mask(images["base"]))
+    brighter = (images["light from behind"] - images["base"])[..., 0] > 10
+    assert centre(brighter)[1] > before[1]  # a light behind the object throws its pool to the front
+    assert not difference[: SIZE // 6].any() and not difference[:, : SIZE // 10].any()
+
+
+@renders
+def test_the_background_colour_changes_the_ground_alone(rendered):
+    images = rendered["images"]
+    difference, outside = changed(images, "yellow ground", 16), ~object_mask(images["base"])
+    dark = images["base"].max(axis=2) < 40  # in shadow
+    assert difference[outside & ~dark].mean() > 0.95
+    interior = ~grown(outside, 1)  # the object's rim mixes with the ground
+    assert interior.sum() > 20 and not difference[interior].any()
+    corner = images["yellow ground"][:6, :6].mean(axis=(0, 1))
+    assert abs(corner[0] - corner[1]) < 25 and corner[1] > corner[2] + 15
+
+
+@renders
+@pytest.mark.skipif(not os.environ.get("CAUSAL3DIDENT_ASSETS"), reason="CAUSAL3DIDENT_ASSETS names no folder of assets")
+def test_the_real_shapes_are_rendered(tmp_path):
+    assets = Path(os.environ["CAUSAL3DIDENT_ASSETS"])
+    there = [k for k, name in enumerate(generate_images.SHAPES) if (assets / f"shapes/Shape{name}.blend").exists()]
+    write_latents(tmp_path, [BASE | {"object_shape": k} for k in there])
+    assert "stand-in" not in render(tmp_path, "--assets", assets)
+    masks = [object_mask(pixels(file)) for file in sorted((tmp_path / "images").iterdir())]
+    assert len(masks) == len(there) and all(mask.sum() > 20 for mask in masks)
+    assert all((a ^ b).sum() > 15 for k, a in enumerate(masks) for b in masks[:k])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# bad input, found before Blender starts
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """run(*flags) → (exit code, stderr) of generate_images.py on tmp_path, where no Blender is started."""
+    monkeypatch.setattr(generate_images, "renderer_command", lambda: pytest.fail("Blender was to be started"))
+    write_latents(tmp_path, [BASE] * 3)
+
+    def call(*flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: generate_images.main(["--output-folder", str(tmp_path), *map(str, flags)]))
+        return stopped.value.code or 0, capsys.readouterr().err
+
+    return call
+
+
+def test_a_python_without_blender_says_which_command_installs_it(tmp_path, run, monkeypatch, capsys):
+    monkeypatch.undo()
+    code, err = run()
+    assert code == 2 and "make blender" in err and err.count("\n") == 1
+    assert not (tmp_path / "images.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{name: value for name, value in BASE.items() if name != "spotlight_color"}], "spotlight_color is missing"),
+        ([BASE, BASE | {"object_shape": 7}], "line 3: object_shape is 7, expected an integer in 0 … 6"),
+        ([BASE | {"object_xpos": 0.5}], "object_xpos is 0.5"),
+        ([BASE | {"background_color": "nan"}], "background_color is nan, expected a number in [0, 1]"),
+        ([BASE | {"object_alpharot": -0.1}], "object_alpharot is -0.1"),
+        ([], "lacks rows"),
+    ],
+)
+def test_damaged_latents_are_named(tmp_path, run, rows, words):
+    write_latents(tmp_path, rows)
+    code, err = run()
+    assert code == 2 and words in err and "latents_image.csv" in err and err.count("\n") == 1
+    assert not (tmp_path / "images").exists()
+
+
+def test_missing_columns_and_a_missing_file_are_named(tmp_path, run):
+    path = tmp_path / "latents_image.csv"
+    path.write_text(path.read_text().replace("object_color", "color"))
+    code, err = run()
+    assert code == 2 and "lacks columns object_color" in err and err.count("\n") == 1
+    path.unlink()
+    code, err = run()
+    assert code == 2 and "latents_image.csv is missing" in err and "generate_latents.py" in err
+
+
+def test_missing_assets_are_named(tmp_path, run):
+    (tmp_path / "assets/shapes").mkdir(parents=True)
+    code, err = run("--assets", tmp_path / "assets")
+    assert code == 2 and err.count("\n") == 1
+    for name in ("scenes/base_scene_equal_xyz.blend", "materials/Rubber.blend", "shapes/ShapeHare.blend"):
+        assert name in err
+    assert "ShapeCow" not in err  # no image shows one
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--n-batches 3 --batch-index 3", "--batch-index 3 is out of range"),
+        ("--samples 0", "0 is too small"),
+        ("--size 4", "4 is too small"),
+        ("--device metal", "invalid choice"),
+        ("--workers 0", "0 is too small"),
+    ],
+)
+def test_wrong_flags_are_one_line(run, flags, words):
+    code, err = run(*flags.split())
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "1.png is damaged"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "1.png is damaged"),
+        (None, "1.png has 20 × 20 pixels, not 48 × 48"),
+    ],
+)
+def test_an_image_that_does_not_belong_there_is_named_and_kept(tmp_path, run, monkeypatch, content, words):
+    monkeypatch.setattr(generate_images, "renderer_command", lambda: [])
+    path = tmp_path / "images/1.png"
+    path.parent.mkdir()
+    Image.new("RGB", (20, 20)).save(path) if content is None else path.write_bytes(content)
+    before = path.read_bytes()
+    code, err = run("--size", 48)
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+def test_images_of_other_latents_or_settings_are_not_mixed(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(generate_images, "renderer_command", lambda: [])
+    (tmp_path / "images").mkdir()
+    for k in range(3):
+        Image.new("RGB", (128, 128)).save(tmp_path / f"images/{k}.png")
+    assert run()[0] == 0  # complete: nothing to render
+    code, err = run("--samples", 16)
+    assert code == 2 and "other samples" in err and "images.json" in err and err.count("\n") == 1
+    write_latents(tmp_path, [BASE | {"object_xpos": 0}] * 3)
+    code, err = run()
+    assert code == 2 and "other latents" in err
+    (tmp_path / "images.json").write_text("{")
+    code, err = run()
+    assert code == 2 and "images.json is damaged" in err
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(generate_images, "renderer_command", lambda: [])
+    (tmp_path / "images").write_text("mine")
+    code, err = run()
+    assert code == 2 and str(tmp_path / "images") in err and err.count("\n") == 1
+    assert (tmp_path / "images").read_text() == "mine"
+
+
+def test_batches_are_disjoint_and_cover_everything():
+    parts = [generate_images.batch_indices(10, 3, k) for k in range(3)]
+    assert [i for part in parts for i in part] == list(range(10))
+    assert [len(part) for part in parts] == [3, 3, 4]
+
+
+def test_inside_blender_the_processes_are_blenders(monkeypatch):
+    blender = SimpleNamespace(app=SimpleNamespace(binary_path="/opt/blender/blender"))
+    monkeypatch.setitem(sys.modules, "bpy", blender)
+    line = generate_images.renderer_command()
+    assert line[:2] == ["/opt/blender/blender", "--background"]
+    assert line[line.index("--python") + 1] == generate_images.__file__ and line[-2:] == ["--", "--work"]
+
+
+def test_a_process_that_dies_ends_the_run_with_its_last_words(tmp_path, run, monkeypatch):
+    code = "import sys; sys.stdin.readline(); print('ready'); sys.stdin.readline(); sys.exit('out of memory')"
+    monkeypatch.setattr(generate_images, "renderer_command", lambda: [sys.executable, "-u", "-c", code])
+    code, err = run("--workers", 2)
+    assert code == 2 and "out of memory" in err and "continues" in err and err.count("\n") == 1
+    assert [path.name for path in (tmp_path / "images").iterdir()] == []

@@ -1,0 +1,351 @@
+"""Causal3DIdent's latents and captions: distributions, causal links, what is stated wrongly, templates, bad input."""
+
+import colorsys
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, to_rgb
+from scipy import stats
+
+from command_line import run_script
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
+import generate_latents
+import generate_text
+
+N = 20_000
+NOISE = 5 / N**0.5  # a correlation of independent factors is larger once in a million times
+SETTINGS = [f"{bias_type}_{bias_id}" for bias_type in ("selections", "perturbations") for bias_id in range(7)]
+PALETTES = {"object_color": TABLEAU_COLORS, "spotlight_color": CSS4_COLORS, "background_color": XKCD_COLORS}
+PERTURBED = ["background_color", "spotlight_color", "object_color", "spotlight_pos", "object_ypos", "object_xpos"]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return generate_latents.sample_tables(N, 0, "code")
+
+
+@pytest.fixture(scope="module")
+def image(tables):
+    return tables["latents_image.csv"]
+
+
+@pytest.fixture
+def run(capsys):
+    """run(main, *flags) → (exit code, stdout, stderr)."""
+
+    def call(main, *flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: main([str(flag) for flag in flags]))
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path, run):
+    """A data set of 300 samples with latents and captions."""
+    folder = tmp_path / "data"
+    assert run(generate_latents.main, "--output-folder", folder, "--n-points", 300, "--seed", 1)[0] == 0
+    assert run(generate_text.main, "--output-folder", folder)[0] == 0
+    return folder
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def plain_nearest(hue, palette):
+    """Name of the nearest colour, one distance after another."""
+    wanted = colorsys.hsv_to_rgb(hue, 1, 1)
+    squared = {name: sum((a - b) ** 2 for a, b in zip(to_rgb(palette[name]), wanted, strict=True)) for name in palette}
+    return min(sorted(palette), key=squared.get)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# latents of the images
+
+
+def test_root_factors_are_uniform(image):
+    for name, count in (("object_shape", 7), ("object_xpos", 3), ("object_ypos", 3)):
+        assert stats.chisquare(np.bincount(image[name], minlength=count)).pvalue > 1e-4
+        assert image[name].nunique() == count
+    for name in ("object_alpharot", "object_betarot", "object_gammarot", "spotlight_pos"):
+        assert stats.kstest(image[name], "uniform").pvalue > 1e-4
+    assert (image.object_zpos == 0).all()
+
+
+def test_what_is_left_of_an_effect_once_its_causes_are_known_is_uniform_and_independent_of_the_rest(image):
+    left = {
+        "object_color": 3 * image.object_color - (image.object_xpos + image.object_ypos) / 2,
+        "spotlight_color": 2 * image.spotlight_color - image.spotlight_pos,
+        "background_color": 3 * image.background_color - image.spotlight_pos - image.spotlight_color,
+    }
+    for effect, noise in left.items():
+        assert stats.kstest(noise, "uniform").pvalue > 1e-4
+        descendants = {effect} | ({"background_color"} if effect == "spotlight_color" else set())
+        rest = image.drop(columns=[*descendants, "object_zpos"])
+        assert rest.corrwith(noise).abs().max() < NOISE
+
+
+def test_effects_correlate_with_their_causes_and_with_nothing_else(image):
+    variance = {"pos": 1 / 12, "U": 1 / 12, "grid": 2 / 3}
+    spotlight_color = (variance["pos"] + variance["U"]) / 4
+    background = (1.5**2 * variance["pos"] + 0.5**2 * variance["U"] + variance["U"]) / 9
+    linked = {
+        ("object_color", "object_xpos"): (2 / 3 / 6) / (variance["grid"] * (1 / 3 + 1 / 12) / 9) ** 0.5,
+        ("spotlight_color", "spotlight_pos"): (variance["pos"] / 2) / (variance["pos"] * spotlight_color) ** 0.5,
+        ("background_color", "spotlight_pos"): (variance["pos"] * 1.5 / 3) / (variance["pos"] * background) ** 0.5,
+        ("background_color", "spotlight_color"): ((variance["pos"] * 0.75 + variance["U"] * 0.25) / 3)
+        / (spotlight_color * background) ** 0.5,
+    }
+    linked["object_color", "object_ypos"] = linked["object_color", "object_xpos"]
+    correlations = image.drop(columns="object_zpos").corr()
+    for pair, expected in linked.items():
+        assert correlations.loc[pair] == pytest.approx(expected, abs=0.02)
+        correlations.loc[pair] = correlations.loc[pair[::-1]] = 0
+    assert (correlations - np.eye(len(correlations))).abs().max(axis=None) < NOISE
+
+
+def test_the_nearest_colour_is_the_one_that_a_plain_search_finds():
+    hues = np.concatenate((np.random.default_rng(0).random(150), [0, 1 / 6, 0.5, 5 / 6, 1]))
+    for palette in PALETTES.values():
+        found = np.array(sorted(palette))[generate_latents.nearest_colors(hues, palette)]
+        assert found.tolist() == [plain_nearest(hue, palette) for hue in hues]
+
+
+def test_of_two_names_of_one_colour_the_first_is_taken():
+    assert sorted(CSS4_COLORS)[generate_latents.nearest_colors(np.array([0.5]), CSS4_COLORS)[0]] == "aqua"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# latents of the captions
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_caption_states_wrongly_what_the_setting_perturbs_and_nothing_else(tables, image, setting):
+    text, bias_id = tables[f"latents_text_{setting}.csv"], int(setting[-1])
+    perturbed = set(PERTURBED[:bias_id]) if setting.startswith("perturbations") else set()
+    assert (text.object_shape == image.object_shape).all()
+    for name, count in (("object_xpos", 3), ("object_ypos", 3), ("spotlight_pos", None)):
+        if name not in perturbed:
+            assert (text[name] == image[name]).all()
+        elif count:
+            assert stats.chisquare(np.bincount(text[name] * 3 + image[name], minlength=9)).pvalue > 1e-4
+        else:
+            assert stats.kstest(text[name], "uniform").pvalue > 1e-4
+            assert abs(text[name].corr(image[name])) < NOISE
+    for factor, palette in PALETTES.items():
+        names = np.array(sorted(palette))
+        assert (names[text[f"{factor}_index"]] == text[f"{factor}_name"]).all()
+        if factor in perturbed:
+            hue = 2 * np.pi * np.array([colorsys.rgb_to_hsv(*to_rgb(palette[name]))[0] for name in names])
+            named = hue[text[f"{factor}_index"]]
+            for other in ("object_color", "spotlight_color", "background_color", "spotlight_pos"):
+                assert abs(np.corrcoef(np.cos(named), image[other])[0, 1]) < NOISE
+                assert abs(np.corrcoef(np.sin(named), image[other])[0, 1]) < NOISE
+            uniform = generate_latents.nearest_colors((np.arange(N) + 0.5) / N, palette)
+            seen, expected = (np.bincount(each, minlength=len(names)) for each in (text[f"{factor}_index"], uniform))
+            common = expected > 100
+            assert (
+                stats.chisquare(seen[common], expected[common] * seen[common].sum() / expected[common].sum()).pvalue
+                > 1e-4
+            )
+            assert set(np.unique(text[f"{factor}_index"])) <= set(np.unique(uniform))
+        elif not (setting == "perturbations_0" and factor == "background_color"):
+            rows = slice(0, 100)
+            assert text[f"{factor}_name"][rows].tolist() == [plain_nearest(hue, palette) for hue in image[factor][rows]]
+    assert stats.chisquare(np.bincount(text.text_phrasing, minlength=5)).pvalue > 1e-4
+    assert text.text_phrasing.nunique() == 5
+
+
+def test_the_protocols_differ_in_the_background_of_perturbations_0_alone():
+    code, paper = (generate_latents.sample_tables(200, 5, protocol) for protocol in ("code", "paper"))
+    image = code["latents_image.csv"]
+    for tables, named_from in ((code, "object_color"), (paper, "background_color")):
+        names = tables["latents_text_perturbations_0.csv"].background_color_name
+        assert names.tolist() == [plain_nearest(hue, XKCD_COLORS) for hue in image[named_from]]
+    background = ["background_color_name", "background_color_index"]
+    for name in code:
+        drop = background if name == "latents_text_perturbations_0.csv" else []
+        pd.testing.assert_frame_equal(code[name].drop(columns=drop), paper[name].drop(columns=drop))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# captions, read by a parser that knows no template
+
+
+def parsed(caption):
+    """What a caption says: dict of shape, x, y, spotlight and the quoted colours in the order object, spotlight, background."""
+    said = {}
+    said["object_shape"] = re.search(r"\b(teapot|hare|dragon|cow|armadillo|horse|head)\b", caption)[1]
+    if place := re.search(r"(?:(top|mid|bottom)-)?(left|center|right) of the (?:image|picture)", caption):
+        said["object_xpos"] = place[2]
+        if place[1]:
+            said["object_ypos"] = place[1]
+    light = re.search(r"\b(northwest|northeast|southwest|southeast|center)(?: ?,|\.)", caption)
+    if light and re.search("light|illumination", caption):
+        said["spotlight_pos"] = light[1]
+    factors = ("object_color", "spotlight_color", "background_color")
+    return said | dict(zip(factors, re.findall(r'"([^"]+)"', caption), strict=False))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_captions_say_what_the_latents_say(data, setting):
+    captions = (data / f"text/{setting}/text_raw.txt").read_text().split("\n")
+    assert captions.pop() == ""
+    table = pd.read_csv(data / f"latents_text_{setting}.csv")
+    order = ["object_shape", "object_xpos", "object_ypos", "spotlight_pos", *PALETTES]
+    spoken_of = order[: int(setting[-1]) + 1] if setting.startswith("selections") else order
+    assert len(captions) == len(table) == 300
+    fifths = ["northwest", "northeast", "center", "southwest", "southeast"]
+    for caption, row in zip(captions, table.itertuples(), strict=True):
+        expected = {
+            "object_shape": ["teapot", "hare", "dragon", "cow", "armadillo", "horse", "head"][row.object_shape],
+            "object_xpos": ["left", "center", "right"][row.object_xpos],
+            "object_ypos": ["top", "mid", "bottom"][row.object_ypos],
+            "spotlight_pos": fifths[min(int(row.spotlight_pos // 0.2), 4)],
+            **{factor: getattr(row, f"{factor}_name") for factor in PALETTES},
+        }
+        assert parsed(caption) == {factor: expected[factor] for factor in spoken_of}
+    beginnings = (
+        "A ",
+        "A ",
+        "The ",
+        "At the " if len(spoken_of) > 1 else "The picture",
+        "At the " if len(spoken_of) > 1 else "There",
+    )
+    assert all(
+        caption.startswith(beginnings[phrasing])
+        for caption, phrasing in zip(captions, table.text_phrasing, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_factors", "phrasing", "caption"),
+    [
+        (1, 4, "There is an object in the form of a cow."),
+        (2, 2, "The right of the image shows a cow."),
+        (3, 3, "At the top-right of the picture is a cow."),
+        (4, 2, "The top-right of the image shows a cow, highlighted by a light source positioned at the southeast."),
+        (5, 0, 'A cow of "tab:red" color is visible, positioned at the top-right of the image, with a spotlight shining '
+               "from the southeast."),
+        (6, 4, 'At the top-right of the image, there is a "tab:red" object in the form of a cow, with illumination from a '
+               '"blue" spotlight at the southeast.'),
+        (7, 0, 'A cow of "tab:red" color is visible, positioned at the top-right of the image, under a "blue" spotlight '
+               'shining from the southeast, with a "xkcd:teal" background.'),
+        (7, 3, 'At the top-right of the picture is a cow in "tab:red" color, bathed in a "blue" spotlight coming from the '
+               'southeast, with a "xkcd:teal" background.'),
+    ],
+)  # fmt: skip
+def test_a_caption_is_the_template_word_for_word(n_factors, phrasing, caption):
+    latents = {"object_shape": 3, "object_xpos": 2, "object_ypos": 0, "spotlight_pos": 1.0, "text_phrasing": phrasing}
+    names = {"object_color_name": "tab:red", "spotlight_color_name": "blue", "background_color_name": "xkcd:teal"}
+    assert generate_text.captions(pd.DataFrame([latents | names]), n_factors) == [caption]
+
+
+def test_the_misspelled_columns_of_earlier_tools_are_read(data, run):
+    before = contents(data / "text")
+    for path in data.glob("latents_text_*.csv"):
+        path.write_text(path.read_text().replace("spotlight_color_", "splotlight_color_"))
+    assert run(generate_text.main, "--output-folder", data)[0] == 0
+    assert contents(data / "text") == before
+
+
+# --------------------------------------------------------------------------------------------------------------
+# seeds, files, bad input
+
+
+def test_one_seed_gives_the_same_bytes_and_another_seed_others(data, tmp_path, run):
+    flags = ("--n-points", 300, "--output-folder")
+    assert run(generate_latents.main, *flags, tmp_path / "again", "--seed", 1)[0] == 0
+    assert run(generate_text.main, "--output-folder", tmp_path / "again")[0] == 0
+    assert contents(tmp_path / "again") == contents(data)
+    assert len(contents(data)) == 29
+    assert run(generate_latents.main, *flags, tmp_path / "other", "--seed", 2)[0] == 0
+    other = contents(tmp_path / "other")
+    assert all(content != contents(data)[name] for name, content in other.items())
+
+
+def test_other_latents_are_replaced_only_when_told_to(data, run):
+    before, flags = contents(data), ("--output-folder", data, "--n-points", 200)
+    assert run(generate_latents.main, "--output-folder", data, "--n-points", 300, "--seed", 1)[0] == 0  # the same bytes
+    code, _, err = run(generate_latents.main, *flags)
+    assert (
+        code == 2 and "latents_image.csv holds other latents" in err and "--overwrite" in err and err.count("\n") == 1
+    )
+    assert contents(data) == before
+    assert run(generate_latents.main, *flags, "--overwrite")[0] == 0
+    assert len(pd.read_csv(data / "latents_image.csv")) == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--n-points 0", "0 is too small"),
+        ("--n-points many", "invalid integer value"),
+        ("--n-points 10 --seed -1", "-1 is too small"),
+        ("--n-points 10 --protocol draft", "invalid choice"),
+        ("", "--n-points"),
+    ],
+)
+def test_wrong_flags_are_one_line(run, tmp_path, flags, words):
+    code, _, err = run(generate_latents.main, "--output-folder", tmp_path / "d", *flags.split())
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_file_where_the_folder_should_be_is_one_line(run, tmp_path):
+    (tmp_path / "d").write_text("mine")
+    for main, flags in ((generate_latents.main, ("--n-points", 10)), (generate_text.main, ())):
+        code, _, err = run(main, "--output-folder", tmp_path / "d", *flags)
+        assert code == 2 and str(tmp_path / "d") in err and err.count("\n") == 1
+    assert (tmp_path / "d").read_text() == "mine"
+
+
+def with_value(column, value):
+    """The change of a table that sets one cell, in line 9 of the file."""
+
+    def change(table):
+        values = table[column].astype(object)
+        values.iloc[7] = value
+        return table.assign(**{column: values})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.drop(columns="text_phrasing"), "no column text_phrasing"),
+        (lambda table: table.head(0), "no rows"),
+        (lambda table: table.head(299), "299 rows"),
+        (with_value("object_shape", 7), "line 9: object_shape is 7, expected an integer in 0 … 6"),
+        (with_value("object_xpos", 1.5), "object_xpos is 1.5"),
+        (with_value("text_phrasing", -1), "text_phrasing is -1"),
+        (with_value("spotlight_pos", 1.01), "line 9: spotlight_pos is 1.01, expected a number in [0, 1]"),
+        (with_value("spotlight_pos", np.nan), "spotlight_pos is nan"),
+        (with_value("spotlight_pos", "north"), "spotlight_pos is north"),
+        (with_value("background_color_name", np.nan), "background_color_name is nan"),
+    ],
+)
+def test_damaged_latents_are_named_and_no_caption_is_lost(data, run, change, words):
+    before, path = contents(data / "text"), data / "latents_text_perturbations_4.csv"
+    change(pd.read_csv(path)).to_csv(path, index=False)
+    code, _, err = run(generate_text.main, "--output-folder", data)
+    assert code == 2 and words in err and "perturbations_4" in err and err.count("\n") == 1
+    assert contents(data / "text") == before
+
+
+def test_missing_latents_are_named(data, run, tmp_path):
+    (data / "latents_text_selections_2.csv").unlink()
+    code, _, err = run(generate_text.main, "--output-folder", data)
+    assert code == 2 and "latents_text_selections_2.csv is missing" in err and err.count("\n") == 1
+    code, _, err = run(generate_text.main, "--output-folder", tmp_path / "nothing")
+    assert code == 2 and "generate_latents.py" in err and err.count("\n") == 1
