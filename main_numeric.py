@@ -68,7 +68,7 @@ RECIPES = {
         "batch_size": 256,
         "final_batch_size": "auto",
         "negatives": "batch",
-        "train_steps": 5_000,
+        "train_steps": 3_000,
         "precision": "auto",
     },
 }

@@ -6,8 +6,9 @@ from torch.optim.adam import adam
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 REFERENCE_FAN_IN = 750  # of the wide layers at the paper's size
-RANK = 64  # leading directions of a layer's inputs that are scaled down
-INTERVAL = 10  # steps between two updates of the directions
+DAMPING = 0.01  # of the inputs' covariance, in units of its mean eigenvalue
+INTERVAL, INVERSE_INTERVAL = 5, 20  # steps between two updates of the covariance, and of its inverse
+COVARIANCE_DECAY = 0.9  # of the moving average, an update
 
 
 class Adam:
@@ -69,70 +70,70 @@ def fan_in_rates(modules):
     return rates
 
 
-class InputDeflation:
-    """Scales the gradients of linear layers down along the leading directions of the layers' inputs.
+class InputWhitening:
+    """Scales the gradients of linear layers down along the directions in which the layers' inputs vary most.
 
-    The weights of y = W x + b have the gradient G = Σ δ xᵀ. K-FAC (Martens & Grosse, 2015) multiplies it from the right
-    by the inverse of A = E[x xᵀ]; in these encoders A has a few large eigenvalues and a long tail, and what is learned
-    last lies in the tail. Here the leading eigenpairs U, Λ alone are inverted, up to the smallest of them, λ_r:
+    The weights of y = W x + b have the gradient G = Σ δ xᵀ. K-FAC (Martens & Grosse, 2015) multiplies it from the right by
+    the damped inverse of A = E[x xᵀ]; in these encoders A has a few large eigenvalues and a long tail, and what is learned
+    last lies in the tail. With λ the mean eigenvalue of A times `damping`,
 
-        G ← G − G U (I − λ_r Λ⁻¹) Uᵀ
+        G ← G (A/λ + I)⁻¹
 
-    This costs 2 × 64 / width of one product of the backward pass. U follows A by a step of subspace iteration on the
-    inputs of a batch, every tenth step; Λ is a moving average.
+    leaves the directions far below λ as they are. A is a moving average over every fifth batch, its inverse is made anew
+    every twentieth step. The other factor of K-FAC, the covariance of δ, gains too little here to be worth its time.
     """
 
-    def __init__(self, modules, rank=RANK, interval=INTERVAL):
+    def __init__(self, modules, damping=DAMPING, interval=INTERVAL, inverse_interval=INVERSE_INTERVAL):
         """Watch the linear layers of `modules`, a dict name → nn.Module."""
-        self.rank, self.interval = rank, interval
+        self.damping, self.interval, self.inverse_interval = damping, interval, inverse_interval
         self._layers = {
             f"{module_name}.{name}": layer
             for module_name, module in modules.items()
             for name, layer in module.named_modules()
             if isinstance(layer, nn.Linear)
         }
-        self._inputs, self._directions, self._watching = {}, {}, False
+        self._inputs, self._covariances, self._inverses, self._step = {}, {}, {}, 0
         for name, layer in self._layers.items():
             layer.register_forward_pre_hook(lambda _, inputs, name=name: self._watch(name, inputs[0]))
 
     def _watch(self, name, inputs):
-        if self._watching and torch.is_grad_enabled():
+        if self._step % self.interval == 0 and torch.is_grad_enabled():
             self._inputs[name] = inputs.detach()
 
     def before_forward(self, step):
-        """Note the layers' inputs if the directions are due at this step."""
-        self._watching = step % self.interval == 0
+        """Tell which step comes next: the layers' inputs are noted where they are due."""
+        self._step = step
+        self._inputs.clear()
 
     @torch.no_grad()
     def precondition(self):
-        """Deflate the gradients in place, after the directions were updated where they are due."""
+        """Whiten the gradients in place, after the covariances and their inverses were updated where they are due."""
         for name, inputs in self._inputs.items():
-            self._update(name, inputs.flatten(0, -2).float())
-        self._inputs.clear()
-        for name, (directions, spectrum) in self._directions.items():
+            inputs = inputs.flatten(0, -2).float()
+            covariance = inputs.T @ inputs / len(inputs)
+            if name in self._covariances:
+                self._covariances[name].lerp_(covariance, 1 - COVARIANCE_DECAY)
+            else:
+                self._covariances[name] = covariance
+        # the first averages are of few batches: they are followed at once
+        if self._inputs and (self._step < self.inverse_interval or self._step % self.inverse_interval == 0):
+            self._inverses = {name: self._damped_inverse(covariance) for name, covariance in self._covariances.items()}
+        for name, inverse in self._inverses.items():
             gradient = self._layers[name].weight.grad
-            shrink = 1 - spectrum.min() / spectrum
-            gradient.sub_(((gradient @ directions) * shrink) @ directions.T)
+            gradient.copy_(gradient @ inverse)
 
-    def _update(self, name, inputs):
-        rank = min(self.rank, len(inputs) // 4, inputs.shape[1])
-        if rank < 2:
-            return
-        if name not in self._directions:
-            directions, spectrum = inputs[:rank].T, None
-            iterations = 4
-        else:
-            (directions, spectrum), iterations = self._directions[name], 1
-        for _ in range(iterations):
-            directions = torch.linalg.qr(inputs.T @ (inputs @ directions))[0]
-        variance = (inputs @ directions).square().mean(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-        self._directions[name] = (directions, variance if spectrum is None else (spectrum + variance) / 2)
+    def _damped_inverse(self, covariance):
+        level = (self.damping * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        damped = covariance / level + torch.eye(len(covariance), device=covariance.device)
+        return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
     def state_dict(self):
-        """Dict name of a layer → [directions (in, r), spectrum (r,)]."""
-        return {name: list(pair) for name, pair in self._directions.items()}
+        """Dict name of a layer → [covariance (in, in), damped inverse (in, in)]."""
+        return {name: [self._covariances[name], inverse] for name, inverse in self._inverses.items()}
 
     def load_state_dict(self, state):
-        """Take the directions of `state_dict`; raises KeyError for a layer that is not watched."""
+        """Take the matrices of `state_dict`; raises KeyError for a layer that is not watched."""
         devices = {name: self._layers[name].weight.device for name in state}
-        self._directions = {name: tuple(part.to(devices[name]) for part in pair) for name, pair in state.items()}
+        self._covariances, self._inverses = (
+            {name: pair[part].to(devices[name], copy=True) for name, pair in state.items()} for part in (0, 1)
+        )

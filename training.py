@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from command_line import InputError, integer, number
 from files import read_json, write_bytes, write_csv, write_json
-from optimisers import Adam, InputDeflation, fan_in_rates
+from optimisers import Adam, InputWhitening, fan_in_rates
 
 # Flags that say how to run, not what: they may differ between the calls that work on one model directory.
 RUN_FLAGS = {"model_dir", "model_id", "log_steps", "evaluate", "no_cuda", "load_args", "resume", "overwrite"}
@@ -105,7 +105,7 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
     group.add_argument(
         "--preconditioner",
         choices=("none", "inputs"),
-        help="of Adam's gradients; inputs: deflate along each layer's leading inputs, see optimisers.py "
+        help="of Adam's gradients; inputs: whiten by each layer's inputs, see optimisers.py "
         f"({recipe_default('preconditioner')})",
     )
     group.add_argument("--lr-schedule", choices=tuple(LR_SCHEDULES), help=f"({recipe_default('lr_schedule')})")
@@ -428,7 +428,7 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
     ]
     rates = fan_in_rates(modules) if args.layer_lr == "fan-in" else {}
     optimiser = Adam(parameters, [rates.get(id(parameter), 1.0) for parameter in parameters])
-    preconditioner = InputDeflation(modules) if args.preconditioner == "inputs" else None
+    preconditioner = InputWhitening(modules) if args.preconditioner == "inputs" else None
     checkpoint = directory / "checkpoint.pt"
     progress = Progress()
     for module in modules.values():

@@ -1,10 +1,10 @@
-"""The preconditioner against an eigendecomposition, and against what it is for."""
+"""Adam against torch's, the preconditioner against its formula in float64 and against what it is for."""
 
 import pytest
 import torch
 from torch import nn
 
-from optimisers import Adam, InputDeflation, fan_in_rates
+from optimisers import Adam, InputWhitening, fan_in_rates
 
 
 def test_adam_is_torch_s():
@@ -74,9 +74,9 @@ def test_a_parameter_without_a_gradient_stays():
         optimiser.load_state_dict(Adam([used]).state_dict())
 
 
-def deflated(layer, preconditioner, inputs, steps):
-    """Gradient of the layer, as backward gives it and as the preconditioner leaves it, after `steps` steps on one batch."""
-    for step in range(steps):
+def whitened(layer, preconditioner, batches):
+    """Gradient of the layer on the last batch, as backward gives it and as the preconditioner leaves it, a step a batch."""
+    for step, inputs in enumerate(batches):
         layer.zero_grad()
         preconditioner.before_forward(step)
         layer(inputs).square().sum().backward()
@@ -85,53 +85,69 @@ def deflated(layer, preconditioner, inputs, steps):
     return plain, layer.weight.grad
 
 
-def test_the_leading_directions_are_inverted_up_to_the_smallest_of_them():
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([20.0, 9.0, 4.0, 2.0, 0.5, 0.4, 0.3, 0.2])
-    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
-    inputs = (torch.randn(400, 8, generator=generator) * scales) @ rotation.T
-    layer = nn.Linear(8, 5)
-    plain, found = deflated(layer, InputDeflation({"m": layer}, rank=4, interval=1), inputs, steps=30)
-    eigenvalues, vectors = torch.linalg.eigh((inputs.T @ inputs / len(inputs)).double())
-    leading, top = vectors[:, -4:], eigenvalues[-4:]
-    expected = plain.double() - plain.double() @ leading @ torch.diag(1 - top[0] / top) @ leading.T
-    assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-    assert (plain - found).norm() > 0.5 * plain.norm(), "there must be something to deflate"
+def batches_of(count, rows=400, width=8, seed=0):
+    """Batches whose inputs vary far more in some directions than in others."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(1, -2, width)
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    return [(torch.randn(rows, width, generator=generator) * scales) @ rotation.T for _ in range(count)]
 
 
-def test_between_updates_the_directions_stay():
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(12, 3)
-    preconditioner = InputDeflation({"m": layer}, rank=4, interval=10)
-    states = []
-    for step in range(12):
+def test_gradients_are_multiplied_by_the_damped_inverse_of_a_moving_average():
+    layer, batches = nn.Linear(8, 5), batches_of(45)
+    preconditioner = InputWhitening({"m": layer}, damping=0.1, interval=2, inverse_interval=8)
+    average, inverse = None, None
+    for step in range(45):
+        plain, found = None, None
+        layer.zero_grad()
         preconditioner.before_forward(step)
-        layer(torch.randn(64, 12, generator=generator)).square().sum().backward()
+        layer(batches[step]).square().sum().backward()
+        plain = layer.weight.grad.clone().double()
         preconditioner.precondition()
-        states.append(preconditioner.state_dict()["m."][0])
-    assert all(torch.equal(states[0], state) for state in states[1:10])
-    assert not torch.equal(states[0], states[10]) and torch.equal(states[10], states[11])
+        found = layer.weight.grad.double()
+        if step % 2 == 0:
+            h = batches[step].double()
+            covariance = torch.stack([torch.outer(row, row) for row in h]).mean(dim=0)
+            average = covariance if average is None else 0.9 * average + 0.1 * covariance
+            if step < 8 or step % 8 == 0:
+                level = 0.1 * torch.linalg.eigvalsh(average).mean()
+                inverse = torch.linalg.inv(average / level + torch.eye(8, dtype=torch.float64))
+        torch.testing.assert_close(found, plain @ inverse, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+    assert (plain - found).norm() > 0.5 * plain.norm(), "there must be something to scale down"
+
+
+def test_directions_below_the_damping_stay_and_those_above_are_scaled_down():
+    inputs = torch.diag(torch.tensor([30.0, 3.0, 0.01])).repeat(100, 1)
+    layer = nn.Linear(3, 2, bias=False)
+    plain, found = whitened(layer, InputWhitening({"m": layer}, damping=0.01), [inputs])
+    shrink = (found / plain).mean(dim=0)
+    variances = inputs.square().mean(dim=0)
+    level = 0.01 * variances.mean()
+    assert shrink.tolist() == pytest.approx((1 / (variances / level + 1)).tolist(), rel=1e-3)
+    assert shrink[2] > 0.99 and shrink[0] < 0.01
 
 
 def test_the_state_is_taken_over():
-    generator = torch.Generator().manual_seed(0)
-    layer, inputs = nn.Linear(12, 3), torch.randn(64, 12, generator=generator)
-    one, other = InputDeflation({"m": layer}), InputDeflation({"m": layer})
-    deflated(layer, one, inputs, steps=1)
-    one.before_forward(1)
+    layer, batches = nn.Linear(8, 5), batches_of(60)
+    one, other = InputWhitening({"m": layer}), InputWhitening({"m": layer})
+    whitened(layer, one, batches[:33])
     other.load_state_dict(one.state_dict())
-    layer.zero_grad()
-    layer(inputs).square().sum().backward()
-    again = layer.weight.grad.clone()
-    one.precondition()
-    expected, layer.weight.grad = layer.weight.grad, again
-    other.precondition()
-    assert torch.equal(layer.weight.grad, expected)
+    gradients = []
+    for preconditioner in (one, other):  # through an update of the average and one of the inverse
+        for step in range(33, 60):
+            layer.zero_grad()
+            preconditioner.before_forward(step)
+            layer(batches[step]).square().sum().backward()
+            preconditioner.precondition()
+        gradients.append(layer.weight.grad.clone())
+    assert torch.equal(*gradients)
+    with pytest.raises(KeyError):
+        InputWhitening({"other": layer}).load_state_dict(one.state_dict())
 
 
 def test_passes_without_gradients_are_not_watched():
     layer = nn.Linear(12, 3)
-    preconditioner = InputDeflation({"m": layer})
+    preconditioner = InputWhitening({"m": layer})
     preconditioner.before_forward(0)
     with torch.no_grad():
         layer(torch.randn(64, 12, generator=torch.Generator().manual_seed(0)))
@@ -150,7 +166,7 @@ def test_a_step_that_the_leading_directions_forbid_becomes_possible():
         draws = torch.Generator().manual_seed(1)
         layer = nn.Linear(32, 6, bias=False)
         nn.init.zeros_(layer.weight)
-        preconditioner = InputDeflation({"m": layer}, rank=8)
+        preconditioner = InputWhitening({"m": layer})
         for step in range(300):
             inputs = (torch.randn(256, 32, generator=draws) * scales) @ rotation.T
             preconditioner.before_forward(step)
@@ -165,10 +181,11 @@ def test_a_step_that_the_leading_directions_forbid_becomes_possible():
     assert errors[True] < 0.01 and not errors[False] < 1
 
 
-@pytest.mark.parametrize("rows", [4, 16, 1000])
-def test_small_batches_and_narrow_layers_stay_finite(rows):
-    network = nn.Sequential(nn.Linear(3, 40), nn.LeakyReLU(0.01), nn.Linear(40, 2))
-    preconditioner = InputDeflation({"m": network})
+@pytest.mark.parametrize("rows", [1, 4, 16, 1000])
+def test_small_batches_and_dead_layers_stay_finite(rows):
+    network = nn.Sequential(nn.Linear(3, 40), nn.LeakyReLU(0.01), nn.Linear(40, 2), nn.ReLU(), nn.Linear(2, 1))
+    nn.init.constant_(network[2].bias, -100.0)  # the last layer sees zeros alone
+    preconditioner = InputWhitening({"m": network})
     preconditioner.before_forward(0)
     network(torch.randn(rows, 3, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     preconditioner.precondition()
