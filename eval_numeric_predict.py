@@ -37,7 +37,15 @@ from command_line import InputError, Parser, integer, run_script
 from figures import plot_downstream_scores
 from files import write_csv, write_json
 from latent_spaces import seeded_generator
-from training import autocast, check_writable, describe_device, is_finished, select_device, stored_args
+from training import (
+    autocast,
+    check_writable,
+    describe_device,
+    is_finished,
+    matrix_precision,
+    select_device,
+    stored_args,
+)
 
 HIDDEN_UNITS, LEARNING_RATE, STEPS = 100, 1e-3, 10_000
 CHUNK = 1024  # samples whose activations are still in a CPU cache when the gradient needs them
@@ -162,7 +170,7 @@ def encode(networks, latents, batches, generator, precision="fp32", shift_protoc
     for _ in range(batches):
         z = latents.sample(main_numeric.EVAL_BATCH, generator)
         s = shift(z.s, shift_protocol, generator) if shift_protocol else z.s
-        with autocast(latents.device, precision):
+        with matrix_precision(precision), autocast(latents.device, precision):
             encodings.append(networks["f_x"](networks["g_x"](torch.cat((s, z.m_x), dim=1))).float())
         semantics.append(s)
     return torch.cat(encodings), torch.cat(semantics)

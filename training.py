@@ -144,9 +144,7 @@ def select_device(args):
         raise InputError("--precision tf32 needs a CUDA device, and this run is on the CPU; use fp32 or bf16")
     if args.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError(f"--precision bf16 is not known to {torch.cuda.get_device_name()}; use fp32")
-    tf32 = args.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if device.type == "cpu":
         _keep_freed_memory()
     return device
@@ -170,6 +168,16 @@ def _keep_freed_memory():
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def matrix_precision(precision):
+    """Context in which CUDA's products and convolutions may be computed in TF32, if `precision` is tf32; probes stay outside."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def autocast(device, precision):
@@ -449,7 +457,7 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
         _save_checkpoint(checkpoint, progress, modules, optimiser, preconditioner, generators)
         write_csv(pd.DataFrame(progress.log), directory / "train_log.csv")
 
-    with bar, _StopSignals() as stop:
+    with bar, _StopSignals() as stop, matrix_precision(args.precision):
         while progress.step < args.train_steps:
             share_done = progress.step / args.train_steps
             lr = args.lr * schedule(share_done)

@@ -26,7 +26,7 @@ import main_mpi3dreal
 from datasets import EpochOrder
 from latent_spaces import seeded_generator
 from optimisers import Adam
-from training import GRADIENT_NORM, autocast, describe_device, select_device
+from training import GRADIENT_NORM, autocast, describe_device, matrix_precision, select_device
 
 FORMS = {"cpu": ["plain", "fp32", "bf16"], "cuda": ["plain", "fp32", "tf32", "bf16"]}
 
@@ -92,21 +92,22 @@ def time_form(form, options):
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    for step in range(options.steps + 2):
-        if step == 2:
-            synchronise()
-            started = time.perf_counter()
-        optimiser.zero_grad()
-        with autocast(device, args.precision):
-            if form == "plain":
-                images, captions = next(batches)
-                h_x = image.linear(nn.functional.leaky_relu(image.resnet(images), 0.01))
-                loss = plain_loss(h_x, text(captions), args.tau)
-            else:
-                loss = main_mpi3dreal.batch_loss(encoders, pairs, order, args.batch_size, args)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
-        optimiser.step(*(() if form == "plain" else (args.lr,)))
+    with matrix_precision(args.precision):
+        for step in range(options.steps + 2):
+            if step == 2:
+                synchronise()
+                started = time.perf_counter()
+            optimiser.zero_grad()
+            with autocast(device, args.precision):
+                if form == "plain":
+                    images, captions = next(batches)
+                    h_x = image.linear(nn.functional.leaky_relu(image.resnet(images), 0.01))
+                    loss = plain_loss(h_x, text(captions), args.tau)
+                else:
+                    loss = main_mpi3dreal.batch_loss(encoders, pairs, order, args.batch_size, args)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+            optimiser.step(*(() if form == "plain" else (args.lr,)))
     synchronise()
     return options.steps * args.batch_size / (time.perf_counter() - started)
 

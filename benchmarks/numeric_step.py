@@ -27,7 +27,7 @@ import main_numeric
 from encoders import initialise
 from latent_spaces import MisalignedLatents, seeded_generator
 from optimisers import Adam
-from training import GRADIENT_NORM, autocast, describe_device, select_device
+from training import GRADIENT_NORM, autocast, describe_device, matrix_precision, select_device
 
 FORMS = {"cpu": ["plain", "fp32", "bf16"], "cuda": ["plain", "fp32", "tf32", "bf16"]}
 
@@ -87,22 +87,23 @@ def time_form(form, device_name, steps, small):
             torch.cuda.synchronize()
 
     times = []
-    for step in range(steps + 2):
-        synchronise()
-        started = time.perf_counter()
-        optimiser.zero_grad()
-        with autocast(device, args.precision):
-            if form == "plain":
-                loss = plain_loss(networks, latents, args.batch_size, generator)
-            else:
-                loss = main_numeric.batch_loss(networks, latents, args.batch_size, "independent", generator)
-        loss.backward()
-        loss = loss.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
-        optimiser.step(*(() if form == "plain" else (args.lr,)))
-        synchronise()
-        if step > 1:
-            times.append(time.perf_counter() - started)
+    with matrix_precision(args.precision):
+        for step in range(steps + 2):
+            synchronise()
+            started = time.perf_counter()
+            optimiser.zero_grad()
+            with autocast(device, args.precision):
+                if form == "plain":
+                    loss = plain_loss(networks, latents, args.batch_size, generator)
+                else:
+                    loss = main_numeric.batch_loss(networks, latents, args.batch_size, "independent", generator)
+            loss.backward()
+            loss = loss.detach()
+            torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+            optimiser.step(*(() if form == "plain" else (args.lr,)))
+            synchronise()
+            if step > 1:
+                times.append(time.perf_counter() - started)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()

@@ -66,6 +66,31 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
     assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
 
 
+def test_tf32_is_for_the_training_alone(run, monkeypatch):
+    """Probes are computed in full, whatever the training was."""
+
+    def cpu_with_tf32(args):
+        args.precision = "tf32"
+        return torch.device("cpu")
+
+    flags = {}
+
+    def noting(name):
+        function = getattr(main_numeric, name)
+
+        def call(*arguments):
+            flags.setdefault(name, set()).add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            return function(*arguments)
+
+        monkeypatch.setattr(main_numeric, name, call)
+
+    monkeypatch.setattr(main_numeric, "select_device", cpu_with_tf32)
+    noting("batch_loss")
+    noting("evaluate")
+    assert run(SEED)[0] == 0
+    assert flags == {"batch_loss": {(True, True)}, "evaluate": {(False, False)}}
+
+
 def test_a_run_killed_while_it_evaluates_needs_no_training(run, tmp_path, monkeypatch):
     assert run(SEED, "whole")[0] == 0
     with monkeypatch.context() as patch:
