@@ -68,10 +68,13 @@ RECIPES = {
         "batch_size": 256,
         "final_batch_size": "auto",
         "negatives": "batch",
-        "train_steps": 3_000,
+        "train_steps": "auto",
         "precision": "auto",
     },
 }
+# train_steps "auto", between these (dimensions of the encoding, steps): a single dimension teaches the layers below it
+# little at a time, and many take long to tell apart
+AUTO_STEPS = ((1, 8_000), (5, 4_500), (10, 7_000))
 # final_batch_size "auto": in more dimensions it takes more negatives to find one that is hard to tell from the positive
 AUTO_BATCH, AUTO_BATCH_PER_DIMENSION = 384, 128
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
@@ -367,8 +370,10 @@ def main(argv=None):
     if args.seed is None:
         args.seed = drawn_seed()
     latents = build_latents(args, args.seed, device)
+    size = args.encoding_size or len(latents.unbiased)
+    if args.train_steps == "auto":
+        args.train_steps = round(np.interp(size, *zip(*AUTO_STEPS, strict=True)))
     if args.final_batch_size == "auto":
-        size = args.encoding_size or len(latents.unbiased)
         args.final_batch_size = max(args.batch_size, AUTO_BATCH + AUTO_BATCH_PER_DIMENSION * size)
     networks = build_networks(args, latents)
     details = provenance(device)

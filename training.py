@@ -116,7 +116,11 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
         help="pairs in the last step: the batch grows geometrically from --batch-size; 0 = it does not, auto = larger for "
         f"larger encodings ({recipe_default('final_batch_size')})",
     )
-    group.add_argument("--train-steps", type=integer(1), help=f"({recipe_default('train_steps')})")
+    group.add_argument(
+        "--train-steps",
+        type=integer(1),
+        help=f"auto = by the size of the encodings ({recipe_default('train_steps')})",
+    )
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                        help=f"of matrix products; tf32 on CUDA alone ({recipe_default('precision')})")  # fmt: skip
 

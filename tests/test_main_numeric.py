@@ -162,6 +162,16 @@ def test_the_fast_recipe_takes_larger_batches_for_larger_encodings(run, tmp_path
     assert code == 2 and "--final-batch-size 20 contradicts 17" in err
 
 
+def test_the_fast_recipe_takes_its_steps_from_the_size_of_the_encoding(run, tmp_path, monkeypatch):
+    assert main_numeric.AUTO_STEPS[0][0] == 1  # there is no smaller encoding
+    monkeypatch.setattr(main_numeric, "AUTO_STEPS", ((1, 9), (3, 5), (5, 8)))
+    base = TINY.replace("--train-steps 40", "--recipe fast")
+    for flags, steps in (("--beta-value 0", 9), ("", 7), ("--encoding-size 5", 8), ("--encoding-size 9", 8),
+                         ("--train-steps 6", 6)):  # fmt: skip
+        assert run(f"{flags} --seed 1 --overwrite", base=base)[0] == 0
+        assert json.loads((tmp_path / "models/m/args.json").read_text())["train_steps"] == steps
+
+
 def test_no_model_id_and_no_seed_are_made_printed_and_stored(tmp_path, capsys, run):
     argv = [*TINY.split(), "--model-dir", str(tmp_path)]
     for _ in range(2):
