@@ -43,14 +43,19 @@ def write_csv(table, path):
         table.to_csv(temporary, index=False)
 
 
-def read_csv(path, columns):
-    """DataFrame of a CSV with exactly `columns`; InputError that names the file if it is missing or damaged."""
+def read_table(path):
+    """DataFrame of a CSV, whatever its columns; InputError that names the file if it is missing or no CSV."""
     try:
-        table = pd.read_csv(path)
+        return pd.read_csv(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
+
+
+def read_csv(path, columns):
+    """DataFrame of a CSV with exactly `columns`; InputError that names the file if it is missing or damaged."""
+    table = read_table(path)
     if list(table.columns) != list(columns) or table.empty or table.isna().to_numpy().any():
         raise InputError(
             f"{path} is damaged: expected rows without gaps and the columns {', '.join(columns)}; make it again"
