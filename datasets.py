@@ -8,6 +8,13 @@ MPI3D-Complex in one folder:
     {train,test}/text_{selection|perturbation}_{0..4}.txt     its caption, one a line
     vocab_{selection|perturbation}_{0..4}.json                word → number; without it the training captions give it
 
+Causal3DIdent in one folder, its rows in the order of the images' numbers:
+
+    images/000000.png …                                       (H, W), all of one size; .jpg is accepted too
+    latents_image.csv                                         the factors of each image
+    latents_text_{selections|perturbations}_{0..6}.csv        what its caption says
+    text/{selections|perturbations}_{0..6}/text_raw.txt       its caption, one a line
+
 Images stay on disk as a memory map, or move to the GPU once. Captions repeat: each distinct one is tokenised once, and a
 caption is the number of its row in the table of distinct ones.
 """
@@ -20,9 +27,11 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shutil
 import struct
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -30,9 +39,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from command_line import InputError
-from files import read_csv, replaced, write_bytes
+from files import read_csv, read_table, replaced, write_bytes
 
 MPI3D_GRID = {
     "OBJ_COLOR": 4,
@@ -49,8 +59,47 @@ MPI3D_SOURCE = "https://github.com/rr-learning/disentanglement_dataset"
 MPI3D_MEAN, MPI3D_STD = (0.00888889, 0.00888889, 0.00830382), (0.08381344, 0.07622504, 0.06356431)
 BIAS_TYPES, BIAS_IDS = ("selection", "perturbation"), range(5)
 
+# What captions may speak of, in the order in which settings add it; then all factors of the image, and of the caption.
+# A number is that of a factor's values 0, 1, …; None stands for a number in [0, 1].
+CAUSAL_SEMANTICS = (
+    "object_shape",
+    "object_xpos",
+    "object_ypos",
+    "spotlight_pos",
+    "object_color",
+    "spotlight_color",
+    "background_color",
+)
+CAUSAL_IMAGE = {
+    "object_shape": 7,
+    "object_xpos": 3,
+    "object_ypos": 3,
+    "object_alpharot": None,
+    "object_betarot": None,
+    "object_gammarot": None,
+    "spotlight_pos": None,
+    "object_color": None,
+    "spotlight_color": None,
+    "background_color": None,
+}
+CAUSAL_TEXT = {
+    "object_shape": 7,
+    "object_xpos": 3,
+    "object_ypos": 3,
+    "spotlight_pos": None,
+    "object_color_index": 10,  # Matplotlib's TABLEAU_COLORS, CSS4_COLORS, XKCD_COLORS
+    "spotlight_color_index": 148,
+    "background_color_index": 949,
+    "text_phrasing": 5,
+}
+CAUSAL_MEAN, CAUSAL_STD = (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082)
+CAUSAL_BIAS_TYPES, CAUSAL_BIAS_IDS = ("selections", "perturbations"), range(7)
+CAUSAL_TOOLS = "rendering_data/Causal3DIdent"
+
 GPU_RESERVE = 4 * 2**30  # bytes of GPU memory that images leave for the training
 UNTOUCHED_ROWS = 100  # rows from which a factor that is never replaced is no accident
+DECODED_AT_ONCE = 1024  # images between two writings to the memory map
+PROGRESS_SECONDS = 10  # between two lines of progress while images are decoded
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -72,9 +121,24 @@ class Setting:
 
 def mpi3d_setting(bias_type, bias_id):
     """Setting number `bias_id` of bias_type: selections grow from OBJ_COLOR on, perturbations from BACKGROUND back."""
-    if bias_type == "selection":
-        return Setting(MPI3D_SEMANTICS[: bias_id + 1], ())
-    return Setting(MPI3D_SEMANTICS, MPI3D_SEMANTICS[len(MPI3D_SEMANTICS) - bias_id :])
+    return _nested_setting(MPI3D_SEMANTICS, bias_type == "selection", bias_id)
+
+
+def causal_setting(bias_type, bias_id):
+    """Setting number `bias_id`: selections grow from object_shape on, perturbations from background_color back."""
+    return _nested_setting(CAUSAL_SEMANTICS, bias_type == "selections", bias_id)
+
+
+def causal_text_factor(name):
+    """Column of a caption's latents that states the semantics `name`: colours are stated by the index of their name."""
+    return name if name in CAUSAL_TEXT else f"{name}_index"
+
+
+def _nested_setting(semantics, selection, bias_id):
+    """The first bias_id + 1 semantics selected, or all of them and the last bias_id perturbed."""
+    if selection:
+        return Setting(semantics[: bias_id + 1], ())
+    return Setting(semantics, semantics[len(semantics) - bias_id :])
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -227,12 +291,12 @@ def _write_cache(path, digest, tables, index, vocabulary):
         write_bytes(path, buffer.getbuffer())
 
 
-def check_captions(path, captions, values, own, others):
+def check_captions(path, captions, values, own, others, first_line=1):
     """Raise InputError unless equal captions state equal values, and none but those.
 
     captions: of the file `path`; values: dict factor → (N,) integers of the same rows; own: the factors that the captions
-    of the setting speak of; others: those that they leave out. Captions of another setting or split fail, whatever words
-    they use, as soon as captions repeat.
+    of the setting speak of; others: those that they leave out; first_line: number of the first caption's line in the file.
+    Captions of another setting or split fail, whatever words they use, as soon as captions repeat.
     """
     index = captions.index.numpy()
     _, first = np.unique(index, return_index=True)
@@ -241,8 +305,8 @@ def check_captions(path, captions, values, own, others):
         if (differ := values[name] != values[name][representative]).any():
             row = int(differ.argmax())
             raise InputError(
-                f"{path}: line {row + 1} reads as line {representative[row] + 1}, and their {name} differ: the captions are "
-                "of another setting or split than the CSV file; make both again"
+                f"{path}: line {first_line + row} reads as line {first_line + representative[row]}, and their {name} differ: "
+                "the captions are of another setting or split than the CSV file; make both again"
             )
     for name in others:
         told = values[name] == values[name][representative]
@@ -344,6 +408,102 @@ def _map_images(path, start, shape):
     return np.memmap(path, np.uint8, mode="c", offset=start, shape=shape)
 
 
+def open_image_folder(folder):
+    """Memory map (N, H, W, 3) uint8 of the images 0.png, 1.png, … of a folder, in order of their numbers; .jpg is read too.
+
+    They are decoded once, into a file beside the folder whose name carries a digest of their names, sizes and times of
+    modification; images that have changed since are decoded again, and the older file removed. Raises InputError that
+    names an image that is missing, damaged or of another size than the first.
+    """
+    folder = Path(folder)
+    entries = _numbered_images(folder)
+    digest = hashlib.blake2b(digest_size=8)
+    for entry in entries:
+        status = entry.stat()
+        digest.update(f"{entry.name}/{status.st_size}/{status.st_mtime_ns}\n".encode())
+    digest, paths = digest.hexdigest(), [Path(entry.path) for entry in entries]
+    decoded = folder.with_name(f"{folder.name}.{digest}.npy")
+    with contextlib.suppress(FileNotFoundError, ValueError, struct.error, InputError), open(decoded, "rb") as file:
+        shape, start = _read_image_header(file, decoded)
+        if shape[0] == len(paths) and decoded.stat().st_size == start + math.prod(shape):
+            return _map_images(decoded, start, shape)
+    with replaced(decoded) as temporary, open(temporary, "wb") as file:
+        shape = _decode_images(paths, file, decoded)
+        start = file.tell() - math.prod(shape)
+    for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
+        if other != decoded:
+            other.unlink()
+    return _map_images(decoded, start, shape)
+
+
+def _numbered_images(folder):
+    """List of the os.DirEntry of the images of a folder, in order of their numbers; InputError unless these are 0 … N − 1."""
+    found = {}
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} is missing: {CAUSAL_TOOLS}/generate_images.py renders the images") from None
+    for entry in entries:
+        stem, suffix = os.path.splitext(entry.name)
+        if suffix.lower() in (".png", ".jpg", ".jpeg") and stem.isdecimal():
+            if int(stem) in found:
+                raise InputError(f"{folder} holds {found[int(stem)].name} and {entry.name}: two images of one number")
+            found[int(stem)] = entry
+    if not found:
+        raise InputError(f"{folder} holds no images 0.png, 1.png, …; {CAUSAL_TOOLS}/generate_images.py renders them")
+    absent = next((number for number in range(len(found)) if number not in found), None)
+    if absent is not None:
+        raise InputError(
+            f"{folder} has an image number {max(found)} and none of number {absent}; "
+            f"{CAUSAL_TOOLS}/generate_images.py renders what is missing"
+        )
+    return [found[number] for number in range(len(found))]
+
+
+def _decode_images(paths, file, decoded):
+    """Write the images of `paths` as one uint8 array in the .npy format into `file`; returns its shape."""
+    first = _decoded(paths[0])
+    shape, started, reported = (len(paths), *first.shape), time.perf_counter(), time.perf_counter()
+    print(f"decoding {len(paths):,} images once, {math.prod(shape) / 1e9:.2f} GB, into {decoded}", flush=True)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(paths), DECODED_AT_ONCE):
+            part = paths[start : start + DECODED_AT_ONCE]
+            for path, image in zip(part, pool.map(_decoded, part), strict=True):
+                if image.shape != first.shape:
+                    height, width = image.shape[:2]
+                    raise InputError(f"{path} has {height} × {width} pixels and {paths[0].name} "
+                                     f"{shape[1]} × {shape[2]}; expected images of one size")  # fmt: skip
+                file.write(image)
+            done = start + len(part)
+            if time.perf_counter() - reported > PROGRESS_SECONDS or (done == len(paths) > DECODED_AT_ONCE):
+                reported = time.perf_counter()
+                rate = done / (reported - started)
+                left = round((len(paths) - done) / rate)
+                print(f"image {done:,}/{len(paths):,}  {rate:.0f} images/s, {left} s left", flush=True)
+    return shape
+
+
+def _decoded(path):
+    """(H, W, 3) uint8 of an image file; InputError that names a damaged one."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the file cannot be read; what is damaged has no number of the system's
+        raise InputError(f"{path} is damaged ({error}); remove it and render it again") from None
+
+
 class Images:
     """Images of which batches are taken: (N, H, W, 3) uint8 on disk or, where they fit, on the GPU.
 
@@ -392,7 +552,10 @@ class Images:
 
 @dataclasses.dataclass
 class Split:
-    """Pairs of one split: rows (N,) int64 of their images, their captions, image_factors and text_factors: name → (N,) int64."""
+    """Pairs of one split: rows (N,) int64 of their images, their captions, image_factors and text_factors.
+
+    The factors are dicts name → (N,) int64, or float64 where they are continuous.
+    """
 
     rows: torch.Tensor
     captions: Captions
@@ -538,7 +701,7 @@ def load_mpi3d(folder, bias_type, bias_id, device="cpu", workers=0):
         if len(set(counts.values())) > 1:
             rows = ", ".join(f"{path.name} {count}" for path, count in counts.items())
             raise InputError(f"{folder / split}: the files disagree in their number of rows ({rows}); make them again")
-        _check_factors(text_path, image_values, text_values, setting, grid)
+        _check_factors(text_path, image_values, text_values, setting.selected, setting.perturbed)
         others = [factor for factor in MPI3D_GRID if factor not in setting.selected]
         check_captions(files[split], captions[split], {**image_values, **text_values}, setting.selected, others)
         rows = np.ravel_multi_index(tuple(image_values.values()), tuple(grid.values()))
@@ -558,35 +721,122 @@ def load_mpi3d(folder, bias_type, bias_id, device="cpu", workers=0):
 def _read_factors(path, sizes):
     """Dict factor → (N,) int64 of a CSV with exactly the factors of `sizes`; InputError for values off the grid."""
     table = read_csv(path, sizes)
-    values = {}
-    for name, size in sizes.items():
-        column = table[name].to_numpy()
-        if column.dtype.kind not in "iu" or column.min() < 0 or column.max() >= size:
-            wrong = next((value for value in column.tolist() if not _is_class(value, size)), column[0])
-            raise InputError(f"{path}: {name} is {wrong}, expected integers from 0 to {size - 1}")
-        values[name] = column.astype(np.int64)
-    return values
+    return {name: _checked_values(path, table[name], size) for name, size in sizes.items()}
 
 
-def _is_class(value, size):
-    """Whether a value of a CSV file stands for an integer from 0 to size − 1."""
-    try:
-        return float(value).is_integer() and 0 <= float(value) < size
-    except ValueError:
-        return False
+def _checked_values(path, column, size):
+    """(N,) int64 of a column (a Series) of integers from 0 to size − 1, or float64 in [0, 1] where size is None.
+
+    Raises InputError that names the first value that is something else.
+    """
+    values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, copy=True)
+    valid = (values >= 0) & (values <= (1 if size is None else size - 1))
+    if size is not None:
+        valid &= values == np.floor(values)
+    if not valid.all():
+        row = int(valid.argmin())
+        expected = "numbers from 0 to 1" if size is None else f"integers from 0 to {size - 1}"
+        raise InputError(f"{path}: {column.name} is {column.iloc[row]}, expected {expected} (row {row + 1})")
+    return values if size is None else values.astype(np.int64)
 
 
-def _check_factors(path, image_values, text_values, setting, grid):
-    """Raise InputError unless the text differs from the image where the setting perturbs, and nowhere else."""
-    for name in setting.selected:
-        differ = image_values[name] != text_values[name]
-        if name not in setting.perturbed and differ.any():
+def _check_factors(path, image_values, text_values, names, perturbed):
+    """Raise InputError unless the text differs from the image in the factors `perturbed` of `names`, and in no other."""
+    for name in names:
+        differ = np.abs(image_values[name] - text_values[name]) > 1e-6  # files may have been written with fewer digits
+        if name not in perturbed and differ.any():
             raise InputError(
                 f"{path}: {name} differs from the image's in row {int(differ.argmax()) + 1}, and this setting does not "
                 "perturb it: the file is of another setting or split; make it again"
             )
-        if name in setting.perturbed and grid[name] > 1 and len(differ) >= UNTOUCHED_ROWS and not differ.any():
+        if name in perturbed and np.ptp(image_values[name]) and len(differ) >= UNTOUCHED_ROWS and not differ.any():
             raise InputError(
                 f"{path}: {name} is the image's in every row, and this setting perturbs it: the file is of another setting; "
                 "make it again"
             )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Causal3DIdent
+
+
+def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
+    """(pairs, setting) of Causal3DIdent: ImageTextPairs with the splits "train", "fit" and "test".
+
+    They are the first 80 % of the rows in file order, the next 10 %, and the rest. image_factors are those of CAUSAL_IMAGE,
+    text_factors what the captions of the setting state, and their phrasing. Raises InputError, one line that names the
+    file, for whatever is missing, damaged or does not fit together.
+    """
+    folder, setting, name = Path(folder), causal_setting(bias_type, bias_id), f"{bias_type}_{bias_id}"
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no folder, expected that of Causal3DIdent; the scripts in {CAUSAL_TOOLS} make one, and "
+            "--datapath names another"
+        )
+    stated = [*map(causal_text_factor, setting.selected), "text_phrasing"]
+    image_path, text_path = folder / "latents_image.csv", folder / f"latents_text_{name}.csv"
+    image_values = _read_latents(image_path, CAUSAL_IMAGE)
+    text_values = _read_latents(text_path, {factor: CAUSAL_TEXT[factor] for factor in stated})
+    texts = folder / "text" / name
+    if not (texts / "text_raw.txt").exists():
+        raise InputError(
+            f"{texts / 'text_raw.txt'} is missing: {CAUSAL_TOOLS}/generate_text.py --output-folder {folder} writes it"
+        )
+    total = len(image_values["object_shape"])
+    bounds = (0, total * 8 // 10, total * 9 // 10, None)
+    splits = {split: slice(*bounds[k : k + 2]) for k, split in enumerate(("train", "fit", "test"))}
+    if total < 10:
+        raise InputError(f"{image_path} has {total} rows, expected at least 10: a tenth of them tests")
+    parts = {split: (texts / "text_raw.txt", part) for split, part in splits.items()}
+    captions, vocabulary = load_captions(parts, texts / "vocab.json", texts / "tokens.npz")
+    counts = {
+        image_path.name: total,
+        text_path.name: len(text_values["text_phrasing"]),
+        f"text/{name}/text_raw.txt": sum(len(part.index) for part in captions.values()),
+        "images/": len(_numbered_images(folder / "images")),
+    }
+    if len(set(counts.values())) > 1:
+        rows = ", ".join(f"{file} {count}" for file, count in counts.items())
+        raise InputError(f"{folder}: the files disagree in their number of samples ({rows}); make them again")
+    _check_factors(
+        text_path, image_values, text_values, [n for n in setting.selected if n in text_values], setting.perturbed
+    )
+    loaded = {}
+    for split, part in splits.items():
+        own = ({factor: column[part] for factor, column in values.items()} for values in (image_values, text_values))
+        loaded[split] = Split(
+            torch.arange(total)[part],
+            captions[split],
+            *({factor: torch.from_numpy(column) for factor, column in values.items()} for values in own),
+        )
+        _check_causal_captions(texts / "text_raw.txt", loaded[split])
+    return ImageTextPairs(Images(open_image_folder(folder / "images"), device, workers), loaded, vocabulary), setting
+
+
+def _read_latents(path, factors):
+    """Dict factor → (N,) of a CSV with the columns `factors`, a dict name → number of values or None, and maybe others.
+
+    Earlier tools spelled the spotlight's colour `splotlight_color`. Raises InputError for a column that is missing, for gaps
+    and for values out of range.
+    """
+    table = read_table(path).rename(columns=lambda name: name.replace("splotlight", "spotlight"))
+    if missing := [name for name in factors if name not in table]:
+        raise InputError(f"{path} has no column {', '.join(missing)}; {CAUSAL_TOOLS}/generate_latents.py writes it")
+    if table.empty:
+        raise InputError(f"{path} has no rows; {CAUSAL_TOOLS}/generate_latents.py writes them")
+    return {name: _checked_values(path, table[name], size) for name, size in factors.items()}
+
+
+def _check_causal_captions(path, split):
+    """Raise InputError unless the captions of a Split state its text_factors and no others, as far as captions repeat."""
+
+    def told(factors):
+        # captions state the spotlight's position in fifths
+        return {
+            name: (5 * values).long().clamp(max=4).numpy() if name == "spotlight_pos" else values.numpy()
+            for name, values in factors.items()
+        }
+
+    image, text = told(split.image_factors), told(split.text_factors)
+    silent = [name for name in CAUSAL_SEMANTICS[:4] if name not in text]
+    check_captions(path, split.captions, {**image, **text}, list(text), silent, first_line=1 + int(split.rows[0]))

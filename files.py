@@ -43,18 +43,22 @@ def write_csv(table, path):
         table.to_csv(temporary, index=False)
 
 
-def read_csv(path, columns):
-    """DataFrame of a CSV with exactly `columns`; InputError that names the file if it is missing or damaged."""
+def read_table(path):
+    """DataFrame of a CSV, whatever its columns; InputError that names the file if it is missing or no CSV."""
     try:
-        table = pd.read_csv(path)
+        return pd.read_csv(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
-    if list(table.columns) != list(columns) or table.empty or table.isna().to_numpy().any():
-        raise InputError(
-            f"{path} is damaged: expected rows without gaps and the columns {', '.join(columns)}; make it again"
-        )
+
+
+def read_csv(path, columns, gaps=False):
+    """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named."""
+    table = read_table(path)
+    if list(table.columns) != list(columns) or table.empty or (table.isna().to_numpy().any() and not gaps):
+        rows = "rows" if gaps else "rows without gaps"
+        raise InputError(f"{path} is damaged: expected {rows} and the columns {', '.join(columns)}; make it again")
     return table
 
 

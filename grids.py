@@ -14,7 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from command_line import InputError
-from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, MPI3D_SOURCE, mpi3d_setting
+from datasets import (
+    BIAS_IDS,
+    BIAS_TYPES,
+    CAUSAL_BIAS_IDS,
+    CAUSAL_BIAS_TYPES,
+    CAUSAL_IMAGE,
+    CAUSAL_TEXT,
+    MPI3D_FILE,
+    MPI3D_GRID,
+    MPI3D_SOURCE,
+    causal_setting,
+    causal_text_factor,
+    mpi3d_setting,
+)
 from files import read_csv, read_json
 
 ROOT = Path(__file__).resolve().parent
@@ -24,6 +37,7 @@ SCALES = {
     "tiny": "a smaller problem with fewer semantics, not comparable with the paper's numbers",
 }
 COMPARED = ("paper", "fast")  # scales whose numbers stand beside the paper's
+BLENDER = ".venv-blender/bin/python"  # interpreter of the scripts that render
 
 # --------------------------------------------------------------------------------------------------------------
 # what a figure is made of
@@ -33,7 +47,8 @@ COMPARED = ("paper", "fast")  # scales whose numbers stand beside the paper's
 class ResultFile:
     """A CSV in a model directory, and the script with its flags at each scale that writes it there.
 
-    record: where args.json tells how it was made, "" for the training's own; recorded: what it must say there at each scale.
+    record: where args.json tells how it was made, "" for the training's own; recorded: what it must say there at each scale;
+    gaps: whether a score that does not apply to a row is left empty.
     """
 
     name: str
@@ -42,11 +57,15 @@ class ResultFile:
     flags: dict
     record: str = ""
     recorded: dict = dataclasses.field(default_factory=dict)
+    gaps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """What the models of an experiment are trained on: its last file, and the commands that make it or, without, its source."""
+    """What the models of an experiment are trained on: its last file, and the commands that make it or, without, its source.
+
+    A command is a script and its flags; another interpreter than this one stands before them.
+    """
 
     file: str
     commands: tuple = ()
@@ -58,7 +77,15 @@ class DataSet:
             return []
         if not self.commands:
             raise InputError(f"{self.file} is missing: {self.source}")
-        return [[sys.executable, str(ROOT / script), *flags] for script, *flags in self.commands]
+        commands = []
+        for command in self.commands:
+            python, script, *flags = command if command[0] == BLENDER else (sys.executable, *command)
+            if not (ROOT / python).exists():
+                raise InputError(
+                    f"{self.file} is missing, and {python}, which renders it; `make blender` installs that"
+                )
+            commands.append([str(ROOT / python), str(ROOT / script), *flags])
+        return commands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +346,90 @@ def mpi3d_encoding_sizes(figure, metric):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# Causal3DIdent
+
+_CAUSAL_TOOLS = "rendering_data/Causal3DIdent"
+CAUSAL_DATA = DataSet(
+    "data/Causal3DIDent/latents_image.csv",
+    source=f"make the data set with generate_latents.py, generate_text.py and generate_images.py of {_CAUSAL_TOOLS}",
+)
+CAUSAL_STANDIN = "data/causal3dident_standin"
+CAUSAL_STANDIN_DATA = DataSet(
+    f"{CAUSAL_STANDIN}/contact_sheet.png",
+    ((f"{_CAUSAL_TOOLS}/generate_latents.py", "--output-folder", CAUSAL_STANDIN, "--n-points", "400", "--seed", "0"),
+     (f"{_CAUSAL_TOOLS}/generate_text.py", "--output-folder", CAUSAL_STANDIN),
+     (BLENDER, f"{_CAUSAL_TOOLS}/generate_images.py", "--output-folder", CAUSAL_STANDIN, "--size", "64", "--samples", "64"),
+     (f"{_CAUSAL_TOOLS}/contact_sheet.py", "--output-folder", CAUSAL_STANDIN)),
+)  # fmt: skip
+CAUSAL_FLAGS = {
+    "paper": (),
+    "fast": ("--recipe", "fast"),
+    "tiny": ("--recipe", "fast", "--datapath", CAUSAL_STANDIN, "--batch-size", "64", "--train-steps", "300",
+             "--log-steps", "100"),
+}  # fmt: skip
+CAUSAL_SCORES = ("r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp")
+CAUSAL_RESULTS = ResultFile("results.csv", ("ix", "modality", "factor_name", "factor_type", *CAUSAL_SCORES),
+                            "main_causal3dident.py", CAUSAL_FLAGS, gaps=True)  # fmt: skip
+PAPER_SPELLING = {"spotlight_color_index": "splotlight_color_index"}  # in the tables of the paper's numbers
+# Causes of each semantics; the hues have noise of their own besides.
+CAUSES = {
+    "object_color": ("object_xpos", "object_ypos"),
+    "spotlight_color": ("spotlight_pos",),
+    "background_color": ("spotlight_pos", "spotlight_color"),
+}
+
+
+def causal_learned(setting, name):
+    """Whether the theory has a factor of an image or a caption identified, None where it says neither.
+
+    An unbiased discrete one is. What is biased is not, if it has nothing to do with what is unbiased: the caption's own
+    phrasing, the image's own rotations, causes whose effects are biased as well. Of hues, and of the position of the
+    spotlight that captions state in fifths, no score is foretold where they are unbiased.
+    """
+    hues = {*CAUSES, *map(causal_text_factor, CAUSES)}
+    if name in hues:
+        return None
+    if name in setting.unbiased:
+        return True if CAUSAL_IMAGE[name] else None
+    return None if any(name in CAUSES.get(other, ()) for other in setting.unbiased) else False
+
+
+def causal_cells(figure, probe, modality):
+    """cells(scale) of Figures 6 and 16 to 18: scores of every factor of one encoding under every bias.
+
+    Columns have the number of their --bias-id, and perturbations before it the paper's, in the paper's order.
+    """
+    scores = {"r2": "r2_krreg", "mcc": "mcc_mlp"} if probe == "nonlinear" else {"r2": "r2_linreg", "mcc": "mcc_logreg"}
+    factors = CAUSAL_IMAGE if modality == "image" else CAUSAL_TEXT
+
+    def cells(scale):
+        data = CAUSAL_STANDIN_DATA if scale == "tiny" else CAUSAL_DATA
+        for (factor, values), bias_type in itertools.product(factors.items(), CAUSAL_BIAS_TYPES):
+            selection = bias_type == "selections"
+            for bias_id in CAUSAL_BIAS_IDS if selection else reversed(CAUSAL_BIAS_IDS):
+                bias = causal_setting(bias_type, bias_id)
+                stated = [*map(causal_text_factor, bias.selected), "text_phrasing"]
+                if modality == "text" and factor not in stated:
+                    continue
+                added = (*(bias.selected[-1:] if selection else bias.perturbed[:1]), "∅")[0]
+                number = f"{bias_id}" if selection else f"{len(CAUSAL_BIAS_IDS) - bias_id} (id {bias_id})"
+                column = f"{number}: {'+ ' if bias_id > (0 if selection else 1) else ''}{added}"
+                flags = (*CAUSAL_FLAGS[scale], "--bias-type", bias_type, "--bias-id", str(bias_id))
+                setting = Setting(
+                    "causal3dident", scale, f"{bias_type}_{bias_id}", "main_causal3dident.py", flags, data
+                )
+                metric = "mcc" if values else "r2"
+                keys = {"figure": figure, "probe": probe, "metric": metric, "bias_type": bias_type, "bias_id": bias_id,
+                        "modality": modality, "factor": PAPER_SPELLING.get(factor, factor)}  # fmt: skip
+                learned = causal_learned(bias, factor) if probe == "nonlinear" else None
+                yield Cell(keys, (f"{modality} encoding", f"{bias_type[:-1]} bias"), factor, column, setting,
+                           CAUSAL_RESULTS, {"modality": modality, "factor_name": factor}, scores[metric], learned,
+                           clipped=metric == "r2")  # fmt: skip
+
+    return cells
+
+
+# --------------------------------------------------------------------------------------------------------------
 # all figures; a new experiment adds its grid here and nothing elsewhere
 
 _IDENTIFICATION, _DOWNSTREAM = ("main_numeric.py",), ("main_numeric.py", "eval_numeric_predict.py")
@@ -332,7 +443,8 @@ FIGURES = {
                curves=True, cells=downstream(4, "selection")),
         Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D,
                cells=mpi3d_factors(5, "mcc_mlp")),
-        Figure("fig6", "nonlinear scores on Causal3DIdent", "causal3dident", ("main_causal3dident.py",), _CAUSAL),
+        Figure("fig6", "nonlinear scores on Causal3DIdent, image", "causal3dident", ("main_causal3dident.py",), _CAUSAL,
+               cells=causal_cells(6, "nonlinear", "image")),
         Figure("fig7", "nonlinear R² under perturbation bias", "numeric", _IDENTIFICATION, _NUMERIC,
                cells=identification(7, "r2_nonlinear", "perturbation")),
         Figure("fig8", "linear R² under selection bias", "numeric", _IDENTIFICATION, _NUMERIC,
@@ -345,9 +457,9 @@ FIGURES = {
                cells=mpi3d_factors(12, "mcc_logreg")),
         Figure("fig13", "encoding sizes on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",),
                cells=mpi3d_encoding_sizes(13, "mcc_mlp")),
-        *(Figure(f"fig{number}", f"{probe} scores on Causal3DIdent, image and text", "causal3dident",
-                 ("main_causal3dident.py",), _CAUSAL)
-          for number, probe in ((16, "nonlinear"), (17, "linear"), (18, "linear"))),
+        *(Figure(f"fig{number}", f"{probe} scores on Causal3DIdent, {modality}", "causal3dident",
+                 ("main_causal3dident.py",), _CAUSAL, cells=causal_cells(number, probe, modality))
+          for number, probe, modality in ((16, "nonlinear", "text"), (17, "linear", "image"), (18, "linear", "text"))),
         Figure("table4", "encoding larger than the truth", "numeric", _IDENTIFICATION, "numeric_ablations.csv",
                cells=ablation(4, {10: 3, 4: 2}, {10: 0, 4: 0}, {10: 5, 4: 3})),
         Figure("table5", "selection and perturbation bias at once", "numeric", _IDENTIFICATION, "numeric_ablations.csv",
@@ -435,7 +547,7 @@ class Model:
                 if record.get(name) != value:
                     raise InputError(f"{self.directory / file.name} was made with {name} {record.get(name)}, and the "
                                      f"{self.setting.scale} scale has {value}; remove it and `run` makes it again")  # fmt: skip
-        return read_csv(self.directory / file.name, file.columns)
+        return read_csv(self.directory / file.name, file.columns, file.gaps)
 
     def commands(self, files):
         """Commands that make `files`: lists of words, the training first, each script once."""

@@ -96,15 +96,16 @@ def linear_r2(fit_h, fit_targets, test_h, test_targets):
     return {name: r2_scores(_columns(test_targets[name]), predictions[name]) for name in fit_targets}
 
 
-def mlp_r2(encodings, fit_targets, test_targets, generator):
+def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None):
     """R² of the MLP probe on the test set, by (encoding, target) (spec: probe b, `--mlp-eval`).
 
     encodings: a dictionary from a name to (fit_h (N, D), test_h (M, D)), standardised; fit_targets, test_targets:
     (N, k), (M, k) under the same names; generator: a torch.Generator, of which one number is drawn. One hidden layer of
-    100 ReLU units and scikit-learn's defaults for MLPRegressor, in float32. All networks of one shape train as one
-    batch, and a network leaves it when its own training loss stops improving. They share their initial weights and the
-    order of the minibatches, so the R² of a target does not depend on what other targets there are. Raises ValueError
-    for shapes or names that do not fit, for values that are not finite and where the training diverges.
+    100 ReLU units and scikit-learn's defaults for MLPRegressor, in float32; with `steps`, that many steps instead of its
+    rule to stop. All networks of one shape train as one batch, and a network leaves it when its own training loss stops
+    improving. They share their initial weights and the order of the minibatches, so the R² of a target does not depend on
+    what other targets there are. Raises ValueError for shapes or names that do not fit, for values that are not finite and
+    where the training diverges.
     """
     groups = {}
     for encoding, (fit_h, test_h) in encodings.items():
@@ -118,7 +119,8 @@ def mlp_r2(encodings, fit_targets, test_targets, generator):
     for (size, _), members in groups.items():
         fit_inputs, test_inputs, source = _stacked_inputs(encodings, size, members)
         stacked = torch.stack([_columns(fit_targets[target]).float() for _, target in members], dim=1)
-        networks, _ = _train_networks(fit_inputs, source, stacked, _squared_error, torch.Generator().manual_seed(seed))
+        rng = torch.Generator().manual_seed(seed)
+        networks, _ = _train_networks(fit_inputs, source, stacked, _squared_error, rng, steps)
         outputs = _network_outputs(networks, test_inputs, source, stacked.shape[2])
         for (encoding, target), output in zip(members, outputs, strict=True):
             scores[encoding, target] = r2_scores(_columns(test_targets[target]), output.T)

@@ -40,6 +40,8 @@ def cell_value(cell, rows):
     if len(found) != 1:
         raise ValueError(f"expected one row of {' '.join(cell.where.values())}")
     value = float(found[0][cell.score])
+    if math.isnan(value):
+        raise ValueError(f"no {cell.score} of {' '.join(cell.where.values())}")
     return min(max(value, 0.0), 1.0) if cell.clipped else value
 
 
@@ -154,11 +156,16 @@ def durations(figures, scale, models):
 
 
 def panels_of(table, value):
-    """Dict (panel row, panel column) → DataFrame (rows × columns of the panel) of one column of a figure's table."""
+    """Dict (panel row, panel column) → DataFrame (rows × columns of the panel) of one column of a figure's table.
+
+    Where a panel has no cell, since captions do not state a factor, numbers are NaN and texts empty.
+    """
     grids = {}
     for panel, part in table.groupby(["panel_row", "panel_column"], sort=False):
         grids[panel] = part.pivot(index="row", columns="column", values=value)
         grids[panel] = grids[panel].loc[part.row.unique(), part.column.unique()]
+        if table[value].dtype.kind not in "biuf":
+            grids[panel] = grids[panel].fillna("")
     return grids
 
 

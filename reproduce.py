@@ -40,6 +40,11 @@ def last_line(log):
     return "it never started"
 
 
+def shown_interpreter(path):
+    """The interpreter of a command as a user would type it from the repository."""
+    return "python" if path == sys.executable else os.path.relpath(path, grids.ROOT)
+
+
 def run(args):
     """`run`: train and evaluate what is missing; returns the exit code, 2 if a model failed."""
     if args.cluster == "slurm" and not args.dry_run and not (shutil.which("sbatch") and shutil.which("srun")):
@@ -55,7 +60,8 @@ def run(args):
     )
     if args.dry_run:
         for commands in [*([command] for command in preparation), *work.values()]:
-            shown = [["python", os.path.relpath(script, grids.ROOT), *words] for _, script, *words in commands]
+            shown = [[shown_interpreter(python), os.path.relpath(script, grids.ROOT), *words]
+                     for python, script, *words in commands]  # fmt: skip
             print(" && ".join(map(shlex.join, shown)))
         return 0
     for command in preparation:

@@ -22,6 +22,7 @@ import torch
 from mpi3d_data import PlainDataset
 from torch import nn
 
+import image_text
 import main_mpi3dreal
 from datasets import EpochOrder
 from latent_spaces import seeded_generator
@@ -73,9 +74,9 @@ def time_form(form, options):
     args, given = main_mpi3dreal.parse_flags(flags)
     main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
     device = select_device(args)
-    pairs, setting = main_mpi3dreal.open_pairs(args, device)
-    encoders = main_mpi3dreal.build_encoders(args, pairs, setting, device)
-    main_mpi3dreal.set_weights(encoders, args)
+    pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, device)
+    encoders = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, device)
+    image_text.set_weights(encoders, args)
     parameters = [parameter for encoder in encoders.values() for parameter in encoder.parameters()]
     if form == "plain":
         batches, image, text = (
@@ -104,7 +105,7 @@ def time_form(form, options):
                     h_x = image.linear(nn.functional.leaky_relu(image.resnet(images), 0.01))
                     loss = plain_loss(h_x, text(captions), args.tau)
                 else:
-                    loss = main_mpi3dreal.batch_loss(encoders, pairs, order, args.batch_size, args)
+                    loss = image_text.batch_loss(encoders, pairs, order, args.batch_size, args)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
             optimiser.step(*(() if form == "plain" else (args.lr,)))

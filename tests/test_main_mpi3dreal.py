@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import encoders
+import image_text
 import main_mpi3dreal
 import probes
 from command_line import run_script
@@ -51,7 +52,7 @@ class SmallImageEncoder(nn.Module):
 @pytest.fixture
 def run(tmp_path, mpi3d, capsys, monkeypatch):
     """run(flags) → (exit code, stdout, stderr) of main_mpi3dreal.py with a small encoder, short probes and no drawing."""
-    monkeypatch.setattr(main_mpi3dreal, "ImageEncoder", SmallImageEncoder)
+    monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
     monkeypatch.setattr(probes, "MAX_EPOCHS", 8)
     monkeypatch.setattr(main_mpi3dreal, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
 
@@ -146,7 +147,7 @@ def test_the_defaults_are_the_specified_ones():
 def test_the_size_of_the_encodings(flags, size):
     args, _ = main_mpi3dreal.parse_flags(flags.split())
     setting = mpi3d_setting(args.bias_type, args.bias_id)
-    assert main_mpi3dreal.encoding_size(args, setting) == size
+    assert image_text.encoding_size(main_mpi3dreal.EXPERIMENT, args, setting) == size
 
 
 @pytest.mark.parametrize(
@@ -156,8 +157,8 @@ def test_the_size_of_the_encodings(flags, size):
      "--train-steps 6", "--seed 2"],
 )  # fmt: skip
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(main_mpi3dreal, "write_evaluation", lambda *_: {})
-    monkeypatch.setattr(main_mpi3dreal, "make_monitor", lambda *_: None)
+    monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
     for model, extra in (("plain", ""), ("changed", flags)):
         code, _, err = run(f"--seed 1 --train-steps 5 {extra}", model)
         assert code == 0, err
@@ -166,7 +167,7 @@ def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
 
 
 def test_how_often_is_logged_saved_and_read_by_how_many_changes_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_mpi3dreal, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
     for model, flags in (("a", ""), ("b", "--log-steps 3 --checkpoint-steps 5 --save-all-checkpoints --workers 3")):
         assert run(f"--seed 1 {flags}", model)[0] == 0
     a, b = (contents(tmp_path / "models" / model) for model in "ab")
@@ -177,14 +178,14 @@ def test_how_often_is_logged_saved_and_read_by_how_many_changes_nothing(run, tmp
 
 def test_encoders_are_saved_while_training_goes_on(run, tmp_path, monkeypatch):
     seen = {}
-    real = main_mpi3dreal.batch_loss
+    real = image_text.batch_loss
 
     def noted(*arguments):
         seen[len(seen)] = (tmp_path / "models/m/encoder_txt.pt").exists()
         return real(*arguments)
 
-    monkeypatch.setattr(main_mpi3dreal, "batch_loss", noted)
-    monkeypatch.setattr(main_mpi3dreal, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(image_text, "batch_loss", noted)
+    monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
     assert run("--seed 1")[0] == 0
     assert [seen[step] for step in range(12)] == [False] * 4 + [True] * 8
 
@@ -210,7 +211,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
     """24 batches make an epoch, so the kills and the checkpoints fall into several of them."""
     flags = f"--seed 3 --train-steps 60 {flags}"
     assert run(flags, "whole")[0] == 0
-    rng, real = random.Random(flags), main_mpi3dreal.batch_loss
+    rng, real = random.Random(flags), image_text.batch_loss
     for _ in range(3):
         count, last = itertools.count(), rng.randrange(6, 13)
 
@@ -220,7 +221,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
             return real(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(main_mpi3dreal, "batch_loss", dying)
+            patch.setattr(image_text, "batch_loss", dying)
             with pytest.raises(Killed):
                 run(f"{flags} --resume", "killed")
     code, out, err = run("--resume --log-steps 5", "killed", base="--no-cuda")
@@ -230,7 +231,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
 
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path, monkeypatch):
     assert run("--seed 3", "whole")[0] == 0
-    real, count = main_mpi3dreal.batch_loss, itertools.count()
+    real, count = image_text.batch_loss, itertools.count()
 
     def signalled(*arguments):
         if next(count) == 6:
@@ -238,7 +239,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path,
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main_mpi3dreal, "batch_loss", signalled)
+        patch.setattr(image_text, "batch_loss", signalled)
         code, _, err = run("--seed 3", "stopped")
     assert code == 128 + signal.SIGTERM and "after step 7 of 12" in err and "--model-id stopped --resume" in err
     assert run("--resume --log-steps 5", "stopped", base="--no-cuda")[0] == 0
@@ -247,12 +248,12 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path,
 
 def test_the_real_encoders_train_resume_and_are_evaluated_again(run, tmp_path, monkeypatch, capsys):
     """Once with the ResNet-18 itself, a few pairs and steps."""
-    monkeypatch.setattr(main_mpi3dreal, "ImageEncoder", encoders.ImageEncoder)
-    monkeypatch.setattr(main_mpi3dreal, "make_monitor", lambda *_: None)
+    monkeypatch.setattr(image_text, "ImageEncoder", encoders.ImageEncoder)
+    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
     flags = "--seed 1 --batch-size 4 --train-steps 3 --log-steps 2 --hidden-size 20"
-    real, count = main_mpi3dreal.batch_loss, itertools.count()
+    real, count = image_text.batch_loss, itertools.count()
     with monkeypatch.context() as patch:
-        patch.setattr(main_mpi3dreal, "write_evaluation", lambda *_: {})
+        patch.setattr(image_text, "write_evaluation", lambda *_: {})
         assert run(flags, "whole")[0] == 0
 
         def dying(*arguments):
@@ -261,7 +262,7 @@ def test_the_real_encoders_train_resume_and_are_evaluated_again(run, tmp_path, m
             return real(*arguments)
 
         with monkeypatch.context() as inner:
-            inner.setattr(main_mpi3dreal, "batch_loss", dying)
+            inner.setattr(image_text, "batch_loss", dying)
             with pytest.raises(Killed):
                 run(flags, "killed")
         assert run("--resume", "killed", base="--no-cuda")[0] == 0
@@ -308,7 +309,7 @@ def test_weights_with_the_prefix_of_a_wrapper_are_evaluated_alike(run, trained):
 def test_the_paper_s_protocol_probes_for_its_number_of_steps(run, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        main_mpi3dreal.probes, "mlp_mcc", lambda *arguments: seen.append(arguments[-1]) or REAL(*arguments[:-1])
+        image_text.probes, "mlp_mcc", lambda *arguments: seen.append(arguments[-1]) or REAL(*arguments[:-1])
     )
     assert run("--seed 1 --protocol paper", "paper")[0] == 0 and run("--seed 1", "code")[0] == 0
     assert seen == [10_000, None]
@@ -417,7 +418,7 @@ def test_a_damaged_encoder_is_named(run, trained):
 
 def test_training_may_not_go_on_without_its_data(run, tmp_path, mpi3d, monkeypatch):
     monkeypatch.setattr(
-        main_mpi3dreal, "batch_loss", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        image_text, "batch_loss", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     assert run("--seed 1")[0] == 2
     before = contents(tmp_path / "models")

@@ -1,0 +1,386 @@
+"""Training and evaluation of an image encoder and a text encoder: all that the experiments on image–text pairs share.
+
+A script names its data set, its recipes and its results in an Experiment, and `run_experiment` does the rest. The model
+directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+
+import probes
+from command_line import InputError, Parser, integer, number
+from datasets import EpochOrder
+from encoders import ImageEncoder, TextEncoder, initialise
+from files import write_csv, write_json
+from latent_spaces import seeded_generator
+from losses import image_text_contrastive_loss
+from training import (
+    add_training_flags,
+    apply_recipe,
+    batch_size_at,
+    describe_device,
+    drawn_seed,
+    is_finished,
+    keep_results,
+    load_weights,
+    open_model_directory,
+    provenance,
+    save_weights,
+    select_device,
+    start_directory,
+    stored_args,
+    take_evaluation_seed,
+    train,
+    write_args,
+)
+
+NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
+PROBE_STEPS = {"code": None, "paper": 10_000}  # of the MLP probes; None: until their loss stalls
+ENCODE_BATCH = 1024  # images encoded at once
+MONITOR_PAIRS = 512  # pairs behind the scores of the progress lines to fit, and as many to test
+MODALITIES = {"image": "encoder_img", "text": "encoder_txt"}
+RUN_FLAGS = {"datapath", "workers", "checkpoint_steps", "save_all_checkpoints"}  # may differ between two calls
+SCORES = ("r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What one experiment on image–text pairs has of its own.
+
+    name: of fresh model directories; recipes: dict name → flags; bias_ids: of the settings;
+    load(folder, bias_type, bias_id, device, workers): (ImageTextPairs, Setting); mean, std: of the pixels' channels;
+    encoding_size(n): dimensions of the encodings for n unbiased semantics; perturbing: in words, how captions err;
+    own_text_factors: whether text encodings are probed for what captions state, not for what images show; columns: dict
+    column of results.csv → column of `evaluate`; show(results, setting, args, path): print the results and draw them.
+    """
+
+    name: str
+    recipes: dict
+    bias_ids: range
+    load: Callable
+    mean: tuple
+    std: tuple
+    encoding_size: Callable
+    perturbing: str
+    own_text_factors: bool
+    columns: dict
+    show: Callable
+
+
+def make_parser(documentation, recipes, datapath, smallest):
+    """Parser of a script with that docstring, with every flag but those of the setting.
+
+    smallest: in words, the smallest encoding that is taken for --encoding-size 0.
+    """
+    parser = Parser(description=documentation.split("\n\n")[0], epilog="\n\n".join(documentation.split("\n\n")[1:]))
+    add_training_flags(parser, recipes)
+    group = parser.add_argument_group("checkpoints and data")
+    group.add_argument(
+        "--checkpoint-steps", type=integer(1), default=10_000,
+        help="steps between two savings of the encoders alone (%(default)s)")  # fmt: skip
+    group.add_argument(
+        "--save-all-checkpoints", action="store_true",
+        help="keep each of them, as encoder_img_STEP.pt and encoder_txt_STEP.pt")  # fmt: skip
+    group.add_argument("--datapath", default=datapath, help="folder of the data set (%(default)s)")
+    group.add_argument(
+        "--workers", type=integer(0), default=0,
+        help="threads that read each batch from disk, for a slow disk; 0 = the training's own (%(default)s)")  # fmt: skip
+    group = parser.add_argument_group("encoders and loss")
+    group.add_argument(
+        "--encoding-size", type=integer(0), default=0,
+        help=f"dimensions D of the encodings, 0 = {smallest} (%(default)s)")  # fmt: skip
+    group.add_argument("--hidden-size", type=integer(1), default=100, help="outputs of the ResNet-18 (%(default)s)")
+    group.add_argument("--tau", type=number(0, above=True), default=1.0, help="temperature (%(default)s)")
+    return parser
+
+
+def check_setting(experiment, args):
+    """Raise InputError for a --bias-id that is none."""
+    ids = experiment.bias_ids
+    if args.bias_id not in ids:
+        raise InputError(f"--bias-id {args.bias_id} is out of range: settings are {ids[0]} … {ids[-1]}")
+
+
+def encoding_size(experiment, args, setting):
+    """Dimensions of the encodings."""
+    return args.encoding_size or experiment.encoding_size(len(setting.unbiased))
+
+
+def open_pairs(experiment, args, device):
+    """(pairs, setting) of the flags; InputError if the data do not serve."""
+    pairs, setting = experiment.load(args.datapath, args.bias_type, args.bias_id, device, args.workers)
+    largest, available = max(args.batch_size, args.final_batch_size), len(pairs.splits["train"])
+    if not args.evaluate and largest > available:
+        raise InputError(f"a batch of {largest} pairs, and {args.datapath} has {available} to train with")
+    fit, test = (len(rows) for _, rows in probe_parts(pairs))
+    if min(fit, test) < 2:
+        raise InputError(
+            f"{args.datapath} has {fit} pairs to fit the probes and {test} to test them, expected at least 2 of each"
+        )
+    return pairs, setting
+
+
+def build_encoders(experiment, args, pairs, setting, device):
+    """Dict of both encoders, their weights not set; InputError for captions that the text encoder cannot read."""
+    size = encoding_size(experiment, args, setting)
+    try:
+        text = TextEncoder(len(pairs.vocabulary), pairs.length, size)
+    except ValueError as error:
+        raise InputError(f"{args.datapath}: {error}") from None
+    image = ImageEncoder(size, experiment.mean, experiment.std, args.hidden_size)
+    return {"encoder_img": image.to(device), "encoder_txt": text.to(device)}
+
+
+def set_weights(encoders, args):
+    """Draw the weights of the encoders from the training seed, in place."""
+    generator = seeded_generator(args.seed, "init")
+    for encoder in encoders.values():
+        device = next(encoder.parameters()).device
+        initialise(encoder.cpu(), args.init, generator).to(device)
+
+
+def save_encoders(encoders, directory, suffix=""):
+    """Write encoder_img.pt and encoder_txt.pt."""
+    for name, encoder in encoders.items():
+        save_weights(encoder, directory / f"{name}{suffix}.pt")
+
+
+def batch_loss(encoders, pairs, order, batch_size, args):
+    """The loss of the next `batch_size` training pairs."""
+    rows = order.next(batch_size)
+    h_x = encoders["encoder_img"](pairs.images_of("train", rows))
+    h_t = encoders["encoder_txt"](pairs.tokens_of("train", rows))
+    return image_text_contrastive_loss(h_x, h_t, args.tau, NEGATIVES[args.protocol])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def probe_parts(pairs):
+    """((split, rows), (split, rows)): the pairs that fit the probes, and those that test them.
+
+    The split "fit" fits where there is one; else the first half of "test", in file order, fits and the second half tests.
+    """
+    test = torch.arange(len(pairs.splits["test"]))
+    if "fit" in pairs.splits:
+        return ("fit", torch.arange(len(pairs.splits["fit"]))), ("test", test)
+    return ("test", test[: len(test) // 2]), ("test", test[len(test) // 2 :])
+
+
+@torch.no_grad()
+def encode(encoders, pairs, split, rows):
+    """Dict image, text → (len(rows), D) float32 encodings of pairs of a split."""
+    training = {name: encoder.training for name, encoder in encoders.items()}
+    for encoder in encoders.values():
+        encoder.eval()
+    encoded = {
+        "image": pairs.encode_images(split, rows, encoders["encoder_img"], ENCODE_BATCH),
+        "text": pairs.encode_captions(split, rows, encoders["encoder_txt"], ENCODE_BATCH),
+    }
+    for name, encoder in encoders.items():
+        encoder.train(training[name])
+    return encoded
+
+
+def probe_data(experiment, encoders, pairs, count=None):
+    """Dict of modalities that share their factors → (encodings, fit_targets, test_targets).
+
+    Keys are tuples of modalities; encodings: dict modality → (fit_h, test_h), standardised; targets: dict factor → (N,),
+    classes in int64 or numbers in float64. `count` pairs to fit and to test, or all.
+    """
+    parts = [(split, rows[:count]) for split, rows in probe_parts(pairs)]
+    fit, test = (encode(encoders, pairs, split, rows) for split, rows in parts)
+    encodings = {name: probes.standardise(fit[name], test[name]) for name in fit}
+    device = encodings["image"][0].device
+
+    def targets(kind):
+        factors = [(getattr(pairs.splits[split], kind), rows) for split, rows in parts]
+        return [{name: values[rows].to(device) for name, values in part.items()} for part, rows in factors]
+
+    if not experiment.own_text_factors:
+        return {("image", "text"): (encodings, *targets("image_factors"))}
+    kinds = {"image": "image_factors", "text": "text_factors"}
+    return {(name,): ({name: encodings[name]}, *targets(kind)) for name, kind in kinds.items()}
+
+
+def by_type(targets):
+    """(continuous, discrete): the targets that are numbers, and those that are classes."""
+    continuous = {name: values for name, values in targets.items() if values.is_floating_point()}
+    return continuous, {name: values for name, values in targets.items() if name not in continuous}
+
+
+def linear_scores(fit_h, fit_targets, test_h, test_targets):
+    """Dict factor → R² of linear regression where it is continuous, MCC of logistic regression where it is discrete."""
+    (numbers, classes), scores = by_type(fit_targets), {}
+    if numbers:
+        scores |= probes.linear_r2(fit_h, numbers, test_h, test_targets)
+    if classes:
+        scores |= probes.logistic_mcc(fit_h, classes, test_h, test_targets)
+    return {name: scores[name] for name in fit_targets}
+
+
+def nonlinear_scores(encodings, fit_targets, test_targets, generator, steps):
+    """Dict (modality, factor) → R² or MCC of MLPs with one hidden layer, as `linear_scores`."""
+    (numbers, classes), scores = by_type(fit_targets), {}
+    if numbers:
+        scores |= probes.mlp_r2(encodings, numbers, test_targets, generator, steps)
+    if classes:
+        scores |= probes.mlp_mcc(encodings, classes, test_targets, generator, steps)
+    return scores
+
+
+def evaluate(experiment, encoders, pairs, seed, protocol):
+    """DataFrame of the scores of every factor: ix, modality, factor_name, factor_type, and SCORES, NaN where none applies."""
+    generator, rows = seeded_generator(seed, "probe"), []
+    for encodings, fit_targets, test_targets in probe_data(experiment, encoders, pairs).values():
+        nonlinear = nonlinear_scores(encodings, fit_targets, test_targets, generator, PROBE_STEPS[protocol])
+        for modality, (fit_h, test_h) in encodings.items():
+            linear = linear_scores(fit_h, fit_targets, test_h, test_targets)
+            for ix, (name, values) in enumerate(fit_targets.items()):
+                kind = "continuous" if values.is_floating_point() else "discrete"
+                found = dict(zip(SCORES[:2] if kind == "continuous" else SCORES[2:],
+                                 (linear[name], nonlinear[modality, name]), strict=True))  # fmt: skip
+                rows.append({"ix": ix, "modality": modality, "factor_name": name, "factor_type": kind, **found})
+    return pd.DataFrame(rows, columns=["ix", "modality", "factor_name", "factor_type", *SCORES])
+
+
+def make_monitor(experiment, encoders, pairs):
+    """monitor() of `training.train`: linear scores of every factor, on a few pairs."""
+
+    def monitor():
+        columns, texts = {}, []
+        for encodings, fit_targets, test_targets in probe_data(experiment, encoders, pairs, MONITOR_PAIRS).values():
+            for modality, (fit_h, test_h) in encodings.items():
+                scores = linear_scores(fit_h, fit_targets, test_h, test_targets)
+                columns |= {f"{modality}_{name}": score for name, score in scores.items()}
+                texts.append(f"linear {modality} " + " ".join(f"{max(score, 0):.2f}" for score in scores.values()))
+        return columns, "  ".join(texts)
+
+    return monitor
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what a reader sees
+
+
+def names_of(factors):
+    """Set of factors in words."""
+    return "{" + ", ".join(factors) + "}" if factors else "∅"
+
+
+def describe_setting(experiment, args, pairs, setting, encoders, device):
+    """The setting in words: what captions leave out, what they state wrongly, what should be learned."""
+    parameters = sum(parameter.numel() for encoder in encoders.values() for parameter in encoder.parameters())
+    train_count = len(pairs.splits["train"])
+    test_count = sum(map(len, pairs.splits.values())) - train_count
+    left_out = [name for name in pairs.splits["train"].image_factors if name not in setting.selected]
+    height, width = pairs.images.array.shape[1:3]
+    size = encoding_size(experiment, args, setting)
+    lines = {
+        "data": f"{args.datapath}: {train_count} pairs to train, {test_count} to evaluate; images of {height} × {width}, "
+        f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words",
+        "selected": f"I_θ = {names_of(setting.selected)}; captions leave out {names_of(left_out)}",
+        "perturbed": f"I_ρ = {names_of(setting.perturbed)}"
+        + (f", {experiment.perturbing}" if setting.perturbed else ""),
+        "unbiased": f"I_θ \\ I_ρ = {names_of(setting.unbiased)}: what the theory says is learned",
+        "encoders": f"ResNet-18 and text CNN → R^{size}, {parameters:,} parameters",
+        "training": f"{args.recipe} recipe: {args.train_steps} steps of {args.batch_size} pairs, lr {args.lr:g} "
+        f"{args.lr_schedule}, {args.init} initialisation, negatives of {NEGATIVES[args.protocol]} modalities"
+        f" ({args.protocol} protocol)",
+        "device": f"{device}, {args.precision}",
+    }
+    return "\n".join(f"{name:12} {line}" for name, line in lines.items())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def run_experiment(experiment, args, given):
+    """Train and evaluate, or with --evaluate evaluate again; args, given: of the command line. Returns the exit code."""
+    apply_recipe(args, given, experiment.recipes)
+    directory = open_model_directory(args, given, f"{experiment.name}_{args.bias_type}_{args.bias_id}", RUN_FLAGS)
+    check_setting(experiment, args)
+    device = select_device(args)
+    if args.evaluate:
+        return evaluate_again(experiment, args, directory, device)
+    if is_finished(directory) and args.resume:
+        print(f"{directory} is finished already: nothing to resume")
+        return 0
+    if args.seed is None:
+        args.seed = drawn_seed()
+    pairs, setting = open_pairs(experiment, args, device)
+    check_same_data(args, pairs, directory)
+    encoders = build_encoders(experiment, args, pairs, setting, device)
+    details = provenance(device) | {"data": pairs.fingerprint}
+    start_directory(directory, args, details)
+    print(f"model        {directory}, seed {args.seed}")
+    print(describe_setting(experiment, args, pairs, setting, encoders, describe_device(device)), flush=True)
+
+    set_weights(encoders, args)
+    order = EpochOrder(len(pairs.splits["train"]), seeded_generator(args.seed, "order"), pairs.images.index_device)
+
+    def compute_loss(share_done):
+        return batch_loss(encoders, pairs, order, batch_size_at(args, share_done), args)
+
+    def after_step(step):
+        if step % args.checkpoint_steps == 0:
+            save_encoders(encoders, directory)
+            if args.save_all_checkpoints:
+                save_encoders(encoders, directory, f"_{step}")
+
+    monitor = make_monitor(experiment, encoders, pairs)
+    progress = train(encoders, compute_loss, args, directory, {"order": order}, device, monitor, after_step)
+    save_encoders(encoders, directory)
+    details |= {"eval_seed": args.seed + 1, "train_seconds": round(progress.seconds, 1)}
+    details |= write_evaluation(experiment, encoders, pairs, setting, args, directory, details["eval_seed"])
+    write_args(directory, args, {**details, "finished": True})
+    return 0
+
+
+def check_same_data(args, pairs, directory):
+    """Raise InputError if a run that is resumed or evaluated was trained on other captions than those of --datapath."""
+    if (args.resume or args.evaluate) and (directory / "args.json").exists():
+        stored = stored_args(directory).get("data")
+        if stored is not None and stored != pairs.fingerprint:
+            raise InputError(
+                f"{args.datapath} does not hold the captions and the order that {directory} was trained with; name its data "
+                "set with --datapath, or render the captions again with its seed"
+            )
+
+
+def evaluate_again(experiment, args, directory, device):
+    """--evaluate: results.csv of a trained model by probes of another seed; the earlier results are kept beside it."""
+    stored = take_evaluation_seed(args, directory)
+    pairs, setting = open_pairs(experiment, args, device)
+    check_same_data(args, pairs, directory)
+    encoders = build_encoders(experiment, args, pairs, setting, device)
+    for name, encoder in encoders.items():
+        load_weights(encoder, directory / f"{name}.pt")
+    print(f"model        {directory}, training seed {stored['seed']}, evaluation seed {args.seed}")
+    print(describe_setting(experiment, args, pairs, setting, encoders, describe_device(device)), flush=True)
+    timing = write_evaluation(experiment, encoders, pairs, setting, args, directory, args.seed, stored.get("eval_seed"))
+    write_json(directory / "args.json", {**stored, "eval_seed": args.seed, **timing, "finished": True})
+    return 0
+
+
+def write_evaluation(experiment, encoders, pairs, setting, args, directory, seed, earlier_seed=None):
+    """Evaluate, write results.csv and results.png, print both; returns the duration as a dict.
+
+    The results of an earlier evaluation with another seed are kept as results_seed{N}.csv and .png.
+    """
+    started = time.perf_counter()
+    try:
+        results = evaluate(experiment, encoders, pairs, seed, args.protocol)
+    except ValueError as error:  # weights that are not finite, or make encodings explode
+        raise InputError(f"the encodings of {directory} cannot be evaluated: {error}; train it anew") from None
+    keep_results(directory, earlier_seed, seed)
+    columns = experiment.columns
+    write_csv(results[list(columns.values())].set_axis(list(columns), axis=1), directory / "results.csv")
+    experiment.show(results, setting, args, directory / "results.png")
+    return {"eval_seconds": round(time.perf_counter() - started, 1)}
