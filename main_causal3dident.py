@@ -1,4 +1,4 @@
-"""Train and evaluate one pair of encoders on Causal3DIdent: rendered scenes and generated captions (Section 5.3 of the paper).
+"""Train and evaluate one pair of encoders on Causal3DIdent: rendered scenes and generated captions.
 
     python main_causal3dident.py --bias-type selections --bias-id 0     # captions speak of the shape alone
     python main_causal3dident.py --bias-type perturbations --bias-id 2  # colours of background and spotlight are stated wrongly

@@ -1,4 +1,4 @@
-"""Train and evaluate one pair of encoders on MPI3D-Complex: photographs and generated captions (Section 5.2 of the paper).
+"""Train and evaluate one pair of encoders on MPI3D-Complex: photographs and generated captions.
 
     python main_mpi3dreal.py --bias-type selection --bias-id 0     # captions speak of the colour alone
     python main_mpi3dreal.py --bias-type perturbation --bias-id 2  # camera and background are stated wrongly
