@@ -259,6 +259,37 @@ def test_the_background_colour_changes_the_ground_alone(rendered):
 
 
 @renders
+def test_pictures_put_together_lamp_by_lamp_are_those_of_all_lamps_at_once(tmp_path):
+    """Of shadows, pool and ground nothing is cut off, doubled or left out: no place differs from the plain rendering's."""
+    rows = [
+        BASE | {"object_xpos": 0, "object_ypos": 2, "object_shape": 4, "spotlight_pos": 0.1},
+        BASE | {"object_xpos": 2, "object_ypos": 0, "background_color": 0.1, "spotlight_color": 0.1},
+        BASE | {"object_ypos": 2, "object_shape": 5, "spotlight_pos": 0.9, "background_color": 0.9},
+    ]
+    for name in ("fast", "plain"):
+        write_latents(tmp_path / name, rows)
+        render(tmp_path / name, "--samples", 64, *(["--plain"] if name == "plain" else []))
+    for k in range(len(rows)):
+        difference = pixels(tmp_path / f"fast/images/{k}.png") - pixels(tmp_path / f"plain/images/{k}.png")
+        places = np.lib.stride_tricks.sliding_window_view(difference, (4, 4), axis=(0, 1)).mean(axis=(3, 4))
+        assert np.abs(places).max() < 5, k
+        assert np.abs(difference).mean() < 1, k
+
+
+@renders
+def test_hues_below_0_are_wrapped_by_the_protocol_paper_alone(tmp_path):
+    """The ground's hue −0.15: red with less green than blue; wrapped, with as much blue as red, almost."""
+    corners = {}
+    for protocol in ("code", "paper"):
+        write_latents(tmp_path / protocol, [BASE | {"background_color": 0.2}])
+        render(tmp_path / protocol, "--protocol", protocol)
+        assert json.loads((tmp_path / protocol / "images.json").read_text())["protocol"] == protocol
+        corners[protocol] = pixels(tmp_path / protocol / "images/0.png")[:6, :6].mean(axis=(0, 1))
+    assert corners["code"][2] < 0.75 * corners["code"][0]
+    assert corners["paper"][2] > 0.9 * corners["paper"][0]
+
+
+@renders
 @pytest.mark.skipif(not os.environ.get("CAUSAL3DIDENT_ASSETS"), reason="CAUSAL3DIDENT_ASSETS names no folder of assets")
 def test_the_real_shapes_are_rendered(tmp_path):
     assets = Path(os.environ["CAUSAL3DIDENT_ASSETS"])
@@ -375,6 +406,8 @@ def test_images_of_other_latents_or_settings_are_not_mixed(tmp_path, run, monkey
     assert run()[0] == 0  # complete: nothing to render
     code, err = run("--samples", 16)
     assert code == 2 and "other samples" in err and "images.json" in err and err.count("\n") == 1
+    code, err = run("--protocol", "paper")
+    assert code == 2 and "other protocol" in err
     write_latents(tmp_path, [BASE | {"object_xpos": 0}] * 3)
     code, err = run()
     assert code == 2 and "other latents" in err
@@ -389,6 +422,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, run, monkeypatch)
     code, err = run()
     assert code == 2 and str(tmp_path / "images") in err and err.count("\n") == 1
     assert (tmp_path / "images").read_text() == "mine"
+
+
+def test_hues_of_the_protocols():
+    assert generate_images.hue(0.2, "code") == pytest.approx(-0.15)
+    assert generate_images.hue(0.2, "paper") == pytest.approx(0.85)
+    assert generate_images.hue(0.9, "code") == generate_images.hue(0.9, "paper") == pytest.approx(0.2)
 
 
 def test_batches_are_disjoint_and_cover_everything():
