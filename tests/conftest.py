@@ -1,14 +1,18 @@
 import os
 import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import latent_spaces
 import main_numeric
 import probes
 from command_line import run_script
 from datasets import MPI3D_GRID
+from rendering_data.Causal3DIdent import generate_latents, generate_text
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
 from rendering_data.MPI3D.render_standin_images import MPI3D_FILE, write_images
 
@@ -60,3 +64,29 @@ def rendered_mpi3d(tmp_path_factory):
 def mpi3d(rendered_mpi3d, tmp_path):
     """The same in a folder of the test, linked file by file: a test replaces files, it does not write into them."""
     return shutil.copytree(rendered_mpi3d, tmp_path / "mpi3d", copy_function=os.link)
+
+
+@pytest.fixture(scope="session")
+def drawn_causal3dident(tmp_path_factory):
+    """Folder of a small Causal3DIdent, its images drawn without Blender; nobody changes it.
+
+    A noisy square stands for the object: its place tells the position, its colour the shape.
+    """
+    folder = tmp_path_factory.mktemp("causal3dident")
+    flags = ["--output-folder", str(folder)]
+    generate_latents.main([*flags, "--n-points", "200", "--seed", "0"])
+    generate_text.main(flags)
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number, row in enumerate(pd.read_csv(folder / "latents_image.csv").itertuples()):
+        pixels = rng.integers(0, 40, (24, 24, 3), np.uint8)
+        top, left = 8 * row.object_ypos, 8 * row.object_xpos
+        pixels[top : top + 8, left : left + 8] += np.uint8([30 * row.object_shape, 200 - 30 * row.object_shape, 100])
+        Image.fromarray(pixels).save(folder / "images" / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def causal3dident(drawn_causal3dident, tmp_path):
+    """The same in a folder of the test, linked file by file: a test replaces files, it does not write into them."""
+    return shutil.copytree(drawn_causal3dident, tmp_path / "causal3dident", copy_function=os.link)

@@ -209,6 +209,59 @@ def test_settings_of_mpi3d_are_named_and_flagged_as_they_are_trained():
     }
 
 
+def test_settings_of_causal3dident_are_named_and_flagged_as_they_are_trained():
+    told = ["object_shape", "object_xpos", "object_ypos", "spotlight_pos", "object_color", "spotlight_color",
+            "background_color"]  # fmt: skip
+    expected = {}
+    for k in range(7):
+        # of the discrete factors and the spotlight's position, the unbiased are a prefix in either case
+        expected["selections", k], expected["perturbations", k] = told[: min(k + 1, 4)], told[: min(7 - k, 4)]
+    for name in ("fig6", "fig16", "fig17", "fig18"):
+        cells = list(grids.FIGURES[name].cells("fast"))
+        assert len({cell.setting for cell in cells}) == 14
+        for cell in cells:
+            args, factor = grids.expected_args(cell.setting), cell.where["factor_name"]
+            assert cell.setting.name == f"{args['bias_type']}_{args['bias_id']}" and args["recipe"] == "fast"
+            assert (cell.keys["bias_type"], cell.keys["bias_id"]) == (args["bias_type"], args["bias_id"])
+            kind = {"r2": ("r2_linreg", "r2_krreg"), "mcc": ("mcc_logreg", "mcc_mlp")}[cell.keys["metric"]]
+            assert cell.score == kind[cell.keys["probe"] == "nonlinear"]
+            assert cell.keys["factor"].replace("splotlight", "spotlight") == factor == cell.row
+            unbiased = expected[args["bias_type"], args["bias_id"]]
+            if name in ("fig17", "fig18") or "color" in factor or (factor == "spotlight_pos" and factor in unbiased):
+                assert cell.learned is None
+            else:
+                assert cell.learned is (factor in unbiased), (cell.setting.name, factor)
+    columns = list(dict.fromkeys((cell.panel[1], cell.column) for cell in grids.FIGURES["fig16"].cells("paper")))
+    assert columns[:2] == [("selection bias", "0: object_shape"), ("selection bias", "1: + object_xpos")]
+    # the paper's setting k is id 7 − k
+    assert columns[7] == ("perturbation bias", "1 (id 6): + object_xpos")
+    assert columns[12:] == [("perturbation bias", "6 (id 1): background_color"), ("perturbation bias", "7 (id 0): ∅")]
+    assert {cell.setting.data for cell in grids.FIGURES["fig6"].cells("tiny")} == {grids.CAUSAL_STANDIN_DATA}
+
+
+def test_what_renders_is_run_by_blender_s_python_and_missed_in_one_line(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blender/bin").mkdir(parents=True)
+    monkeypatch.setattr(grids, "ROOT", tmp_path)
+    (tmp_path / "main_causal3dident.py").touch()
+    answer = call("run fig6 --scale tiny --seeds 1 --dry-run")
+    assert is_one_line_error(answer, "contact_sheet.png is missing", ".venv-blender/bin/python", "`make blender`")
+    (tmp_path / ".venv-blender/bin").mkdir(parents=True)
+    (tmp_path / ".venv-blender/bin/python").touch()
+    code, out, _ = call("run fig6 --scale tiny --seeds 1 --dry-run")
+    commands = [line.split()[:2] for line in out.splitlines()[1:5]]
+    tools = "rendering_data/Causal3DIdent"
+    assert code == 0 and commands == [
+        ["python", f"{tools}/generate_latents.py"],
+        ["python", f"{tools}/generate_text.py"],
+        [".venv-blender/bin/python", f"{tools}/generate_images.py"],
+        ["python", f"{tools}/contact_sheet.py"],
+    ]
+    Path(grids.CAUSAL_STANDIN).mkdir(parents=True)
+    Path(grids.CAUSAL_STANDIN_DATA.file).touch()
+    assert "generate" not in call("run fig6 --scale tiny --seeds 1 --dry-run")[1]
+
+
 def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake, call, tmp_path, monkeypatch):
     (tmp_path / "make_data.py").write_text("import sys; open(sys.argv[1], 'x').close()")
     made = grids.DataSet("data.csv", (("make_data.py", "data.csv"),))
@@ -498,6 +551,27 @@ def test_mpi3d_is_reported_beside_the_paper_and_a_figure_without_its_numbers_alo
     assert "14 of 14 cells (100.0%)" in (tmp_path / "report/index.html").read_text()
     assert "fast scale: 84 of 336 cells computed, 14 of 28 lie within ±0.05" in out
     assert not (tmp_path / "report/fast/fig13_beside_paper.png").exists()
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, tmp_path, monkeypatch, damage):
+    """The real picture of Figure 16 beside the paper's, whose panels have no cell where a caption does not state a factor."""
+    rows = [(0, "text", "object_shape", "discrete", None, None, 0.4, 1.0),
+            (1, "text", "text_phrasing", "discrete", None, None, 0.2, None if damage else -0.1)]  # fmt: skip
+    monkeypatch.setattr(report, "plot_score_grid", lambda panels, path, title: path.write_bytes(b"drawn"))
+    setting = next(iter(grids.FIGURES["fig16"].cells("fast"))).setting
+    write_model(tmp_path / "models", setting, 1, rows, grids.CAUSAL_RESULTS)
+    code, _, err = call(f"report fig16 --models {tmp_path}/models --output {tmp_path}/report")
+    if damage:  # a score that must be there is not
+        assert code == 2 and "no mcc_mlp of text text_phrasing" in err and len(err.splitlines()) == 1
+        return
+    assert code == 0, err
+    assert (tmp_path / "report/fast/fig16_beside_paper.png").stat().st_size > 10_000
+    table = pd.read_csv(tmp_path / "report/fast/fig16.csv", keep_default_na=False, na_values=[""])
+    row = table[(table.bias_type == "selections") & (table.bias_id == 0)].set_index("factor")
+    assert row["mean"].to_dict() == {"object_shape": 1.0, "text_phrasing": -0.1}
+    page = (tmp_path / "report/index.html").read_text()
+    assert ">nan<" not in page and "1 of 2 cells" not in page and "2 of 2 cells" in page
 
 
 @pytest.mark.parametrize("damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing"])

@@ -1,0 +1,281 @@
+"""Causal3DIdent as tensors, against a plain reading of its files; its images decoded once; whatever is wrong with it."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from command_line import InputError
+from datasets import load_causal3dident, tokenise
+from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED, PHRASINGS, SELECTED, SHAPES
+from tests.test_datasets import replace
+
+
+def as_jpg(folder):
+    """Every other image as .jpg."""
+    for path in sorted((folder / "images").iterdir())[::2]:
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".jpg"))
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "bias_type, bias_id, change",
+    [("selections", 0, None), ("selections", 5, as_jpg), ("perturbations", 4, None)],
+)
+def test_pairs_are_those_of_a_plain_loop_over_the_files(causal3dident, bias_type, bias_id, change):
+    if change:
+        change(causal3dident)
+    pairs, _ = load_causal3dident(causal3dident, bias_type, bias_id)
+    files = sorted((causal3dident / "images").iterdir(), key=lambda path: path.stem)
+    captions = (causal3dident / f"text/{bias_type}_{bias_id}/text_raw.txt").read_text().splitlines()
+    image = pd.read_csv(causal3dident / "latents_image.csv").drop(columns="object_zpos")
+    text = pd.read_csv(causal3dident / f"latents_text_{bias_type}_{bias_id}.csv")
+    words = {number: word for word, number in pairs.vocabulary.items()}
+    assert list(pairs.splits) == ["train", "fit", "test"]
+    for split, start, stop in (("train", 0, 160), ("fit", 160, 180), ("test", 180, 200)):
+        rows = torch.arange(stop - start)
+        assert len(pairs.splits[split]) == stop - start
+        found = zip(pairs.images_of(split, rows), pairs.tokens_of(split, rows).tolist(), strict=True)
+        for number, (pixels, tokens) in enumerate(found, start):
+            with Image.open(files[number]) as expected:
+                assert np.array_equal(pixels, np.asarray(expected))
+            known = (word if word in pairs.vocabulary else "{unk}" for word in tokenise(captions[number]))
+            caption = [*known, "{eos}"]
+            assert [words[token] for token in tokens] == caption + ["{pad}"] * (pairs.length - len(caption))
+        for table, factors in ((image, pairs.splits[split].image_factors), (text, pairs.splits[split].text_factors)):
+            for name, values in factors.items():
+                assert np.array_equal(values, table[name][start:stop]), name
+                assert values.dtype == (torch.int64 if table[name].dtype.kind == "i" else torch.float64)
+        assert set(pairs.splits[split].image_factors) == set(image)
+    # the vocabulary knows the words of the training captions alone
+    assert list(words.values()) == list(
+        dict.fromkeys(["{pad}", "{eos}", "{unk}", *(word for line in captions[:160] for word in tokenise(line))])
+    )
+
+
+def test_the_settings_and_the_text_s_factors_are_those_of_who_writes_them():
+    stated = {"object_color": "object_color_index", "spotlight_color": "spotlight_color_index",
+              "background_color": "background_color_index"}  # fmt: skip
+    for k in range(7):
+        assert datasets.causal_setting("selections", k) == datasets.Setting(SELECTED[: k + 1], ())
+        setting = datasets.causal_setting("perturbations", k)
+        assert setting.selected == SELECTED and set(setting.perturbed) == set(PERTURBED[:k])
+    sizes = {stated[name]: len(palette) for name, palette in PALETTES.items()}
+    sizes |= {"object_shape": SHAPES, "text_phrasing": PHRASINGS}
+    assert {name: datasets.CAUSAL_TEXT[name] for name in sizes} == sizes
+    assert [datasets.causal_text_factor(name) for name in SELECTED] == list(datasets.CAUSAL_TEXT)[:-1]
+
+
+@pytest.mark.parametrize("k", [3, 6])
+def test_a_selection_s_text_factors_are_what_its_captions_state(causal3dident, k):
+    pairs, _ = load_causal3dident(causal3dident, "selections", k)
+    expected = [*SELECTED[:4], "object_color_index", "spotlight_color_index", "background_color_index"][: k + 1]
+    assert list(pairs.splits["fit"].text_factors) == [*expected, "text_phrasing"]
+
+
+def test_the_older_spelling_is_read_alike(causal3dident):
+    before, _ = load_causal3dident(causal3dident, "perturbations", 2)
+    path = causal3dident / "latents_text_perturbations_2.csv"
+    assert path.read_text().count("spotlight_color_index") == 1
+    replace(path, path.read_text().replace("spotlight_color_", "splotlight_color_"))
+    after, _ = load_causal3dident(causal3dident, "perturbations", 2)
+    for name, values in before.splits["train"].text_factors.items():
+        assert torch.equal(after.splits["train"].text_factors[name], values)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# images are decoded once
+
+
+def maps(folder):
+    return sorted(path.name for path in folder.glob("*.npy"))
+
+
+def first_pixels(folder):
+    return load_causal3dident(folder, "selections", 0)[0].images_of("train", torch.arange(3)).numpy()
+
+
+def test_images_are_decoded_once_for_all_settings_with_a_message(causal3dident, monkeypatch, capsys):
+    expected = first_pixels(causal3dident)
+    (name,) = maps(causal3dident)
+    assert f"decoding 200 images once, 0.00 GB, into {causal3dident / name}" in capsys.readouterr().out
+    monkeypatch.setattr(datasets, "_decoded", lambda path: pytest.fail("decoded again"))
+    for bias_type in ("selections", "perturbations"):
+        pairs, _ = load_causal3dident(causal3dident, bias_type, 3)
+        assert np.array_equal(pairs.images_of("train", torch.arange(3)), expected)
+    assert capsys.readouterr().out == "" and maps(causal3dident) == [name]
+
+
+@pytest.mark.parametrize("change", ["pixels", "name", "time"])
+def test_images_that_changed_are_decoded_again_and_the_older_map_removed(causal3dident, change):
+    before, path = first_pixels(causal3dident), causal3dident / "images/001.png"
+    (name,) = maps(causal3dident)
+    buffer = io.BytesIO()
+    Image.fromarray(255 - before[1]).save(buffer, "png")
+    if change == "name":
+        path.unlink()
+        replace(path.with_name("0001.png"), buffer.getvalue())
+    else:
+        replace(path, buffer.getvalue())
+    after = first_pixels(causal3dident)
+    assert np.array_equal(after[1], 255 - before[1]) and np.array_equal(after[::2], before[::2])
+    assert len(maps(causal3dident)) == 1 and maps(causal3dident) != [name]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: b"x" * 300])
+def test_a_damaged_map_is_made_again(causal3dident, damage):
+    before = first_pixels(causal3dident)
+    (name,) = maps(causal3dident)
+    replace(causal3dident / name, damage((causal3dident / name).read_bytes()))
+    assert np.array_equal(first_pixels(causal3dident), before)
+
+
+class Killed(BaseException):
+    """Stands for Ctrl-C and the like."""
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device"), InputError("damaged")])
+def test_a_map_is_there_as_a_whole_or_not_at_all(causal3dident, monkeypatch, error):
+    before, real = sorted(causal3dident.iterdir()), datasets._decoded
+
+    def decoded(path):
+        if path.name == "150.png":
+            raise error
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "_decoded", decoded)
+        patch.setattr(datasets, "DECODED_AT_ONCE", 64)
+        with pytest.raises(type(error)):
+            load_causal3dident(causal3dident, "selections", 0)
+    assert sorted(causal3dident.iterdir()) == before
+    assert first_pixels(causal3dident).shape == (3, 24, 24, 3)
+
+
+def test_progress_tells_images_a_second_and_the_time_left(causal3dident, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 64)
+    monkeypatch.setattr(datasets, "PROGRESS_SECONDS", 0)
+    first_pixels(causal3dident)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    assert [line.split()[1] for line in lines] == ["64/200", "128/200", "192/200", "200/200"]
+    assert lines[-1].endswith("0 s left")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def edited(name, change):
+    """Damage that applies change(DataFrame) to a CSV file."""
+
+    def damage(folder):
+        table = change(pd.read_csv(folder / name))
+        replace(folder / name, table.to_csv(index=False))
+
+    return damage
+
+
+def with_value(name, column, value, row=5):
+    def change(table):
+        table[column] = table[column].astype(object)
+        table.loc[row, column] = value
+        return table
+
+    return edited(name, change)
+
+
+def cut_image(folder):
+    path = folder / "images/120.png"
+    replace(path, path.read_bytes()[:700])
+
+
+def of_another_size(folder):
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 20)).save(buffer, "png")
+    replace(folder / "images/033.png", buffer.getvalue())
+
+
+def without_images(folder):
+    for path in (folder / "images").iterdir():
+        path.unlink()
+
+
+def swapped_captions(folder):
+    """The captions of another setting, repeating themselves often enough."""
+    replace(folder / "text/selections_1/text_raw.txt", (folder / "text/selections_0/text_raw.txt").read_bytes())
+
+
+def swapped_setting(folder):
+    """Captions and latents of another setting."""
+    swapped_captions(folder)
+    replace(folder / "latents_text_selections_1.csv", (folder / "latents_text_selections_0.csv").read_bytes())
+
+
+def unlink(name):
+    return lambda folder: (folder / name).unlink()
+
+
+IMAGE, TEXT = "latents_image.csv", "latents_text_selections_1.csv"
+CAPTIONS = "text/selections_1/text_raw.txt"
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (unlink(IMAGE), f"{IMAGE} is missing"),
+        (unlink(TEXT), f"{TEXT} is missing"),
+        (unlink(CAPTIONS), "generate_text.py --output-folder"),
+        (lambda folder: replace(folder / IMAGE, b"\xff\xfe\x00"), f"{IMAGE} is damaged"),
+        (edited(IMAGE, lambda table: table.drop(columns="object_color")), f"{IMAGE} has no column object_color;"),
+        (edited(TEXT, lambda table: table.drop(columns=["object_xpos", "text_phrasing"])),
+         f"{TEXT} has no column object_xpos, text_phrasing;"),
+        (edited(IMAGE, lambda table: table[:0]), "has no rows"),
+        (edited(IMAGE, lambda table: table[:9]), "9 rows, expected at least 10"),
+        (with_value(IMAGE, "object_color", None), "object_color is nan, expected numbers from 0 to 1 (row 6)"),
+        (with_value(IMAGE, "spotlight_pos", 1.01), "spotlight_pos is 1.01, expected numbers from 0 to 1 (row 6)"),
+        (with_value(IMAGE, "object_shape", 7), "object_shape is 7, expected integers from 0 to 6 (row 6)"),
+        (with_value(IMAGE, "object_alpharot", "x"), "object_alpharot is x, expected numbers"),
+        (with_value(TEXT, "object_xpos", 0.5), "object_xpos is 0.5, expected integers from 0 to 2"),
+        (with_value(TEXT, "text_phrasing", -1), "text_phrasing is -1, expected integers from 0 to 4"),
+        (edited(TEXT, lambda table: table[:-1]), f"{IMAGE} 200, {TEXT} 199, {CAPTIONS} 200, images/ 200"),
+        (lambda folder: replace(folder / CAPTIONS, "A hare.\n" * 199), f"{CAPTIONS} 199, images/ 200"),
+        (unlink("images/199.png"), f"{CAPTIONS} 200, images/ 199"),
+        (unlink("images/000.png"), "none of number 0"),
+        (unlink("images/077.png"), "an image number 199 and none of number 77"),
+        (lambda folder: (folder / "images/77.jpg").touch(), "two images of one number"),
+        (without_images, "holds no images"),
+        (lambda folder: (folder / "images").rename(folder / "pictures"), "images is missing"),
+        (cut_image, "images/120.png is damaged"),
+        (lambda folder: replace(folder / "images/007.png", b"no image"), "images/007.png is damaged"),
+        (of_another_size, "images/033.png has 20 × 24 pixels and 000.png 24 × 24"),
+        (swapped_captions, "reads as line"),
+        (swapped_setting, "reads as line"),
+        (with_value(TEXT, "object_shape", 3, 190), "the image's in row"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_named_and_leaves_no_map(causal3dident, damage, words):
+    if "the image's" in words:  # a shape that is not 3
+        assert pd.read_csv(causal3dident / IMAGE).object_shape[190] != 3
+    damage(causal3dident)
+    with pytest.raises(InputError) as caught:
+        load_causal3dident(causal3dident, "selections", 1)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not maps(causal3dident) and not list(causal3dident.glob(".*"))
+
+
+def test_a_perturbed_factor_that_is_always_the_image_s_is_of_another_setting(causal3dident):
+    for kind in ("latents_text_{}.csv", "text/{}/text_raw.txt"):
+        names = [causal3dident / kind.format(f"perturbations_{k}") for k in (5, 4)]
+        replace(names[0], names[1].read_bytes())
+    with pytest.raises(InputError, match="object_ypos is the image's in every row"):
+        load_causal3dident(causal3dident, "perturbations", 5)
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere is no folder, expected that of Causal3DIdent"):
+        load_causal3dident(tmp_path / "nowhere", "selections", 0)

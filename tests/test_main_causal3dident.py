@@ -1,0 +1,312 @@
+"""main_causal3dident.py as a user runs it: the files it writes, killing and resuming, and one line for whatever is wrong."""
+
+import itertools
+import json
+import random
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import datasets
+import encoders
+import image_text
+import main_causal3dident
+import probes
+from command_line import run_script
+
+FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
+FILES = [
+    "args.json",
+    "checkpoint.pt",
+    "encoder_img.pt",
+    "encoder_txt.pt",
+    "results.csv",
+    "results.png",
+    "train_log.csv",
+]
+COLUMNS = ["ix", "modality", "factor_name", "factor_type", "r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp"]
+DISCRETE = ["object_shape", "object_xpos", "object_ypos"]
+IMAGE = [*DISCRETE, "object_alpharot", "object_betarot", "object_gammarot", "spotlight_pos", "object_color",
+         "spotlight_color", "background_color"]  # fmt: skip
+TEXT = [*DISCRETE, "spotlight_pos", "text_phrasing"]  # of selections 3
+
+
+class SmallImageEncoder(nn.Module):
+    """Stands for the ResNet-18, with its batch normalisation: seconds instead of minutes."""
+
+    def __init__(self, encoding_size, mean, std, hidden_size=100):
+        super().__init__()
+        self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4 * 9, encoding_size)
+
+    def forward(self, images):
+        x = images.permute(0, 3, 1, 2).float() / 255
+        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
+
+
+@pytest.fixture
+def run(tmp_path, causal3dident, capsys, monkeypatch):
+    """run(flags) → (exit code, stdout, stderr) of the script with a small encoder, short probes and no drawing."""
+    monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
+    monkeypatch.setattr(probes, "MAX_EPOCHS", 8)
+    monkeypatch.setattr(main_causal3dident, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
+
+    def call(flags="", model="m", base=FLAGS):
+        argv = ["--datapath", str(causal3dident), *base.split(), "--model-dir", str(tmp_path / "models")]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: main_causal3dident.main([*argv, "--model-id", model, *flags.split()]))
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def contents(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_run_writes_the_specified_files(run, tmp_path):
+    code, out, err = run("--seed 1")
+    assert code == 0, err
+    directory = tmp_path / "models/m"
+    assert sorted(contents(directory)) == FILES
+    results = pd.read_csv(directory / "results.csv")
+    assert list(results.columns) == COLUMNS
+    assert results.factor_name.tolist() == IMAGE + TEXT and results.ix.tolist() == [*range(10), *range(5)]
+    assert results.modality.tolist() == ["image"] * 10 + ["text"] * 5
+    discrete = results.factor_name.isin([*DISCRETE, "text_phrasing"])
+    assert (results.factor_type == discrete.map({True: "discrete", False: "continuous"})).all()
+    assert (results[["r2_linreg", "r2_krreg"]].notna().all(axis=1) == ~discrete).all()
+    assert (results[["mcc_logreg", "mcc_mlp"]].notna().all(axis=1) == discrete).all()
+    assert results[["r2_linreg", "r2_krreg"]][discrete].isna().all(axis=None)
+    log = pd.read_csv(directory / "train_log.csv")
+    assert log.step.tolist() == [5, 10, 12]
+    assert {"image_object_alpharot", "text_text_phrasing", "text_spotlight_pos"} <= set(log.columns)
+    for words in (
+        "I_θ = {object_shape, object_xpos, object_ypos, spotlight_pos}; captions leave out {object_alpharot,",
+        "160 pairs to train, 40 to evaluate; images of 24 × 24",
+        "text CNN → R^5",
+        "object_shape * ",
+        "12 steps of 12 pairs",
+        "the rotations R² of at most",
+    ):
+        assert words in out
+    stored = json.loads((directory / "args.json").read_text())
+    assert (
+        stored["finished"] and stored["seed"] == 1 and stored["eval_seed"] == 2 and stored["bias_type"] == "selections"
+    )
+
+
+def test_results_are_the_probes_fitted_on_one_split_and_tested_on_the_other(run, tmp_path, causal3dident):
+    """Linear scores by scikit-learn, of encodings that are computed from the files of the run."""
+    from sklearn.linear_model import LinearRegression, LogisticRegression
+    from sklearn.metrics import matthews_corrcoef
+    from sklearn.preprocessing import StandardScaler
+
+    assert run("--seed 1 --train-steps 30 --log-steps 30")[0] == 0
+    results = pd.read_csv(tmp_path / "models/m/results.csv").set_index(["modality", "factor_name"])
+    pairs, _ = datasets.load_causal3dident(causal3dident, "selections", 3)
+    tables = {"image": "latents_image.csv", "text": "latents_text_selections_3.csv"}
+    networks = {
+        "image": ("encoder_img.pt", SmallImageEncoder(5, 0, 1), pairs.images_of),
+        "text": ("encoder_txt.pt", encoders.TextEncoder(len(pairs.vocabulary), pairs.length, 5), pairs.tokens_of),
+    }
+    for modality, (file, encoder, inputs) in networks.items():
+        encoder.load_state_dict(torch.load(tmp_path / "models/m" / file, weights_only=True))
+        with torch.no_grad():
+            fit, test = (encoder.eval()(inputs(split, torch.arange(20))).double().numpy() for split in ("fit", "test"))
+        scaler = StandardScaler().fit(fit)
+        fit, test = scaler.transform(fit), scaler.transform(test)
+        factors = pd.read_csv(causal3dident / tables[modality])
+        for name in IMAGE if modality == "image" else TEXT:
+            fit_values, test_values = factors[name][160:180], factors[name][180:]
+            row = results.loc[modality, name]
+            if row.factor_type == "continuous":
+                expected = LinearRegression().fit(fit, fit_values).score(test, test_values)
+                assert row.r2_linreg == pytest.approx(expected, abs=1e-4), (modality, name)
+            else:
+                model = LogisticRegression(max_iter=2000, tol=1e-6).fit(fit, fit_values)
+                expected = matthews_corrcoef(test_values, model.predict(test))
+                assert row.mcc_logreg == pytest.approx(expected, abs=0.1), (modality, name)
+    assert results.mcc_logreg["image"].nunique() > 2
+
+
+def test_each_factor_has_the_nonlinear_score_of_its_own_encoding_and_kind(run, tmp_path, monkeypatch):
+    seen = []
+
+    def marked(kind):
+        def probe(encodings, fit_targets, test_targets, generator, steps):
+            seen.append(steps)
+            assert all(set(fit_targets) <= set(test_targets) for _ in encodings)
+            return {(modality, name): (kind + len(modality)) / 10 + len(name) / 1000
+                    for modality in encodings for name in fit_targets}  # fmt: skip
+
+        return probe
+
+    monkeypatch.setattr(probes, "mlp_r2", marked(1))
+    monkeypatch.setattr(probes, "mlp_mcc", marked(-9))
+    assert run("--seed 1 --train-steps 1 --protocol paper")[0] == 0
+    assert seen == [10_000] * 4
+    for row in pd.read_csv(tmp_path / "models/m/results.csv").itertuples():
+        kind, value = (-9, row.mcc_mlp) if row.factor_type == "discrete" else (1, row.r2_krreg)
+        assert value == pytest.approx((kind + len(row.modality)) / 10 + len(row.factor_name) / 1000)
+
+
+def test_the_defaults_are_the_specified_ones():
+    args, given = main_causal3dident.parse_flags([])
+    main_causal3dident.apply_recipe(args, given, main_causal3dident.RECIPES)
+    defaults = {
+        **{"datapath": "data/Causal3DIDent", "model_dir": "models", "model_id": None, "bias_type": "selections"},
+        **{"bias_id": 0, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
+        **{"train_steps": 100001, "log_steps": 1000, "checkpoint_steps": 10000, "evaluate": False, "seed": None},
+        **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
+        **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
+        **{"layer_lr": "uniform", "final_batch_size": 0, "recipe": "paper"},
+    }
+    assert {name: getattr(args, name) for name in defaults} == defaults
+
+
+def test_the_size_of_the_encodings():
+    sizes = {}
+    for bias_type, bias_id in itertools.product(("selections", "perturbations"), range(7)):
+        args, _ = main_causal3dident.parse_flags(["--bias-type", bias_type, "--bias-id", str(bias_id)])
+        setting = datasets.causal_setting(bias_type, bias_id)
+        sizes.setdefault(bias_type, []).append(image_text.encoding_size(main_causal3dident.EXPERIMENT, args, setting))
+    assert sizes == {"selections": [3, 3, 4, 5, 5, 6, 7], "perturbations": [7, 6, 5, 5, 4, 3, 3]}
+    args, _ = main_causal3dident.parse_flags(["--encoding-size", "2"])
+    assert image_text.encoding_size(main_causal3dident.EXPERIMENT, args, setting) == 2
+
+
+def test_pixels_are_normalised_as_specified(run, monkeypatch):
+    seen = []
+
+    def noted(size, mean, std, hidden_size):
+        seen.append((size, mean, std, hidden_size))
+        return SmallImageEncoder(size, mean, std, hidden_size)
+
+    monkeypatch.setattr(image_text, "ImageEncoder", noted)
+    monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
+    assert run("--seed 1 --train-steps 1 --hidden-size 20")[0] == 0
+    assert seen == [(5, (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082), 20)]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# killed and resumed, evaluated again
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program may catch it."""
+
+
+def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch):
+    """13 batches make an epoch, so the kills and the checkpoints fall into several of them."""
+    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
+    flags = "--seed 3 --train-steps 20 --recipe fast --bias-id 1"
+    assert run(flags, "whole")[0] == 0
+    rng, real = random.Random(flags), image_text.batch_loss
+    for _ in range(2):
+        count, last = itertools.count(), rng.randrange(6, 13)
+
+        def dying(*arguments, count=count, last=last):
+            if next(count) == last:
+                raise Killed
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(image_text, "batch_loss", dying)
+            with pytest.raises(Killed):
+                run(f"{flags} --resume", "killed")
+    code, out, err = run("--resume --log-steps 5", "killed", base="--no-cuda")
+    assert code == 0 and "resumed from step" in out, err
+    whole, killed = (contents(tmp_path / "models" / model) for model in ("whole", "killed"))
+    for name in ("encoder_img.pt", "encoder_txt.pt", "results.csv"):
+        assert whole[name] == killed[name], name
+
+
+def test_evaluation_again_draws_other_probes_and_keeps_the_first(run, tmp_path):
+    assert run("--seed 1")[0] == 0
+    before = contents(tmp_path / "models/m")
+    assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0
+    after = contents(tmp_path / "models/m")
+    assert after["results_seed2.csv"] == before["results.csv"] != after["results.csv"]
+    first, again = (pd.read_csv(tmp_path / f"models/m/results{suffix}.csv") for suffix in ("_seed2", ""))
+    assert first.r2_linreg.equals(again.r2_linreg) and first.mcc_logreg.equals(again.mcc_logreg)
+    assert not first.r2_krreg.equals(again.r2_krreg)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def cut_image(folder):
+    path = folder / "images/120.png"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:700])
+
+
+@pytest.mark.parametrize(
+    "flags, damage, words",
+    [
+        ("--bias-id 7", None, "--bias-id 7 is out of range: settings are 0 … 6"),
+        ("--bias-id -1", None, "--bias-id -1 is out of range"),
+        ("--bias-id x", None, "--bias-id"),
+        ("--bias-type selection", None, "--bias-type"),
+        ("--batch-size 161", None, "a batch of 161 pairs, and"),
+        ("--final-batch-size 200", None, "a batch of 200 pairs"),
+        ("--datapath nowhere", None, "nowhere is no folder"),
+        ("", shutil.rmtree, "is no folder, expected that of Causal3DIdent"),
+        ("", cut_image, "images/120.png is damaged"),
+        ("", lambda folder: (folder / "latents_text_selections_3.csv").unlink(), "latents_text_selections_3.csv is missing"),
+        ("--evaluate", None, "args.json is missing"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_changes_nothing(run, tmp_path, causal3dident, flags, damage, words):
+    if damage:
+        damage(causal3dident)
+    code, out, err = run(flags)
+    assert code == 2, (out, err)
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and words in err, err
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_folder_without_write_permission_is_one_line(run, tmp_path, causal3dident, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(causal3dident))
+
+    monkeypatch.setattr(datasets, "replaced", refused)
+    code, _, err = run()
+    assert code == 2 and err.splitlines() == [f"error: Permission denied: {causal3dident}; nothing that was complete has "
+                                              "been lost"]  # fmt: skip
+
+
+def test_the_picture_has_both_encodings_with_their_own_factors(tmp_path, monkeypatch):
+    rows = [("image", name, None, None, 0.5, 0.9) if name in DISCRETE else ("image", name, 0.1, 0.2, None, None)
+            for name in IMAGE]  # fmt: skip
+    rows += [("text", name, 0.3, 0.4, None, None) if name == "spotlight_pos" else ("text", name, None, None, 0.6, 0.7)
+             for name in TEXT]  # fmt: skip
+    results = pd.DataFrame(rows, columns=["modality", "factor_name", *COLUMNS[4:]])
+    tables = main_causal3dident.score_tables(results)
+    assert list(tables["image encoding"]) == IMAGE and list(tables["text encoding"]) == TEXT
+    assert tables["image encoding"].loc["nonlinear", "object_xpos"] == 0.9
+    assert tables["image encoding"].loc["linear", "object_color"] == 0.1
+    assert tables["text encoding"]["spotlight_pos"].tolist() == [0.3, 0.4]
+    main_causal3dident.plot_factor_scores(tables, tmp_path / "results.png", "title", {"object_xpos"})
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_the_script_explains_itself(capsys):
+    with pytest.raises(SystemExit):
+        main_causal3dident.parse_flags(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "its setting k is --bias-id 7 − k",
+        "0 = 3, 3, 4, 5, 5, 6, 7 for 1 … 7 unbiased",
+        "paper 100001, fast",
+    ):
+        assert words in shown
