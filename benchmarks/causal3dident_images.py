@@ -13,6 +13,7 @@ towards any denoiser, with noise of their own.
 
 import argparse
 import math
+import os
 import platform
 import random
 import shutil
@@ -55,11 +56,22 @@ def jobs(latents, indices, folder, seed=0):
 
 
 def timed(renderers, images):
-    """Seconds an image that `images` take."""
-    started = time.perf_counter()
+    """(seconds, CPU seconds) an image that `images` take."""
+    started, used = time.perf_counter(), cpu_seconds(renderers)
     for _ in renderers.render(images):
         pass
-    return (time.perf_counter() - started) / len(images)
+    return (time.perf_counter() - started) / len(images), (cpu_seconds(renderers) - used) / len(images)
+
+
+def cpu_seconds(renderers):
+    """CPU seconds that the rendering processes have used so far, on Linux; elsewhere nan."""
+    try:
+        fields = [
+            Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split() for process in renderers.processes
+        ]
+    except OSError:
+        return math.nan
+    return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def psnr(file, reference):
@@ -125,7 +137,7 @@ def main():
     latents = sample_latents(count + side_by_side, shapes, args.seed)
     folder = args.keep or Path(tempfile.mkdtemp(prefix="causal3dident-"))
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = {name: [] for name in forms}
+    seconds, used = {name: [] for name in forms}, {name: [] for name in forms}
     pools = {name: Renderers(*form) for name, form in forms.items()}
     try:
         for name, pool in pools.items():
@@ -141,17 +153,22 @@ def main():
         for start in range(0, count, args.per_round):
             indices = range(start, min(start + args.per_round, count))
             for name, pool in pools.items():
-                seconds[name].append(timed(pool, jobs(latents, indices, folder / name.replace(", ", " "))))
+                wall, cpu = timed(pool, jobs(latents, indices, folder / name.replace(", ", " ")))
+                seconds[name].append(wall)
+                used[name].append(cpu)
             print("  ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items()), "s an image", flush=True)
     finally:
         for pool in pools.values():
             pool.__exit__()
     own = seconds.pop("generate_images.py")
     for name, values in {**seconds, "generate_images.py": own}.items():
-        print(f"{name:24} {spread(values)} s an image over {len(values)} rounds of {args.per_round}")
+        print(f"{name:24} {spread(values)} s an image over {len(values)} rounds of {args.per_round}; "
+              f"CPU time {statistics.median(used[name]):.3f} s")  # fmt: skip
     fastest = min(seconds, key=lambda name: statistics.median(seconds[name]))
     ratios = [plain / fast for plain, fast in zip(seconds[fastest], own, strict=True)]
     print(f"against {fastest}: {spread(ratios)} times faster")
+    cpu_ratios = [plain / fast for plain, fast in zip(used[fastest], used["generate_images.py"], strict=True)]
+    print(f"by CPU time, which other processes on the machine hardly touch: {spread(cpu_ratios)} times")
     hours = IMAGES * statistics.median(own) / 3600
     print(f"{IMAGES:,} images on this machine: {hours:.1f} hours, plainly "
           f"{IMAGES * statistics.median(seconds[fastest]) / 3600:.1f} hours")  # fmt: skip

@@ -268,7 +268,7 @@ def test_pictures_put_together_lamp_by_lamp_are_those_of_all_lamps_at_once(tmp_p
     ]
     for name in ("fast", "plain"):
         write_latents(tmp_path / name, rows)
-        render(tmp_path / name, "--samples", 64, *(["--plain"] if name == "plain" else []))
+        render(tmp_path / name, "--samples", 256, *(["--plain"] if name == "plain" else []))
     for k in range(len(rows)):
         difference = pixels(tmp_path / f"fast/images/{k}.png") - pixels(tmp_path / f"plain/images/{k}.png")
         places = np.lib.stride_tricks.sliding_window_view(difference, (4, 4), axis=(0, 1)).mean(axis=(3, 4))

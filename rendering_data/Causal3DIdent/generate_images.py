@@ -635,7 +635,7 @@ class Renderers:
     def render(self, images):
         """Yield (image, seconds) as images are done; each a dict of file, temporary, seed and latents."""
         waiting, in_work = iter(images), [[] for _ in self.processes]
-        left = sum(self._hand_out(waiting, number, in_work) for number in range(self.count) for _ in range(2))
+        left = sum(self._hand_out(waiting, number, in_work) for _ in range(2) for number in range(self.count))
         while left:
             number, word, rest = self.answers.get()
             if word == "error":
