@@ -3,7 +3,7 @@
     python main_mpi3dreal.py --bias-type selection --bias-id 0     # captions speak of the colour alone
     python main_mpi3dreal.py --bias-type perturbation --bias-id 2  # camera and background are stated wrongly
     python main_mpi3dreal.py --bias-id 0 --encoding-size 1         # encodings of one dimension
-    python main_mpi3dreal.py --recipe fast --bias-id 2             # the same result in a fraction of the steps
+    python main_mpi3dreal.py --recipe fast --bias-id 2             # fewer steps, at a larger learning rate
     python main_mpi3dreal.py --model-id NAME --resume              # continue a run that was stopped
     python main_mpi3dreal.py --model-id NAME --evaluate --seed 7   # probe a trained model again
 
@@ -19,7 +19,7 @@ from figures import plot_factor_scores
 from image_text import MODALITIES, Experiment, make_parser, names_of, run_experiment
 from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-# "paper": exactly the paper's training. "fast": the same result from a twentieth of the steps.
+# "paper": exactly the paper's training. "fast": a twentieth of the steps, at a learning rate that falls from a larger one.
 RECIPES = {
     "paper": {
         "init": "default",
