@@ -42,7 +42,7 @@ import torch
 from PIL import Image
 
 from command_line import InputError
-from files import read_csv, read_table, replaced, write_bytes
+from files import locked, read_csv, read_table, replaced, write_bytes
 
 MPI3D_GRID = {
     "OBJ_COLOR": 4,
@@ -98,6 +98,7 @@ CAUSAL_TOOLS = "rendering_data/Causal3DIdent"
 
 GPU_RESERVE = 4 * 2**30  # bytes of GPU memory that images leave for the training
 UNTOUCHED_ROWS = 100  # rows from which a factor that is never replaced is no accident
+FINGERPRINT_IMAGES = 64  # by whose pixels a resumed run knows its images
 DECODED_AT_ONCE = 1024  # images between two writings to the memory map
 PROGRESS_SECONDS = 10  # between two lines of progress while images are decoded
 
@@ -423,17 +424,27 @@ def open_image_folder(folder):
         digest.update(f"{entry.name}/{status.st_size}/{status.st_mtime_ns}\n".encode())
     digest, paths = digest.hexdigest(), [Path(entry.path) for entry in entries]
     decoded = folder.with_name(f"{folder.name}.{digest}.npy")
-    with contextlib.suppress(FileNotFoundError, ValueError, struct.error, InputError), open(decoded, "rb") as file:
-        shape, start = _read_image_header(file, decoded)
-        if shape[0] == len(paths) and decoded.stat().st_size == start + math.prod(shape):
-            return _map_images(decoded, start, shape)
-    with replaced(decoded) as temporary, open(temporary, "wb") as file:
-        shape = _decode_images(paths, file, decoded)
-        start = file.tell() - math.prod(shape)
+    if (images := _map_decoded(decoded, len(paths))) is not None:
+        return images
+    with locked(folder.with_name(f".{folder.name}.lock")):  # jobs that start together: one decodes, the others wait
+        if (images := _map_decoded(decoded, len(paths))) is not None:
+            return images
+        with replaced(decoded) as temporary, open(temporary, "wb") as file:
+            shape = _decode_images(paths, file, decoded)
+            start = file.tell() - math.prod(shape)
     for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
         if other != decoded:
             other.unlink()
     return _map_images(decoded, start, shape)
+
+
+def _map_decoded(path, count):
+    """Memory map of `count` images that were decoded into `path`, None if it is not there or not whole."""
+    with contextlib.suppress(FileNotFoundError, ValueError, struct.error, InputError), open(path, "rb") as file:
+        shape, start = _read_image_header(file, path)
+        if shape[0] == count and path.stat().st_size == start + math.prod(shape):
+            return _map_images(path, start, shape)
+    return None
 
 
 def _numbered_images(folder):
@@ -570,7 +581,7 @@ class ImageTextPairs:
     """Splits of pairs over one set of images: batches as tensors on the device.
 
     splits: dict name → Split; vocabulary: dict word → number; length: tokens of a caption; fingerprint: a text that
-    differs between any two sets of pairs, as to captions, vocabulary, order and number of images.
+    differs between any two sets of pairs, as to captions, vocabulary, order, number of images and FINGERPRINT_IMAGES of them.
     """
 
     def __init__(self, images, splits, vocabulary):
@@ -580,6 +591,8 @@ class ImageTextPairs:
             self.splits[name] = dataclasses.replace(split, rows=rows, captions=captions)
         self.length = next(iter(splits.values())).captions.tokens.shape[1]
         digest = hashlib.blake2b(json.dumps([list(vocabulary), len(images)]).encode(), digest_size=16)
+        for number in np.linspace(0, len(images) - 1, FINGERPRINT_IMAGES, dtype=np.int64):
+            digest.update(images.array[number].tobytes())
         for split in splits.values():
             for part in (split.rows, split.captions.tokens, split.captions.index):
                 digest.update(part.numpy().tobytes())

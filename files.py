@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and are read without trusting them."""
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -29,6 +30,19 @@ def replaced(path):
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Context in which no other process is in `locked` with this path; an empty file of that name stays.
+
+    Where the file cannot be made, or the file system has no locks, nothing is waited for.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(path, "ab"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_bytes(path, content):

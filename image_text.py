@@ -344,13 +344,13 @@ def run_experiment(experiment, args, given):
 
 
 def check_same_data(args, pairs, directory):
-    """Raise InputError if a run that is resumed or evaluated was trained on other captions than those of --datapath."""
+    """Raise InputError if a run that is resumed or evaluated was trained on other pairs than those of --datapath."""
     if (args.resume or args.evaluate) and (directory / "args.json").exists():
         stored = stored_args(directory).get("data")
         if stored is not None and stored != pairs.fingerprint:
             raise InputError(
-                f"{args.datapath} does not hold the captions and the order that {directory} was trained with; name its data "
-                "set with --datapath, or render the captions again with its seed"
+                f"{args.datapath} does not hold the images, captions and order that {directory} was trained with; name its "
+                "data set with --datapath, or make it again with its seed"
             )
 
 

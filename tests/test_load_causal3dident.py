@@ -1,6 +1,8 @@
 """Causal3DIdent as tensors, against a plain reading of its files; its images decoded once; whatever is wrong with it."""
 
+import concurrent.futures
 import io
+import time
 
 import numpy as np
 import pandas as pd
@@ -111,6 +113,30 @@ def test_images_are_decoded_once_for_all_settings_with_a_message(causal3dident, 
     assert capsys.readouterr().out == "" and maps(causal3dident) == [name]
 
 
+def test_of_jobs_that_start_together_one_decodes_and_the_others_wait(causal3dident, monkeypatch):
+    decode, calls = datasets._decode_images, []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        time.sleep(0.3)
+        return decode(*arguments)
+
+    monkeypatch.setattr(datasets, "_decode_images", counted)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        images = list(pool.map(datasets.open_image_folder, 3 * [causal3dident / "images"]))
+    assert len(calls) == 1 and all(np.array_equal(image, images[0]) for image in images)
+
+
+def test_other_pixels_make_other_pairs(causal3dident):
+    """A run that is resumed beside images that were rendered anew must notice."""
+    before = load_causal3dident(causal3dident, "selections", 0)[0]
+    assert load_causal3dident(causal3dident, "selections", 0)[0].fingerprint == before.fingerprint
+    buffer = io.BytesIO()
+    Image.fromarray(255 - first_pixels(causal3dident)[0]).save(buffer, "png")
+    replace(causal3dident / "images/000.png", buffer.getvalue())
+    assert load_causal3dident(causal3dident, "selections", 0)[0].fingerprint != before.fingerprint
+
+
 @pytest.mark.parametrize("change", ["pixels", "name", "time"])
 def test_images_that_changed_are_decoded_again_and_the_older_map_removed(causal3dident, change):
     before, path = first_pixels(causal3dident), causal3dident / "images/001.png"
@@ -153,7 +179,8 @@ def test_a_map_is_there_as_a_whole_or_not_at_all(causal3dident, monkeypatch, err
         patch.setattr(datasets, "DECODED_AT_ONCE", 64)
         with pytest.raises(type(error)):
             load_causal3dident(causal3dident, "selections", 0)
-    assert sorted(causal3dident.iterdir()) == before
+    lock = causal3dident / ".images.lock"  # an empty file that stays
+    assert sorted(causal3dident.iterdir()) == sorted([*before, lock]) and lock.stat().st_size == 0
     assert first_pixels(causal3dident).shape == (3, 24, 24, 3)
 
 
@@ -265,7 +292,7 @@ def test_bad_data_is_named_and_leaves_no_map(causal3dident, damage, words):
     with pytest.raises(InputError) as caught:
         load_causal3dident(causal3dident, "selections", 1)
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert not maps(causal3dident) and not list(causal3dident.glob(".*"))
+    assert not maps(causal3dident) and not list(causal3dident.glob(".images.*.npy"))
 
 
 def test_a_perturbed_factor_that_is_always_the_image_s_is_of_another_setting(causal3dident):

@@ -340,7 +340,7 @@ def test_other_captions_than_those_trained_on_are_refused(run, trained, mpi3d):
     path.unlink()
     path.write_text(json.dumps({word: number for number, word in enumerate(words[:3] + words[:2:-1])}))
     code, _, err = run("--evaluate --seed 5", base="--no-cuda")
-    assert code == 2 and "does not hold the captions" in err and contents(trained) == before
+    assert code == 2 and "does not hold the images, captions" in err and contents(trained) == before
 
 
 # --------------------------------------------------------------------------------------------------------------
