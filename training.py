@@ -214,8 +214,8 @@ def open_model_directory(args, given, default_id, script_run_flags=frozenset()):
 
     Changes nothing on disk. `given`: the flags on the command line; `default_id`: name of a fresh directory;
     `script_run_flags`: the script's own flags that may differ from args.json. Raises InputError if the directory holds a
-    model and neither --resume, --evaluate nor --overwrite was given, or if a flag given contradicts args.json and
-    --load-args was not.
+    model and neither --resume, --evaluate nor --overwrite was given, if it holds files but no args.json, or if a flag
+    given contradicts args.json and --load-args was not.
     """
     if sum((args.resume, args.overwrite, args.evaluate)) > 1:
         raise InputError("--resume, --overwrite and --evaluate exclude each other")
@@ -229,19 +229,20 @@ def open_model_directory(args, given, default_id, script_run_flags=frozenset()):
     directory = Path(args.model_dir) / args.model_id
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file, expected the folder of a model")
-    if args.evaluate or args.load_args or (args.resume and (directory / "args.json").exists()):
+    has_args = (directory / "args.json").exists()
+    if args.evaluate or args.load_args or (args.resume and has_args):
         _take_stored_args(args, given, directory, script_run_flags)
-    elif directory.exists() and not args.overwrite and not args.resume:
-        if (directory / "args.json").exists():
-            if is_finished(directory):
-                raise InputError(
-                    f"{directory} holds a finished model; --evaluate evaluates it again, --overwrite trains it anew"
-                )
-            raise InputError(f"{directory} holds an unfinished run; --resume continues it, --overwrite starts it anew")
-        if any(directory.iterdir()):
+    if has_args and not (args.resume or args.evaluate or args.overwrite):
+        if is_finished(directory):
             raise InputError(
-                f"{directory} holds files but no args.json; choose another --model-id, or train there with --overwrite"
+                f"{directory} holds a finished model; --evaluate evaluates it again, --overwrite trains it anew"
             )
+        raise InputError(f"{directory} holds an unfinished run; --resume continues it, --overwrite starts it anew")
+    # a run killed as it began leaves no more than a hidden file
+    if directory.exists() and not (has_args or args.overwrite) and any(directory.glob("[!.]*")):
+        raise InputError(
+            f"{directory} holds files but no args.json; choose another --model-id, or train there with --overwrite"
+        )
     return directory
 
 

@@ -277,6 +277,16 @@ def test_a_finished_model_is_not_overwritten_without_overwrite(run, trained):
     assert sorted(after) == FILES and after["f_x.pt"] != before["f_x.pt"]
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_load_args_alone_overwrites_nothing(run, trained, finished):
+    directory, _ = trained
+    stored = json.loads((directory / "args.json").read_text())
+    (directory / "args.json").write_text(json.dumps({**stored, "finished": finished}))
+    before = contents(directory)
+    code, _, err = run("--load-args", base="--no-cuda")
+    assert code == 2 and "--overwrite" in err and contents(directory) == before
+
+
 def test_an_unfinished_run_is_not_overwritten_either(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -291,6 +301,20 @@ def test_an_unfinished_run_is_not_overwritten_either(run, tmp_path, monkeypatch)
 def test_resume_starts_what_never_began(run, tmp_path):
     assert run("--seed 1 --resume", "fresh")[0] == 0
     assert sorted(contents(tmp_path / "models/fresh")) == FILES
+
+
+def test_resume_goes_on_from_no_checkpoint_whose_flags_are_lost(run, trained):
+    directory, _ = trained
+    (directory / "args.json").unlink()
+    before = contents(directory)
+    fails(run, "--seed 2 --resume", "holds files but no args.json")
+    assert contents(directory) == before
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_starts_anew(run, tmp_path):
+    (tmp_path / "models/m").mkdir(parents=True)
+    (tmp_path / "models/m/.args.json.x7a.json").write_text("{")
+    assert run("--seed 1 --resume")[0] == 0
 
 
 # --------------------------------------------------------------------------------------------------------------
