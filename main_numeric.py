@@ -364,7 +364,7 @@ def main(argv=None):
     device = select_device(args)
     if args.evaluate:
         return evaluate_again(args, directory, device)
-    if is_finished(directory) and args.resume:
+    if args.resume and is_finished(directory):
         print(f"{directory} is finished already: nothing to resume")
         return 0
     if args.seed is None:

@@ -286,6 +286,9 @@ def start_directory(directory, args, details):
     directory.mkdir(parents=True, exist_ok=True)
     check_writable(directory)
     if not args.resume:
+        with contextlib.suppress(InputError):
+            # killed from here on, this is the earlier run, which --resume ends once more
+            write_json(directory / "args.json", {**read_json(directory / "args.json"), "finished": False})
         for pattern in ("*.pt", "*.csv", "*.png"):
             for file in directory.glob(pattern):
                 file.unlink()

@@ -298,6 +298,33 @@ def test_an_unfinished_run_is_not_overwritten_either(run, tmp_path, monkeypatch)
     assert code == 2 and "--resume" in err and contents(tmp_path / "models/m") == before
 
 
+def test_a_directory_with_a_damaged_args_json_can_be_overwritten(run, trained):
+    directory, _ = trained
+    (directory / "args.json").write_text("{")
+    assert run("--seed 2 --overwrite")[0] == 0 and sorted(contents(directory)) == FILES
+
+
+@pytest.mark.parametrize("removals", [0, 3, 7])
+def test_a_run_killed_while_it_overwrites_is_the_earlier_one(run, trained, monkeypatch, removals):
+    directory, _ = trained
+    before = contents(directory)
+    real, count = Path.unlink, iter(range(100))
+
+    def dying(path):
+        if next(count) == removals:
+            raise KeyboardInterrupt
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        assert run("--seed 2 --overwrite")[0] == 130
+    monkeypatch.setattr(main_numeric, "write_evaluation", lambda *_: {})
+    assert run("--resume", base="--no-cuda")[0] == 0
+    after = contents(directory)
+    assert all(after[name] == before[name] for name in ("f_x.pt", "f_t.pt", "g_x.pt", "g_t.pt"))
+    assert json.loads(after["args.json"])["seed"] == 1
+
+
 def test_resume_starts_what_never_began(run, tmp_path):
     assert run("--seed 1 --resume", "fresh")[0] == 0
     assert sorted(contents(tmp_path / "models/fresh")) == FILES
