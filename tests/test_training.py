@@ -61,7 +61,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
             killed_after(patch, rng.randrange(18))
             with pytest.raises(Killed):
                 run(f"{flags} --resume", "killed")
-    code, out, _ = run("--resume", "killed")
+    code, out, _ = run("--resume", "killed", base="")
     assert code == 0 and "resumed from step" in out
     assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
 
