@@ -268,6 +268,8 @@ def _take_stored_args(args, given, directory, script_run_flags):
                                  "leave the flag out, or take what is stored with --load-args")  # fmt: skip
             print(f"{flag} {stored[name]} is taken from {args_file}, not {getattr(args, name)}")
         setattr(args, name, stored[name])
+    if args.evaluate:
+        args.precision = "fp32"  # in full, also where the device does not have the precision of the training
 
 
 def stored_args(directory):

@@ -253,6 +253,15 @@ def test_evaluation_may_change_its_own_flags(run, trained):
     assert json.loads(contents(directory)["args.json"])["num_eval_batches"] == 2
 
 
+def test_evaluation_needs_no_device_that_has_the_precision_of_the_training(run, trained):
+    directory, _ = trained
+    stored = json.loads((directory / "args.json").read_text())
+    (directory / "args.json").write_text(json.dumps({**stored, "precision": "tf32"}))
+    code, out, err = run("--evaluate --seed 5", base="--no-cuda")
+    assert code == 0 and "threads, fp32" in out, err
+    assert json.loads((directory / "args.json").read_text())["precision"] == "tf32"
+
+
 def test_evaluation_without_a_seed_draws_one_that_is_not_the_training_s(run, trained, monkeypatch):
     directory, _ = trained
     drawn = iter([1, 1, 77])
