@@ -359,7 +359,8 @@ def main(argv=None):
     """Train and evaluate, or with --evaluate evaluate again; returns the exit code."""
     args, given = parse_flags(argv)
     apply_recipe(args, given, RECIPES)
-    directory = open_model_directory(args, given, f"numeric_theta{args.theta_value}_beta{args.beta_value}", RUN_FLAGS)
+    default_id = f"numeric_theta{args.theta_value}_beta{args.beta_value}"
+    directory = open_model_directory(args, given, default_id, RUN_FLAGS, parse_flags)
     check_subsets(args)
     device = select_device(args)
     if args.evaluate:

@@ -210,11 +210,12 @@ def drawn_seed():
     return secrets.randbelow(2**31)
 
 
-def open_model_directory(args, given, default_id, script_run_flags=frozenset()):
+def open_model_directory(args, given, default_id, script_run_flags=frozenset(), parse_flags=None):
     """Directory of the run as a Path, with `args` completed in place from its args.json where it holds a model already.
 
     Changes nothing on disk. `given`: the flags on the command line; `default_id`: name of a fresh directory;
-    `script_run_flags`: the script's own flags that may differ from args.json. Raises InputError if the directory holds a
+    `script_run_flags`: the script's own flags that may differ from args.json; `parse_flags`: the script's parser of command
+    lines, if args.json is to hold no value that it would refuse. Raises InputError if it does, if the directory holds a
     model and neither --resume, --evaluate nor --overwrite was given, if it holds files but no args.json, or if a flag
     given contradicts args.json and --load-args was not.
     """
@@ -232,7 +233,7 @@ def open_model_directory(args, given, default_id, script_run_flags=frozenset()):
         raise InputError(f"{directory} is a file, expected the folder of a model")
     has_args = (directory / "args.json").exists()
     if args.evaluate or args.load_args or (args.resume and has_args):
-        _take_stored_args(args, given, directory, script_run_flags)
+        _take_stored_args(args, given, directory, script_run_flags, parse_flags)
     if has_args and not (args.resume or args.evaluate or args.overwrite):
         if is_finished(directory):
             raise InputError(
@@ -253,7 +254,7 @@ def fresh_id(model_dir, name):
     return next(candidate for candidate in candidates if not (Path(model_dir) / candidate).exists())
 
 
-def _take_stored_args(args, given, directory, script_run_flags):
+def _take_stored_args(args, given, directory, script_run_flags, parse_flags):
     """Set the flags of `args` that say what is trained to their values in args.json, in place."""
     stored, args_file = stored_args(directory), directory / "args.json"
     if_given = script_run_flags | ({"log_steps", "no_cuda"} if args.resume else set())
@@ -261,6 +262,8 @@ def _take_stored_args(args, given, directory, script_run_flags):
     for name in [name for name in vars(args) if name not in own]:
         if name not in stored:
             raise InputError(f"{args_file} has no {name!r}: it is damaged, or another script's")
+        if parse_flags:
+            _check_stored_value(name, stored[name], args_file, parse_flags)
         if name in given and getattr(args, name) != stored[name]:
             flag = f"--{name.replace('_', '-')}"
             if not args.load_args:
@@ -272,10 +275,22 @@ def _take_stored_args(args, given, directory, script_run_flags):
         args.precision = "fp32"  # in full, also where the device does not have the precision of the training
 
 
+def _check_stored_value(name, value, args_file, parse_flags):
+    flag = f"--{name.replace('_', '-')}"
+    words = [] if value is False else [flag] if value is True else [f"{flag}={value}"]
+    try:
+        parsed = getattr(parse_flags(words)[0], name)
+    except InputError:
+        parsed = None
+    if parsed != value or value is None:
+        raise InputError(f"{args_file} is damaged: {value!r} is no value of {flag}")
+
+
 def stored_args(directory):
     """Dict of args.json of a model directory; InputError if it is missing or damaged."""
     stored = read_json(Path(directory) / "args.json")
-    if not isinstance(stored.get("seed"), int):
+    seed = stored.get("seed")
+    if type(seed) is not int or seed < 0:
         raise InputError(f"{Path(directory) / 'args.json'} is damaged: it has no seed")
     return stored
 

@@ -438,6 +438,25 @@ def test_damaged_model_directories(run, trained, name, damage, words):
     assert contents(directory) == before
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("seed", True), ("seed", -1), ("theta_value", "3"), ("modality_n", 2.5), ("semantics_n", 0)),
+        *(("change_prob", "x"), ("protocol", "text"), ("batch_size", None), ("num_eval_batches", 0), ("lr", "x")),
+        *(("mlp_eval", "no"), ("train_steps", "9"), ("init", "q"), ("causal_dependence", 1)),
+    ],
+)
+def test_args_json_with_a_value_that_no_flag_has(run, tmp_path, name, value):
+    directory = tmp_path / "models/m"
+    directory.mkdir(parents=True)
+    args, given = main_numeric.parse_flags([*TINY.split(), "--seed", "1"])
+    main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
+    (directory / "args.json").write_text(json.dumps({**vars(args), name: value}))
+    for flags in ("--evaluate --seed 5", "--resume"):
+        fails(run, flags, "args.json is damaged", base="--no-cuda")
+    assert [path.name for path in directory.iterdir()] == ["args.json"]
+
+
 def test_a_truncated_weight_file_and_one_of_another_shape(run, trained):
     directory, _ = trained
     whole = (directory / "f_x.pt").read_bytes()
