@@ -43,13 +43,14 @@ def run_script(main):
     sys.exit(code)
 
 
-def integer(minimum):
-    """argparse type: an integer of at least `minimum`."""
+def integer(minimum, *, or_zero=False):
+    """argparse type: an integer of at least `minimum`, or 0 with `or_zero`."""
 
     def parse(text):
         value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is too small, expected an integer of at least {minimum}")
+        if value < minimum and not (or_zero and value == 0):
+            expected = f"an integer of at least {minimum}" + (", or 0" if or_zero else "")
+            raise argparse.ArgumentTypeError(f"{value} is too small, expected {expected}")
         return value
 
     parse.__name__ = "integer"

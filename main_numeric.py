@@ -97,7 +97,7 @@ def parse_flags(argv):
     )
     group.add_argument(
         "--theta-value",
-        type=integer(-1),
+        type=integer(0),
         default=1022,
         help="selection bias θ: number of the subset I_θ that the text speaks of (%(default)s)",
     )
@@ -120,13 +120,13 @@ def parse_flags(argv):
     )
     group.add_argument(
         "--margin-param",
-        type=number(0, above=True),
+        type=number(1e-6, 1e6),
         default=1.0,
         help="standard deviation of independent latents (%(default)s)",
     )
     group.add_argument(
         "--cond-param",
-        type=number(0, above=True),
+        type=number(1e-6, 1e6),
         default=1.0,
         help="standard deviation of independent perturbations (%(default)s)",
     )
@@ -158,7 +158,7 @@ def parse_flags(argv):
 
 
 def check_subsets(args):
-    """Raise InputError if θ or β is no subset, or if they leave nothing unbiased."""
+    """Raise InputError if θ or β is the number of no subset."""
     for flag, value, lowest in (("--theta-value", args.theta_value, 0), ("--beta-value", args.beta_value, -1)):
         if not lowest <= value < subset_count(args.semantics_n):
             raise InputError(
@@ -168,7 +168,7 @@ def check_subsets(args):
 
 
 def build_latents(args, training_seed, device):
-    """The distribution of latents of a setting; the training seed fixes its covariances."""
+    """MisalignedLatents of a setting, whose covariances the training seed fixes; InputError if nothing is unbiased."""
     try:
         return MisalignedLatents(args.semantics_n, args.modality_n, args.theta_value, args.beta_value, training_seed,
                                  change_prob=args.change_prob, causal_dependence=args.causal_dependence,

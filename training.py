@@ -77,7 +77,7 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
         help="steps between two lines of progress and checkpoints (%(default)s)",
     )
     group.add_argument("--no-cuda", action="store_true", help="stay on the CPU")
-    group = parser.add_argument_group("training", "a recipe sets these at once; a flag that is given wins")
+    group = parser.add_argument_group("training", "--recipe sets what follows it at once; a flag that is given wins")
     group.add_argument(
         "--protocol",
         choices=("code", "paper"),
@@ -109,21 +109,26 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
         help="of Adam's gradients; inputs: whiten by each layer's inputs, see optimisers.py "
         f"({recipe_default('preconditioner')})",
     )
-    group.add_argument("--lr-schedule", choices=tuple(LR_SCHEDULES), help=f"({recipe_default('lr_schedule')})")
+    group.add_argument(
+        "--lr-schedule",
+        choices=tuple(LR_SCHEDULES),
+        help=f"one cycle warms up and comes down to nothing ({recipe_default('lr_schedule')})",
+    )
     group.add_argument("--batch-size", type=integer(2), help=f"pairs a step ({recipe_default('batch_size')})")
     group.add_argument(
         "--final-batch-size",
-        type=integer(0),
-        help="pairs in the last step: the batch grows geometrically from --batch-size; 0 = it does not, auto = larger for "
-        f"larger encodings ({recipe_default('final_batch_size')})",
+        type=integer(2, or_zero=True),
+        help="pairs in the last step: the batch grows geometrically from --batch-size; 0 = it does not; a recipe's auto: "
+        f"larger for larger encodings ({recipe_default('final_batch_size')})",
     )
     group.add_argument(
         "--train-steps",
         type=integer(1),
-        help=f"auto = by the size of the encodings ({recipe_default('train_steps')})",
+        help=f"steps of training; a recipe's auto: by the size of the encodings ({recipe_default('train_steps')})",
     )
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
-                       help=f"of matrix products; tf32 on CUDA alone ({recipe_default('precision')})")  # fmt: skip
+                       help="of matrix products; tf32 on CUDA alone; a recipe's auto: bf16 where the device computes it fast, "
+                       f"else fp32 ({recipe_default('precision')})")  # fmt: skip
 
 
 def apply_recipe(args, given, recipes):
