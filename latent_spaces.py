@@ -77,7 +77,10 @@ def subset_from_index(index, n):
 
 
 def index_from_subset(subset, n):
-    """Number of a subset of {0 … n−1}: the inverse of `subset_from_index`; the empty set is −1."""
+    """Number of a subset of {0 … n−1}: the inverse of `subset_from_index`; the empty set is −1.
+
+    Raises ValueError for elements that are not in {0 … n−1}.
+    """
     subset = sorted(set(subset))
     if not subset:
         return -1
@@ -182,11 +185,14 @@ class MisalignedLatents:
         n, m = self.semantics_n, self.modality_n
         widths = (n, m, m, n) if self.perturbed else (n, m, m)
         normal = torch.randn(size, sum(widths), generator=generator, device=self.device).split(widths, dim=1)
-        s, m_x, m_t = (unit @ self._factors[name].T for unit, name in zip(normal, ("s", "m_x", "m_t"), strict=False))
-        s_tilde = s
-        if self.perturbed:
-            changed = torch.rand(size, n, generator=generator, device=self.device) < self.change_prob
-            s_tilde = s + self._perturbs * changed * (normal[3] @ self._factors["epsilon"].T)
+        with torch.autocast(self.device.type, enabled=False):  # whatever the precision of the training
+            s, m_x, m_t = (
+                unit @ self._factors[name].T for unit, name in zip(normal, ("s", "m_x", "m_t"), strict=False)
+            )
+            s_tilde = s
+            if self.perturbed:
+                changed = torch.rand(size, n, generator=generator, device=self.device) < self.change_prob
+                s_tilde = s + self._perturbs * changed * (normal[3] @ self._factors["epsilon"].T)
         return Latents(s, s_tilde, m_x, m_t, self.selected)
 
 
