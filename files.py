@@ -14,7 +14,10 @@ from command_line import InputError
 
 @contextlib.contextmanager
 def replaced(path):
-    """Context of a temporary path beside `path`, renamed to it once the block has ended well and the bytes are on disk."""
+    """Context of a temporary path beside `path`, renamed to it once the block has ended well and the bytes are on disk.
+
+    An OSError that names no file, as that of a full disk, gets the name of `path`.
+    """
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
@@ -26,9 +29,11 @@ def replaced(path):
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -307,8 +307,14 @@ def is_finished(directory):
 
 def start_directory(directory, args, details):
     """Make the directory and write args.json: the flags, and `details` of the run. Removes what --overwrite gives up."""
+    is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    check_writable(directory)
+    try:
+        check_writable(directory)
+    except OSError:
+        if is_new:
+            directory.rmdir()
+        raise
     if not args.resume:
         with contextlib.suppress(InputError):
             # killed from here on, this is the earlier run, which --resume ends once more
@@ -342,9 +348,13 @@ def keep_results(directory, earlier_seed, seed):
 
 def check_writable(directory):
     """Raise OSError if no file can be made in `directory`, or its disk is full."""
-    with tempfile.TemporaryFile(dir=directory) as file:
-        file.write(bytes(2**20))
-        file.flush()
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(2**20))
+            file.flush()
+    except OSError as error:
+        error.filename = str(directory)
+        raise
 
 
 def write_args(directory, args, details):

@@ -530,24 +530,24 @@ def test_a_full_disk_loses_nothing(run, tmp_path):
     limit = len(before["checkpoint.pt"]) // 2
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "File too large" in done.stderr, (
-        done.stderr
-    )
+    message = f"error: File too large: {directory / 'checkpoint.pt'}; nothing that was complete has been lost\n"
+    assert (done.returncode, done.stderr) == (2, message)
     after = contents(directory)
     assert {**before, "args.json": 0} == {**after, "args.json": 0}, "no half-written file, and the checkpoint as it was"
     assert run("--resume", base="--no-cuda")[0] == 0
 
 
-def test_overwriting_on_a_full_disk_keeps_the_old_model(run, trained, monkeypatch):
+def test_starting_on_a_full_disk_changes_nothing(run, trained, monkeypatch):
     directory, _ = trained
     before = contents(directory)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
     try:
-        fails(run, "--seed 2 --overwrite", "File too large")
+        fails(run, "--seed 2 --overwrite", f"File too large: {directory}")
+        fails(run, "--seed 2", "File too large", model="new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert contents(directory) == before
+    assert contents(directory) == before and [path.name for path in directory.parent.iterdir()] == ["m"]
 
 
 def test_help_groups_the_flags_and_needs_nothing():
