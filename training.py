@@ -471,7 +471,8 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
     every source of randomness that compute_loss uses, the order of the data too; monitor(): (dict column → number, text)
     for each line of the log, from random numbers of its own; after_step(step) is called when `step` steps are done.
     Continues from checkpoint.pt if the directory has one. SIGINT and SIGTERM write a checkpoint, say how to resume and
-    exit with 128 + the signal's number. Raises InputError if the loss is no longer finite.
+    exit with 128 + the signal's number. Raises InputError if the loss is no longer finite, and if checkpoint.pt is damaged
+    or of another run.
     """
     parameters = [
         parameter for module in modules.values() for parameter in module.parameters() if parameter.requires_grad
@@ -584,7 +585,7 @@ def _load_checkpoint(path, modules, optimiser, preconditioner, generators):
         for name, generator in generators.items():
             generator.set_state(content["generators"][name])
         return Progress(**content["progress"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path} is not a checkpoint of this run ({type(error).__name__}: {error}); start anew with --overwrite"
         ) from None

@@ -489,8 +489,9 @@ def test_a_damaged_checkpoint_is_named_and_kept(run, tmp_path, trained):
         fails(run, "--resume", "checkpoint.pt is damaged", base="--no-cuda")
         after = contents(directory)
         assert {**before, "args.json": 0} == {**after, "args.json": 0}
-    training.save_torch({"progress": {}}, directory / "checkpoint.pt")
-    fails(run, "--resume", "checkpoint.pt is not a checkpoint of this run", base="--no-cuda")
+    for other in ({"progress": {}}, [1, 2], {"modules": {"f_x": {"0.weight": 1}}}):
+        training.save_torch(other, directory / "checkpoint.pt")
+        fails(run, "--resume", "checkpoint.pt is not a checkpoint of this run", base="--no-cuda")
 
 
 def test_places_that_cannot_be_written(run, tmp_path):
