@@ -254,14 +254,14 @@ def evaluate(networks, latents, batches, seed, mlp_eval):
     fit_encodings, fit_targets = encode(networks, latents, batches, generator)
     test_encodings, test_targets = encode(networks, latents, batches, generator)
     encodings = {name: probes.standardise(fit_encodings[name], test_encodings[name]) for name in fit_encodings}
+    rows, nonlinear = [], {}
     if mlp_eval:
         nonlinear = probes.mlp_r2(encodings, fit_targets, test_targets, seeded_generator(seed, "probe", latents.device))
-    rows = []
     for name, (fit_h, test_h) in encodings.items():
         linear = probes.linear_r2(fit_h, fit_targets, test_h, test_targets)
         if not mlp_eval:
             scores = probes.kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets)
-            nonlinear = {(name, factor): score for factor, score in scores.items()} | (nonlinear if rows else {})
+            nonlinear |= {(name, factor): score for factor, score in scores.items()}
         rows += [(name, factor, linear[factor], nonlinear[name, factor]) for factor in fit_targets]
     return pd.DataFrame(rows, columns=["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"])
 

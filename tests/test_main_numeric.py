@@ -14,8 +14,9 @@ import torch
 
 import main_numeric
 import training
-from latent_spaces import seeded_generator
+from latent_spaces import MisalignedLatents, seeded_generator
 from tests.conftest import TINY
+from tests.test_losses import written_out_symmetric
 
 ROOT = Path(main_numeric.__file__).parent
 FILES = [
@@ -196,6 +197,83 @@ def test_kernel_ridge_is_the_nonlinear_probe_without_mlp_eval(run, tmp_path, tra
 
 
 # --------------------------------------------------------------------------------------------------------------
+# the parts, one by one
+
+
+def drawn_networks(flags, tmp_path):
+    """(args, latents, networks) of command line flags, all weights drawn."""
+    args, given = main_numeric.parse_flags([*TINY.split(), "--seed", "1", *flags.split()])
+    main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
+    latents = main_numeric.build_latents(args, 1, torch.device("cpu"))
+    networks = main_numeric.build_networks(args, latents)
+    main_numeric.set_weights(networks, args, tmp_path)
+    return args, latents, networks
+
+
+@torch.no_grad()
+def test_negatives_are_encodings_of_independent_latents(run, tmp_path):
+    _, latents, networks = drawn_networks("--beta-value 0", tmp_path)
+    z = latents.sample(60, seeded_generator(4, "train"))
+    h_x, h_t = networks["f_x"](networks["g_x"](z.z_x)), networks["f_t"](networks["g_t"](z.z_t))
+    expected = written_out_symmetric(*(h.double() for h in (h_x[:30], h_t[:30], h_x[30:], h_t[30:])))
+    loss = main_numeric.batch_loss(networks, latents, 30, "independent", seeded_generator(4, "train"))
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_image_and_text_are_mixed_by_networks_of_their_own(run, tmp_path):
+    _, _, networks = drawn_networks("--theta-value 6", tmp_path)
+    mixings, encoders = ([networks[name].state_dict() for name in names] for names in (("g_x", "g_t"), ("f_x", "f_t")))
+    for image, text in (mixings, encoders):
+        assert all(not torch.equal(image[name], text[name]) for name in image)
+
+
+def test_targets_are_the_latents_behind_the_encodings(run, tmp_path):
+    _, latents, networks = drawn_networks("--theta-value 6 --beta-value 2 --encoding-size 5", tmp_path)
+    encodings, targets = main_numeric.encode(networks, latents, 2, seeded_generator(4, "evaluate"))
+    generator = seeded_generator(4, "evaluate")
+    batches = [latents.sample(main_numeric.EVAL_BATCH, generator) for _ in range(2)]
+    s, s_tilde, m_x, m_t = (torch.cat([getattr(z, name) for z in batches]) for name in ("s", "s_tilde", "m_x", "m_t"))
+    expected = {"s_0": s[:, :1], "s_1": s[:, 1:2], "s_2": s[:, 2:], "s_inv": s[:, :2], "tilde_s_2": s_tilde[:, 2:]}
+    expected |= {"m_x": m_x, "m_t": m_t}
+    assert list(targets) == list(expected) and all(torch.equal(targets[name], expected[name]) for name in expected)
+    inputs = {"x": torch.cat((s, m_x), dim=1), "t": torch.cat((s_tilde, m_t), dim=1)}
+    with torch.no_grad():
+        for name, z in inputs.items():
+            h = networks[f"f_{name}"](networks[f"g_{name}"](z))
+            assert h.shape == (600, 5) and torch.allclose(encodings[f"hz_{name}"], h, atol=1e-6)
+
+
+def test_probes_are_scored_on_other_samples_than_they_are_fitted_on(run, tmp_path, monkeypatch):
+    _, latents, networks = drawn_networks("", tmp_path)
+    seen, real = [], main_numeric.probes.linear_r2
+    monkeypatch.setattr(main_numeric.probes, "linear_r2", lambda *data: seen.append(data) or real(*data))
+    main_numeric.evaluate(networks, latents, 2, 7, mlp_eval=True)
+    for fit_h, fit_targets, test_h, test_targets in seen:
+        assert fit_h.shape == test_h.shape == (600, 2)
+        assert not set(fit_targets["s_0"].flatten().tolist()) & set(test_targets["s_0"].flatten().tolist())
+        assert torch.allclose(fit_h.mean(dim=0), torch.zeros(2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "inside, outside, dependent, words",
+    [
+        (0.96, 0.04, False, "Exactly the unbiased block is learned: the unbiased block {s_0, s_1} has nonlinear R² of"),
+        (0.96, 0.5, False, "Not (yet) the pattern of the theory"),
+        (0.96, 0.5, True, "The unbiased block is learned"),
+        (0.7, -0.1, True, "Not (yet) the pattern of the theory"),
+    ],
+)
+def test_the_verdict_is_about_the_worst_factors(inside, outside, dependent, words):
+    latents = MisalignedLatents(3, 1, 6, 2, 0)
+    scores = {"s_0": inside, "s_1": 0.99, "s_inv": 0.98, "s_2": -0.2, "tilde_s_2": outside, "m_x": 0.0, "m_t": 0.0}
+    rows = [(name, factor, 0.0, score) for name in ("hz_x", "hz_t") for factor, score in scores.items()]
+    results = pd.DataFrame(rows, columns=["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"])
+    sentence = main_numeric.verdict(results, latents, dependent)
+    assert sentence.startswith(words) and f"at least {inside:.2f}" in sentence
+    assert f"at most {max(outside, 0):.2f}" in sentence
+
+
+# --------------------------------------------------------------------------------------------------------------
 # --evaluate, --load-args
 
 
@@ -229,9 +307,7 @@ def test_dependent_latents_are_evaluated_with_the_covariances_of_the_training(ru
 
     monkeypatch.setattr(main_numeric, "evaluate", noted)
     assert run("--evaluate --seed 9", base="--no-cuda")[0] == 0
-    expected = (
-        main_numeric.MisalignedLatents(3, 1, 3, -1, 1, causal_dependence=True).sample(5, seeded_generator(0, "train")).s
-    )
+    expected = MisalignedLatents(3, 1, 3, -1, 1, causal_dependence=True).sample(5, seeded_generator(0, "train")).s
     assert torch.equal(seen[0], expected)
 
 
