@@ -212,7 +212,7 @@ def drawn_networks(flags, tmp_path):
 
 @torch.no_grad()
 def test_negatives_are_encodings_of_independent_latents(run, tmp_path):
-    _, latents, networks = drawn_networks("--beta-value 0", tmp_path)
+    _, latents, networks = drawn_networks("--beta-value 0 --init he", tmp_path)
     z = latents.sample(60, seeded_generator(4, "train"))
     h_x, h_t = networks["f_x"](networks["g_x"](z.z_x)), networks["f_t"](networks["g_t"](z.z_t))
     expected = written_out_symmetric(*(h.double() for h in (h_x[:30], h_t[:30], h_x[30:], h_t[30:])))
