@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from losses import image_text_contrastive_loss, multimodal_contrastive_loss
@@ -83,6 +84,28 @@ def test_negatives_from_the_batch_leave_the_anchor_out(monkeypatch):
         assert abs(value - expected) < 1e-12
         for found, wanted in zip(gradients, expected_gradients, strict=True):
             assert relative(found, wanted) < 1e-10
+
+
+class LargestTensor(TorchDispatchMode):
+    """Context that notes the number of elements of the largest tensor that is made in it."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0])
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_no_tensor_of_all_pairs_is_made(p, in_batch, monkeypatch):
+    monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 4000)
+    leaves = [h.float().requires_grad_() for h in encodings((200, 200, 200, 200), 8)]
+    with LargestTensor() as largest:
+        multimodal_contrastive_loss(*leaves[: 2 if in_batch else 4], p=p).backward()
+    assert 1000 < largest.size <= 4000 < 200 * 200
 
 
 def test_identical_encodings_have_the_loss_of_chance_and_perfect_ones_its_bound():
