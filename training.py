@@ -306,7 +306,10 @@ def is_finished(directory):
 
 
 def start_directory(directory, args, details):
-    """Make the directory and write args.json: the flags, and `details` of the run. Removes what --overwrite gives up."""
+    """Make the directory and write args.json: the flags, and `details` of the run. Removes what --overwrite gives up.
+
+    Raises OSError if no file can be made there.
+    """
     is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -315,13 +318,15 @@ def start_directory(directory, args, details):
         if is_new:
             directory.rmdir()
         raise
-    if not args.resume:
+    given_up = [] if args.resume else ["*.pt", "*.csv", "*.png"]
+    if given_up:
         with contextlib.suppress(InputError):
             # killed from here on, this is the earlier run, which --resume ends once more
             write_json(directory / "args.json", {**read_json(directory / "args.json"), "finished": False})
-        for pattern in ("*.pt", "*.csv", "*.png"):
-            for file in directory.glob(pattern):
-                file.unlink()
+    half_written = [".*.pt", ".*.csv", ".*.png", ".*.json"]  # by a process that was killed
+    for pattern in given_up + half_written:
+        for file in directory.glob(pattern):
+            file.unlink()
     write_args(directory, args, {**details, "finished": False})
 
 

@@ -423,10 +423,12 @@ def test_resume_goes_on_from_no_checkpoint_whose_flags_are_lost(run, trained):
     assert contents(directory) == before
 
 
-def test_a_run_killed_while_it_wrote_its_first_file_starts_anew(run, tmp_path):
-    (tmp_path / "models/m").mkdir(parents=True)
-    (tmp_path / "models/m/.args.json.x7a.json").write_text("{")
-    assert run("--seed 1 --resume")[0] == 0
+def test_what_a_killed_process_left_half_written_is_cleared_away(run, tmp_path):
+    directory = tmp_path / "models/m"
+    directory.mkdir(parents=True)
+    for name in (".args.json.x7a.json", ".checkpoint.pt.k2_.pt", ".results.png.99b.png"):
+        (directory / name).write_text("{")
+    assert run("--seed 1 --resume")[0] == 0 and sorted(contents(directory)) == FILES
 
 
 # --------------------------------------------------------------------------------------------------------------
