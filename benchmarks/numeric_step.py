@@ -49,7 +49,7 @@ def plain_loss(networks, latents, batch_size, generator):
 
 
 def set_up(form, device_name, small):
-    """(networks, latents, batch size, device): the setting of the paper's runs, the same for every form."""
+    """(networks, latents, args, device): the setting of the paper's runs, the same for every form."""
     flags = ["--precision", "fp32" if form == "plain" else form, "--seed", "0"] + (
         ["--no-cuda"] if device_name == "cpu" else []
     )
@@ -76,7 +76,7 @@ def set_up(form, device_name, small):
 
 
 def time_form(form, device_name, steps, small):
-    """Times of `steps` steps after two of warm-up, peak memory, and the first step's loss and gradients: a dict for JSON."""
+    """Seconds of each of `steps` steps after two of warm-up, and peak memory in bytes: a dict for JSON."""
     networks, latents, args, device = set_up(form, device_name, small)
     parameters = [p for name in ("f_x", "f_t") for p in networks[name].parameters()]
     optimiser = torch.optim.Adam(parameters, lr=args.lr) if form == "plain" else Adam(parameters)
@@ -168,10 +168,7 @@ def matrix_flops(small):
     total = 0
     for name in ("f_x", "f_t"):
         layers = [layer for layer in networks[name] if isinstance(layer, nn.Linear)]
-        total += sum(
-            2 * layer.weight.numel() * (2 if first else 3)
-            for layer, first in zip(layers, [True] + [False] * 9, strict=False)
-        )
+        total += sum(2 * layer.weight.numel() * (2 if layer is layers[0] else 3) for layer in layers)
     return total * 2 * args.batch_size
 
 
