@@ -337,7 +337,7 @@ def verdict(results, latents, causal_dependence):
 
 
 def show_results(results, latents, args, path):
-    """Print the table and the verdict, and draw results.png."""
+    """Print the table and the verdict, draw results.png to `path`, and say where it lies."""
     table = results.set_index(["predicted_factors", "encoding"]).unstack().reindex(results.predicted_factors.unique())
     tables = {}
     for score, title in (("r2_linear", "linear"), ("r2_nonlinear", "nonlinear")):
@@ -349,7 +349,7 @@ def show_results(results, latents, args, path):
     print(printed.clip(lower=0).round(3).to_string(index_names=False), "(* unbiased)", sep="\n")
     title = f"selected {names_of(latents.selected)}, perturbed {names_of(latents.perturbed)}"
     plot_factor_scores(tables, path, title, {f"s_{i}" for i in latents.unbiased} | {"s_inv"})
-    print(verdict(results, latents, args.causal_dependence))
+    print(verdict(results, latents, args.causal_dependence), f"picture      {path}", sep="\n")
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_a_run_writes_the_specified_files(trained):
 
 
 def test_a_run_says_in_words_what_it_does(trained):
-    _, out = trained
+    directory, out = trained
     for words in (
         "I_θ = {s_0, s_1}",
         "the text leaves out {s_2}",
@@ -72,6 +72,7 @@ def test_a_run_says_in_words_what_it_does(trained):
         assert words in out
     assert sum(line.startswith("step ") for line in out.splitlines()) == 4
     assert "s_0 *" in out and "nonlinear R²" in out and "\r" not in out
+    assert out.endswith(f"picture      {directory / 'results.png'}\n")
 
 
 def test_the_perturbed_factors_are_evaluated(run, tmp_path):
