@@ -37,8 +37,8 @@ def cell_value(cell, rows):
     if len(found) != 1:
         raise ValueError(f"expected one row of {' '.join(cell.where.values())}")
     value = float(found[0][cell.score])
-    if math.isnan(value):
-        raise ValueError(f"no {cell.score} of {' '.join(cell.where.values())}")
+    if not math.isfinite(value):
+        raise ValueError(f"no finite {cell.score} of {' '.join(cell.where.values())}")
     return min(max(value, 0.0), 1.0) if cell.clipped else value
 
 

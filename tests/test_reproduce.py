@@ -563,7 +563,7 @@ def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, 
     write_model(tmp_path / "models", setting, 1, rows, grids.CAUSAL_RESULTS)
     code, _, err = call(f"report fig16 --models {tmp_path}/models --output {tmp_path}/report")
     if damage:  # a score that must be there is not
-        assert code == 2 and "no mcc_mlp of text text_phrasing" in err and len(err.splitlines()) == 1
+        assert code == 2 and "no finite mcc_mlp of text text_phrasing" in err and len(err.splitlines()) == 1
         return
     assert code == 0, err
     assert (tmp_path / "report/fast/fig16_beside_paper.png").stat().st_size > 10_000
@@ -574,10 +574,13 @@ def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, 
     assert ">nan<" not in page and "1 of 2 cells" not in page and "2 of 2 cells" in page
 
 
-@pytest.mark.parametrize("damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing"])
+@pytest.mark.parametrize("damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing", "a row is inf"])
 def test_a_damaged_file_is_named_and_not_averaged(call, undrawn, fast_models, tmp_path, damage):
     file = fast_models / "numeric-fast/ind_select_8_perturb_2_seed2/results.csv"
-    file.write_text("\n".join(file.read_text().splitlines()[:-1]) if "row" in damage else damage)
+    whole = file.read_text()
+    without_a_row = "\n".join(whole.splitlines()[:-1])
+    damaged = {"one row is missing": without_a_row, "a row is inf": whole.replace("0.8\n", "inf\n", 1)}
+    file.write_text(damaged.get(damage, damage))
     answer = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
     assert is_one_line_error(answer, str(file), "left out of the report")
     table = pd.read_csv(tmp_path / "report/fast/table5.csv")
