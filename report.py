@@ -92,11 +92,11 @@ def measured(figure, scale, models, damaged):
 
 
 def summarise(tables, scale):
-    """DataFrame of one row a figure: cells, computed, seeds, and of those with a number of the paper how many are how near."""
+    """DataFrame of one row a figure: cells, computed, seeds; how many are how near the paper, how many as foretold."""
     rows = []
     for figure, table in tables.items():
         row = {"figure": figure.name, "scale": scale, "cells": len(table), "computed": int((table.seeds > 0).sum())}
-        row["seeds"] = "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
+        row["seeds"] = seeds_in_words(table)
         if scale in COMPARED:
             parts = {"": table} | (
                 {"independent_": table[table.semantics == "independent"]} if "semantics" in table else {}
@@ -106,13 +106,20 @@ def summarise(tables, scale):
                 row[f"{name}compared"] = len(difference)
                 row |= {f"{name}within_{bound}": int((difference <= bound).sum()) for bound in (CLOSE, NEAR)}
             row["misprints"] = int((table.note != "").sum())
+        if len(cells := foretold([table])):
+            row |= {"foretold": len(cells), "as_foretold": int(cells.holds.sum())}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).convert_dtypes()
+
+
+def seeds_in_words(table):
+    """The number of seeds of a figure's cells, or the least and the most."""
+    return "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
 
 
 def counts_in_words(summary, scale):
     """How many cells are computed, and how many of them are near the paper's numbers."""
-    total = summary.fillna(0).sum(numeric_only=True).astype(int)
+    total = summary.sum(numeric_only=True)
     words = f"{total.computed} of {total.cells} cells computed"
     if scale not in COMPARED:
         return f"{words} (a smaller problem, not compared with the paper)"
@@ -121,23 +128,15 @@ def counts_in_words(summary, scale):
     return words + (f"; {total.misprints} cells are misprinted in the paper, not compared" if total.misprints else "")
 
 
-def pattern_broken(tables):
-    """(cells, broken): number of nonlinear scores that the theory foretells, and a DataFrame of those that are otherwise.
+def foretold(tables):
+    """DataFrame of the computed cells whose nonlinear score the theory foretells; `holds`: whether it is as foretold.
 
-    Where factors are independent, the unbiased should score at least 0.9 and all others at most 0.1; a number that two
-    figures share counts once.
+    Where factors are independent, the unbiased should score at least 0.9 and all others at most 0.1. A number that two
+    figures share is there once.
     """
-    cells = pd.concat(tables.values(), ignore_index=True)
-    cells = cells[cells.learned.notna() & (cells.seeds > 0)]
-    if cells.empty:
-        return 0, pd.DataFrame()
-    cells = cells.drop_duplicates("source")
-    learned = cells.learned.astype(bool)
-    broken = cells[(learned & (cells["mean"] < 0.9)) | (~learned & (cells["mean"] > 0.1))]
-    columns = {"setting, encoding, factor": broken.source,
-               "expected": ["≥ 0.9" if value else "≤ 0.1" for value in broken.learned], "mean": broken["mean"].round(3),
-               "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs]}  # fmt: skip
-    return len(cells), pd.DataFrame(columns)
+    cells = pd.concat(tables, ignore_index=True)
+    cells = cells[cells.learned.notna() & (cells.seeds > 0)].drop_duplicates("source")
+    return cells.assign(holds=(cells["mean"] >= 0.9).where(cells.learned.astype(bool), cells["mean"] <= 0.1))
 
 
 def durations(figures, scale, models):
@@ -165,7 +164,8 @@ def panels_of(table, value):
 
 def draw(figure, table, scale, folder):
     """Draw a figure in the paper's arrangement, and at COMPARED scales beside the paper's; returns the PNGs' paths."""
-    title = f"{figure.name}: {figure.title} — {scale} scale, {table.seeds.max()} seed{'s'[: table.seeds.max() - 1]}"
+    seeds = seeds_in_words(table[table.seeds > 0])
+    title = f"{figure.name}: {figure.title} — {scale} scale, {seeds} seed{'' if seeds == '1' else 's'}"
     ours, path = panels_of(table, "mean"), folder / f"{figure.name}.png"
     paper = panels_of(table, "paper") if scale in COMPARED and figure.paper else {}
     if figure.curves:
@@ -220,19 +220,40 @@ def figure_tables(table):
     return "\n".join(parts)
 
 
-def scale_section(scale, tables, summary, pattern, pictures):
-    """HTML of one scale: summary, pattern of the theory, and each figure with its numbers."""
-    count, broken = pattern
-    kept = count - len(broken)
-    parts = [f'<section class="scale"><h1>{scale} scale: {SCALES[scale]}</h1>', summary.style.hide().to_html()]
-    if count:
+def pattern(tables, scale):
+    """HTML about the pattern of the theory: for each experiment how many cells are so, and the rest with their runs."""
+    parts = [f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: at least 0.9 for an "
+             "unbiased factor and at most 0.1 for any other.</p>"]  # fmt: skip
+    for experiment in dict.fromkeys(figure.experiment for figure in tables):
+        cells = foretold([table for figure, table in tables.items() if figure.experiment == experiment])
+        if cells.empty:
+            continue
+        broken = cells[~cells.holds]
         rest = " The rest, with their runs:" if len(broken) else ""
-        parts.append(
-            f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: {kept} of {count} cells "
-            f"({kept / count:.1%}) are at least 0.9 for an unbiased factor and at most 0.1 for any other.{rest}</p>"
-        )
+        held = f"{cells.holds.sum()} of {len(cells)} cells ({cells.holds.mean():.1%}) are so"
+        parts.append(f"<p>{experiment}: {held}.{rest}</p>")
         if len(broken):
-            parts.append(broken.style.hide().format(precision=3).set_table_attributes('class="text"').to_html())
+            columns = {
+                "setting, encoding, factor": broken.source,
+                "expected": broken.learned.map({True: "≥ 0.9", False: "≤ 0.1"}),
+                "mean": broken["mean"],
+                "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs],
+            }
+            styler = pd.DataFrame(columns).style.hide().format(precision=3).set_table_attributes('class="text"')
+            parts.append(styler.to_html())
+    return "\n".join(parts) if parts[1:] else ""
+
+
+def scale_section(scale, tables, summary, pictures):
+    """HTML of one scale: summary, pattern of the theory, and each figure with its numbers."""
+    shown = summary.rename(columns=lambda name: name.replace("_", " ")).style.hide().format(na_rep="–")
+    parts = [f'<section class="scale"><h1>{scale} scale: {SCALES[scale]}</h1>', shown.to_html()]
+    total = summary.sum(numeric_only=True)
+    if compared := total.get("independent_compared"):
+        near = [f"{total[f'independent_within_{bound}']} ({total[f'independent_within_{bound}'] / compared:.1%}) "
+                f"lie within ±{bound}" for bound in (CLOSE, NEAR)]  # fmt: skip
+        parts.append(f"<p>Independent semantics: of {compared} cells {' and '.join(near)} of the paper.</p>")
+    parts.append(pattern(tables, scale))
     for figure, paths in pictures.items():
         parts.append(f"<h2>{figure.name}: {figure.title} ({scale} scale)</h2>")
         for path in paths:
@@ -263,7 +284,7 @@ def write_report(args):
             continue
         folder = output / scale
         folder.mkdir(parents=True, exist_ok=True)
-        summary, pattern = summarise(tables, scale), pattern_broken(tables)
+        summary = summarise(tables, scale)
         lines.append(f"{scale} scale: {counts_in_words(summary, scale)}.")
         write_csv(summary, folder / "summary.csv")
         write_csv(durations(figures, scale, args.models), folder / "models.csv")
@@ -272,7 +293,7 @@ def write_report(args):
             if table.seeds.any():
                 write_csv(table.drop(columns=HIDDEN).round(4), folder / f"{figure.name}.csv")
                 pictures[figure] = draw(figure, table, scale, folder)
-        sections.append(scale_section(scale, tables, summary, pattern, pictures))
+        sections.append(scale_section(scale, tables, summary, pictures))
     if not lines and not damaged:
         raise InputError(f"no finished model of {', '.join(figure.name for figure in figures)} lies under {args.models}/; "
                          "`python reproduce.py run` trains them")  # fmt: skip

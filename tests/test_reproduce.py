@@ -513,8 +513,12 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
     body = page[page.index("<body>") + 6 :].strip()
     assert body.startswith(f'<p class="first">{out.splitlines()[0]}</p>')
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
+    assert "Independent semantics: of 46 cells 0 (0.0%) lie within ±0.05 and 24 (52.2%) lie within ±0.1" in page
     # 24 independent nonlinear cells: twelve unbiased ones hold with 0.9, the others do not
-    assert "12 of 24 cells (50.0%)" in page
+    assert "numeric: 12 of 24 cells (50.0%)" in page
+    summary = pd.read_csv(tmp_path / "report/fast/summary.csv").iloc[0]
+    assert (summary.independent_compared, summary["independent_within_0.1"]) == (46, 24)
+    assert (summary.foretold, summary.as_foretold) == (24, 12)
     assert (
         "ind_select_8_perturb_2_seed1 0.90, ind_select_8_perturb_2_seed2 0.80, ind_select_8_perturb_2_seed3 1.00"
         in page
@@ -548,7 +552,7 @@ def test_mpi3d_is_reported_beside_the_paper_and_a_figure_without_its_numbers_alo
     assert (row["mean"], row.paper, row.difference) == (1.0, 1.0, 0.0)
     sizes = pd.read_csv(tmp_path / "report/fast/fig13.csv")
     assert len(sizes) == 56 and sizes.paper.isna().all() and (sizes.seeds == 1).all()
-    assert "14 of 14 cells (100.0%)" in (tmp_path / "report/index.html").read_text()
+    assert "mpi3d: 14 of 14 cells (100.0%)" in (tmp_path / "report/index.html").read_text()
     assert "fast scale: 84 of 336 cells computed, 14 of 28 lie within ±0.05" in out
     assert not (tmp_path / "report/fast/fig13_beside_paper.png").exists()
 
