@@ -162,6 +162,11 @@ def panels_of(table, value):
     return grids
 
 
+def printed_decimals(table):
+    """The decimals that the paper prints of a figure's numbers."""
+    return max((len(str(value).partition(".")[2]) for value in table.paper.dropna()), default=0)
+
+
 def draw(figure, table, scale, folder):
     """Draw a figure in the paper's arrangement, and at COMPARED scales beside the paper's; returns the PNGs' paths."""
     seeds = seeds_in_words(table[table.seeds > 0])
@@ -174,8 +179,9 @@ def draw(figure, table, scale, folder):
     plot_score_grid(ours, path, title)
     if not paper:
         return [path]
-    beside, note = folder / f"{figure.name}_beside_paper.png", panels_of(table, "note")
-    plot_beside_paper(ours, paper, panels_of(table, "difference"), note, beside, title)
+    beside = folder / f"{figure.name}_beside_paper.png"
+    notes = panels_of(table.assign(note=table.note.str.removeprefix("paper: ")), "note")
+    plot_beside_paper(ours, paper, panels_of(table, "difference"), notes, printed_decimals(table), beside, title)
     return [path, beside]
 
 
@@ -190,13 +196,14 @@ th, td { border: 1px solid #ddd; padding: .25rem .45rem; text-align: right } th 
 COLOURS = {"close": "#e3f3e3", "near": "#fff3cf", "far": "#fbd9d5", "misprint": "#eee", "": ""}
 
 
-def cell_text(row):
-    """HTML of one cell: mean ± std, and the paper's number with the difference."""
-    text = "–" if not row.seeds else f"<b>{row['mean']:.2f}</b>" + (f" ± {row['std']:.2f}" if row.seeds > 1 else "")
+def cell_text(row, decimals):
+    """HTML of one cell: mean ± std, and the paper's number with its decimals and the difference."""
+    text = "–" if not row.seeds else f"<b>{row['mean']:z.2f}</b>" + (f" ± {row['std']:.2f}" if row.seeds > 1 else "")
     if row.get("note"):
         return f"{text}<br><small>{row.note}</small>"
     if not math.isnan(row.get("paper", math.nan)):
-        text += f"<br><small>paper {row.paper:.2f}" + (f" ({row.difference:+.2f})" if row.seeds else "") + "</small>"
+        difference = f" ({row.difference:+z.2f})" if row.seeds else ""
+        text += f"<br><small>paper {row.paper:z.{decimals}f}{difference}</small>"
     return text
 
 
@@ -210,12 +217,16 @@ def cell_colour(row):
 
 def figure_tables(table):
     """HTML of a figure's numbers, a table for each panel."""
-    table = table.assign(text=table.apply(cell_text, axis=1), colour=table.apply(cell_colour, axis=1))
+    decimals = printed_decimals(table) if "paper" in table else 0
+    text = table.apply(cell_text, axis=1, decimals=decimals)
+    table = table.assign(text=text, colour=table.apply(cell_colour, axis=1))
     colours, parts = panels_of(table, "colour"), []
     for panel, texts in panels_of(table, "text").items():
         texts.index.name = texts.columns.name = None
         styles = colours[panel].map(lambda key: f"background:{COLOURS[key]}" if key else "")
-        styler = texts.style.set_caption(" · ".join(panel)).apply(lambda _, styles=styles: styles.to_numpy(), axis=None)
+        styler = texts.style.set_caption(f"{panel[1]}, {panel[0]}").apply(
+            lambda _, styles=styles: styles.to_numpy(), axis=None
+        )
         parts.append(styler.to_html())
     return "\n".join(parts)
 
@@ -254,12 +265,13 @@ def scale_section(scale, tables, summary, pictures):
                 f"lie within ±{bound}" for bound in (CLOSE, NEAR)]  # fmt: skip
         parts.append(f"<p>Independent semantics: of {compared} cells {' and '.join(near)} of the paper.</p>")
     parts.append(pattern(tables, scale))
+    colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in COMPARED)
     for figure, paths in pictures.items():
         parts.append(f"<h2>{figure.name}: {figure.title} ({scale} scale)</h2>")
         for path in paths:
             image = base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<p><img alt="{path.stem}, {scale} scale" src="data:image/png;base64,{image}"></p>')
-        heading = f"{figure.name}, {scale} scale: every number (mean ± standard deviation over seeds)"
+        heading = f"{figure.name}, {scale} scale: every number (mean ± standard deviation over seeds{colours})"
         parts.append(f"<details><summary>{heading}</summary>{figure_tables(tables[figure])}</details>")
     return "\n".join([*parts, "</section>"])
 
