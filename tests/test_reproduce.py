@@ -435,6 +435,42 @@ def test_jobs_have_their_share_of_the_cores_and_a_gpu_of_their_own(fake, monkeyp
     assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"4"}
 
 
+def test_more_gpus_for_a_job_than_there_are_is_one_line(fake, call, monkeypatch):
+    fake(slow="--steps 1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    answer = call("run slow --scale tiny --seeds 1 --gpus-per-job 3")
+    assert is_one_line_error(answer, "--gpus-per-job 3", "2 of this machine")
+
+
+def test_slurm_is_asked_for_what_the_flags_say(fake, call, monkeypatch):
+    asked = []
+
+    class Executor:
+        def __init__(self, folder, max_num_timeout):
+            assert max_num_timeout > 1000  # requeued at every time limit
+
+        def update_parameters(self, **parameters):
+            asked.append(parameters)
+
+        def submit_array(self, jobs):
+            asked.extend(job.environment.get("CUDA_VISIBLE_DEVICES") for job in jobs)
+            raise OSError("error: invalid partition")
+
+    fake(slow="--steps 1")
+    monkeypatch.setattr(jobs.submitit, "SlurmExecutor", Executor)
+    monkeypatch.setattr(jobs, "queued_jobs", set)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    words = "run slow --scale tiny --seeds 2 --cluster slurm --mem 1.5"
+    answer = call(f"{words} --partition gpu --time 30 --gpus-per-job 2 --cpus-per-job 3 --jobs 5")
+    assert is_one_line_error(answer, "SLURM refuses the jobs: error: invalid partition")
+    expected = {"job_name": "fake-tiny", "time": 30, "cpus_per_task": 3, "mem": "1536MB", "array_parallelism": 5,
+                "additional_parameters": {"requeue": True}}  # fmt: skip
+    assert asked == [expected | {"partition": "gpu", "gpus_per_node": 2}, None, None]
+    asked.clear()
+    assert call(f"{words} --gpus-per-job 0")[0] == 2
+    assert asked == [expected | {"time": 720, "cpus_per_task": 4, "array_parallelism": 32}, "", ""]
+
+
 def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch):
     shorter = ("--batch-size", "32", "--train-steps", "20", "--num-eval-batches", "1")
     monkeypatch.setitem(grids.NUMERIC_FLAGS, "tiny", (*grids.NUMERIC_FLAGS["tiny"], *shorter))
