@@ -122,13 +122,13 @@ def is_one_line_error(answer, *words):
 
 @pytest.mark.parametrize("scale", grids.COMPARED)
 def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_way_round(scale):
-    for file in {figure.paper for figure in grids.FIGURES.values() if figure.cells and figure.paper}:
+    for file in {figure.paper for figure in grids.FIGURES.values() if figure.paper}:
         paper = pd.read_csv(REPOSITORY / "paper" / file, keep_default_na=False)
         keys = [name for name in paper.columns if name != "value"]
         ours = [
             tuple(cell.keys[key] for key in keys)
             for figure in grids.FIGURES.values()
-            if figure.cells and figure.paper == file
+            if figure.paper == file
             for cell in figure.cells(scale)
         ]
         assert len(ours) == len(set(ours))
@@ -243,7 +243,6 @@ def test_what_renders_is_run_by_blender_s_python_and_missed_in_one_line(call, tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blender/bin").mkdir(parents=True)
     monkeypatch.setattr(grids, "ROOT", tmp_path)
-    (tmp_path / "main_causal3dident.py").touch()
     answer = call("run fig6 --scale tiny --seeds 1 --dry-run")
     assert is_one_line_error(answer, "contact_sheet.png is missing", ".venv-blender/bin/python", "`make blender`")
     (tmp_path / ".venv-blender/bin").mkdir(parents=True)
@@ -281,12 +280,12 @@ def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake
             assert call("run slow --scale tiny --seeds 2")[0] == 0
 
 
-def test_list_counts_models_and_tells_what_cannot_be_made_yet_from_the_scripts_that_are_there(
-    call, tmp_path, monkeypatch
-):
-    code, out, _ = call(f"list --models {tmp_path}")
+def test_list_counts_models_and_tells_what_they_need(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("list")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0 and "60 models" in lines["fig3"] and "6 models" in lines["table4"]
+    assert lines["fig4"].endswith("main_numeric.py + eval_numeric_predict.py")
     assert "30 models" in lines["fig5"] and "12 models" in lines["fig13"]
     assert all(
         "14 settings" in lines[name] and "42 models" in lines[name] for name in ("fig6", "fig16", "fig17", "fig18")
@@ -294,12 +293,12 @@ def test_list_counts_models_and_tells_what_cannot_be_made_yet_from_the_scripts_t
     # 126 numeric ones, 30 of MPI3D-Complex and 9 with other encoding sizes, of which Figure 13 shares three more, and the
     # 42 of Causal3DIdent, which its four figures share
     assert "207 models" in lines["together"] and "0 done" in lines["together"]
-    for name, figure in grids.FIGURES.items():
-        absent = [script for script in figure.scripts if not (REPOSITORY / script).exists()]
-        assert ("not available yet" in lines[name]) == (bool(absent) or figure.cells is None)
-    monkeypatch.setattr(grids, "ROOT", tmp_path)
-    assert grids.FIGURES["fig3"].missing() == "needs main_numeric.py"
-    assert is_one_line_error(call("run fig3 --dry-run"), "fig3", "needs main_numeric.py")
+    assert lines["fig6"].endswith(f"main_causal3dident.py + {grids.CAUSAL_DATA.file} (missing)")
+    Path(grids.CAUSAL_DATA.file).parent.mkdir(parents=True)
+    Path(grids.CAUSAL_DATA.file).touch()
+    assert call("list fig6")[1].splitlines()[1].endswith(f"main_causal3dident.py + {grids.CAUSAL_DATA.file}")
+    for script in {script for figure in grids.FIGURES.values() for script in figure.scripts}:
+        assert (REPOSITORY / script).exists()
 
 
 @pytest.mark.parametrize(
@@ -351,6 +350,9 @@ def test_models_are_trained_once_failures_listed_and_the_same_command_does_the_r
     assert [starts(f"{name}_seed{seed}") for name in ("good", "bad") for seed in (1, 2)] == [1, 1, 1, 2]
     code, out, _ = call("run good --scale tiny --seeds 2")
     assert code == 0 and "2 are done, 0 to do" in out
+    listed = call("list bad --scale tiny --seeds 3")[1]
+    assert "1 settings    3 models    1 done" in listed and "together 3 models, each trained once: 1 done" in listed
+    assert re.findall(r"models/fake-tiny/(.*)", listed) == ["bad_seed1  done", "bad_seed2  begun", "bad_seed3  missing"]
 
 
 def started(words, path):
