@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import eval_numeric_predict
 import grids
 import jobs
 import main_numeric
@@ -478,7 +479,18 @@ def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch
     monkeypatch.setitem(grids.NUMERIC_FLAGS, "tiny", (*grids.NUMERIC_FLAGS["tiny"], *shorter))
     code, out, err = call(f"run table5 --scale tiny --seeds 1 --jobs 2 --models {tmp_path}/models")
     assert code == 0, err
-    assert (tmp_path / "models/numeric-tiny/ind_select_3_perturb_1_seed1/results.csv").exists()
+    model = grids.Model(grids.numeric_setting("tiny", "independent", 3, 1), 1, tmp_path / "models")
+    assert (model.directory / "results.csv").exists()
+    # the downstream tasks as `run` asks for them, in this process and with fewer steps
+    monkeypatch.setattr(eval_numeric_predict, "STEPS", 20)
+    [(_, script, *flags)] = model.commands([grids.PREDICT, grids.CLASSIFY])
+    assert Path(script).name == "eval_numeric_predict.py" and eval_numeric_predict.main(flags) == 0
+    assert model.missing([grids.RESULTS, grids.PREDICT, grids.CLASSIFY]) == []
+    (model.directory / "results.csv").unlink()
+    code, out, _ = call(f"run table5 --scale tiny --seeds 1 --models {tmp_path}/models --dry-run")
+    assert code == 0 and "1 are done, 1 to do" in out and out.rstrip().endswith("--seed 2 --evaluate")
+    [(_, script, *flags)] = model.commands([grids.RESULTS])
+    assert main_numeric.main(flags) == 0 and model.missing([grids.RESULTS]) == []
     code, out, _ = call(f"report table5 --models {tmp_path}/models --output {tmp_path}/report")
     assert code == 0 and out.startswith("tiny scale: 48 of 48 cells computed")
     # the same models are none of the next larger problem
