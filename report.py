@@ -261,9 +261,11 @@ def scale_section(scale, tables, summary, pictures):
     parts = [f'<section class="scale"><h1>{scale} scale: {SCALES[scale]}</h1>', shown.to_html()]
     total = summary.sum(numeric_only=True)
     if compared := total.get("independent_compared"):
-        near = [f"{total[f'independent_within_{bound}']} ({total[f'independent_within_{bound}'] / compared:.1%}) "
-                f"lie within ±{bound}" for bound in (CLOSE, NEAR)]  # fmt: skip
-        parts.append(f"<p>Independent semantics: of {compared} cells {' and '.join(near)} of the paper.</p>")
+        nearer, near = (total[f"independent_within_{bound}"] for bound in (CLOSE, NEAR))
+        parts.append(
+            f"<p>Independent semantics: {nearer} of {compared} cells ({nearer / compared:.1%}) lie within ±{CLOSE} of the "
+            f"paper, {near} ({near / compared:.1%}) within ±{NEAR}.</p>"
+        )
     parts.append(pattern(tables, scale))
     colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in COMPARED)
     for figure, paths in pictures.items():

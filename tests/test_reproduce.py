@@ -564,7 +564,7 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
     assert body.startswith(f'<p class="first">{out.splitlines()[0]}</p>')
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
     assert "<b>0.90</b> ± 0.10<br><small>paper 0.98 (-0.08)</small>" in page
-    assert "Independent semantics: of 46 cells 0 (0.0%) lie within ±0.05 and 24 (52.2%) lie within ±0.1" in page
+    assert "Independent semantics: 0 of 46 cells (0.0%) lie within ±0.05 of the paper, 24 (52.2%) within ±0.1" in page
     # 24 independent nonlinear cells: twelve unbiased ones hold with 0.9, the others do not
     assert "numeric: 12 of 24 cells (50.0%)" in page
     summary = pd.read_csv(tmp_path / "report/fast/summary.csv").iloc[0]
