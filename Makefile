@@ -70,3 +70,4 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/numeric_step.py
 	$(BIN)/python benchmarks/numeric_eval.py --krr
+	$(BIN)/python benchmarks/numeric_downstream.py

@@ -22,6 +22,7 @@ Of n ≠ 10 semantics, y1 … y4 take the first 0.3n, 0.5n, 0.7n, 0.9n, rounded 
 alone what the classes depend on.
 """
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ import main_numeric
 import probes
 from command_line import InputError, Parser, integer, run_script
 from figures import plot_downstream_scores
-from files import write_csv, write_json
+from files import replaced, write_csv, write_json
 from latent_spaces import seeded_generator
 from training import (
     autocast,
@@ -373,10 +374,13 @@ def evaluate_model(directory, args, device):
     except ValueError as error:
         raise InputError(f"{error}; the model cannot be evaluated") from None
 
-    write_csv(pd.DataFrame(regression.items(), columns=["task", "metric_scores"]), directory / RESULTS[0])
-    write_csv(pd.DataFrame([classification]), directory / RESULTS[1])
-    title = f"unbiased {main_numeric.names_of(latents.unbiased)}"
-    plot_downstream_scores(regression, classification, directory / RESULTS[2], title)
+    # all or none: files of two evaluations shall not lie side by side
+    with contextlib.ExitStack() as stack:
+        predict, classify, picture = (stack.enter_context(replaced(directory / name)) for name in RESULTS)
+        write_csv(pd.DataFrame(regression.items(), columns=["task", "metric_scores"]), predict)
+        write_csv(pd.DataFrame([classification]), classify)
+        title = f"unbiased {main_numeric.names_of(latents.unbiased)}"
+        plot_downstream_scores(regression, classification, picture, title)
     seconds = round(time.perf_counter() - started, 1)
     details |= {"device": describe_device(device), "seconds": seconds}
     write_json(directory / "args.json", {**stored, "downstream": details})

@@ -19,7 +19,16 @@ def save_figure(figure, path, dpi=150):
     plt.close(figure)
 
 
-def score_heatmap(axes, scores, highlighted=()):
+def label_cells(axes, table):
+    """Label the cells of a heatmap with the index and the columns of its DataFrame; long names are slanted."""
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, table.columns)) > 5 else {}
+    axes.set_xticks(range(len(table.columns)), table.columns, **slanted)
+    axes.set_yticks(range(len(table.index)), table.index)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def score_heatmap(axes, scores, highlighted=(), decimals=2):
     """Draw a DataFrame of scores, clipped to [0, 1], into `axes` with its values in the cells; frame the highlighted columns."""
     values = scores.to_numpy(float)
     axes.imshow(np.clip(values, 0, 1), cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
@@ -28,19 +37,16 @@ def score_heatmap(axes, scores, highlighted=()):
             axes.text(
                 column,
                 row,
-                f"{np.clip(value, 0, 1):.2f}",
+                f"{np.clip(value, 0, 1):.{decimals}f}",
                 ha="center",
                 va="center",
                 fontsize=8,
                 color="white" if value > 0.6 else "black",
             )
-    axes.set_xticks(range(len(scores.columns)), scores.columns, rotation=45, ha="right")
-    axes.set_yticks(range(len(scores.index)), scores.index)
     axes.set_xticks(np.arange(len(scores.columns) - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(len(scores.index) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
+    label_cells(axes, scores)
     for column, label in enumerate(axes.get_xticklabels()):
         if scores.columns[column] in highlighted:
             label.set_fontweight("bold")
@@ -96,17 +102,21 @@ def outside_layout(axes):
         text.set_in_layout(False)
 
 
-def difference_heatmap(axes, differences, notes):
-    """Draw a DataFrame of differences into `axes`, red where ours is higher, with signed values or else `notes` in the cells."""
+def difference_heatmap(axes, differences):
+    """Draw a DataFrame of differences into `axes`, red where ours is higher, with signed values in the cells."""
     values = differences.to_numpy(float)
     axes.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        text = f"{value:+.2f}" if np.isfinite(value) else str(notes.iat[row, column]).removeprefix("paper: ")
-        axes.text(column, row, text, ha="center", va="center", fontsize=7 if np.isfinite(value) else 5)
-    axes.set_xticks(range(len(differences.columns)), differences.columns, rotation=45, ha="right")
-    axes.set_yticks(range(len(differences.index)), differences.index)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+        if np.isfinite(value):
+            colour = "white" if abs(value) > 0.3 else "black"
+            axes.text(column, row, f"{value:+z.2f}", ha="center", va="center", fontsize=7, color=colour)
+    label_cells(axes, differences)
+
+
+def note_cell(axes, row, column, text):
+    """Cover a cell of a heatmap with a small text on grey."""
+    axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color="lightgray", zorder=4))
+    axes.text(column, row, text, ha="center", va="center", fontsize=6, linespacing=1.3, zorder=5)
 
 
 def plot_score_grid(panels, path, title):
@@ -124,15 +134,22 @@ def plot_score_grid(panels, path, title):
     save_figure(figure, path)
 
 
-def plot_beside_paper(ours, paper, differences, notes, path, title):
-    """Write our heatmaps, the paper's and their differences side by side, a row for each panel of `plot_score_grid`."""
+def plot_beside_paper(ours, paper, differences, notes, decimals, path, title):
+    """Write our heatmaps, the paper's and their differences side by side, a row for each panel of `plot_score_grid`.
+
+    notes: what is said in a cell instead of a difference, "" for most; decimals: those that the paper prints.
+    """
     shape = next(iter(ours.values())).shape
     size = (3 * (0.8 + 0.46 * shape[1]), 0.6 + len(ours) * (0.8 + 0.28 * shape[0]))
     figure, grid = plt.subplots(len(ours), 3, figsize=size, squeeze=False, layout="constrained")
     for axes, panel in zip(grid, ours, strict=True):
         score_heatmap(axes[0], ours[panel])
-        score_heatmap(axes[1], paper[panel])
-        difference_heatmap(axes[2], differences[panel], notes[panel])
+        score_heatmap(axes[1], paper[panel], decimals=decimals)
+        difference_heatmap(axes[2], differences[panel])
+        for (row, column), note in np.ndenumerate(notes[panel].to_numpy(object)):
+            if note:
+                note_cell(axes[1], row, column, f"{paper[panel].iat[row, column]:.{decimals}f}\n{note}")
+                note_cell(axes[2], row, column, note)
         for ax, what in zip(axes, ("ours", "paper", "ours − paper"), strict=True):
             outside_layout(ax)
             ax.set_title(f"{what}: {panel[1]}, {panel[0]}", fontsize=9, loc="left")
@@ -162,6 +179,7 @@ def plot_score_curves(panels, deviations, paper, path, title):
         if paper:
             axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="paper")
         axes.set_xticks(places, scores.columns)
+        axes.set_ylim(min(-0.03, axes.get_ylim()[0]), 1.03)
         axes.set_title(f"{column}, {row}", fontsize=10, loc="left")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

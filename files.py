@@ -77,7 +77,9 @@ def read_csv(path, columns, gaps=False):
     table = read_table(path)
     if list(table.columns) != list(columns) or table.empty or (table.isna().to_numpy().any() and not gaps):
         rows = "rows" if gaps else "rows without gaps"
-        raise InputError(f"{path} is damaged: expected {rows} and the columns {', '.join(columns)}; make it again")
+        raise InputError(
+            f"{path} is damaged: expected {rows} and the columns {', '.join(columns)}; remove it and make it again"
+        )
     return table
 
 

@@ -110,7 +110,7 @@ class Cell:
 
     keys: its key in the paper's CSV; panel (row, column), row and column: where it is drawn; file, where, score: the CSV,
     the values that pick its row and the column to read; learned: whether the theory has the factor identified (True) or
-    absent (False), None where it says neither; unit: R² is clipped to [0, 1] as in the paper, a correlation is not.
+    absent (False), None where it says neither; clipped: to [0, 1], as R² is in the paper and a correlation is not.
     """
 
     keys: dict
@@ -132,21 +132,15 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure or table of the paper. cells(scale): its Cells; None: nobody has written them down yet."""
+    """A figure or table of the paper. scripts: what makes its models; cells(scale): its Cells."""
 
     name: str
     title: str
     experiment: str
     scripts: tuple
+    cells: Callable
     paper: str = ""  # CSV of the paper's numbers
     curves: bool = False
-    cells: Callable | None = None
-
-    def missing(self):
-        """What keeps this figure from being made, in words; empty if nothing does."""
-        if absent := [script for script in self.scripts if not (ROOT / script).exists()]:
-            return f"needs {' and '.join(absent)}"
-        return "" if self.cells else "its grid is not written down in reproduce.py"
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -437,32 +431,32 @@ _NUMERIC, _MPI3D, _CAUSAL = "numeric_identification.csv", "mpi3d.csv", "causal3d
 FIGURES = {
     figure.name: figure
     for figure in (
-        Figure("fig3", "nonlinear R² under selection bias", "numeric", _IDENTIFICATION, _NUMERIC,
+        Figure("fig3", "nonlinear R² under selection bias", "numeric", _IDENTIFICATION, paper=_NUMERIC,
                cells=identification(3, "r2_nonlinear", "selection")),
-        Figure("fig4", "downstream tasks under selection bias", "numeric", _DOWNSTREAM, "numeric_downstream.csv",
+        Figure("fig4", "downstream tasks under selection bias", "numeric", _DOWNSTREAM, paper="numeric_downstream.csv",
                curves=True, cells=downstream(4, "selection")),
-        Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D,
+        Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), paper=_MPI3D,
                cells=mpi3d_factors(5, "mcc_mlp")),
-        Figure("fig6", "nonlinear scores on Causal3DIdent, image", "causal3dident", ("main_causal3dident.py",), _CAUSAL,
+        Figure("fig6", "nonlinear scores on Causal3DIdent, image", "causal3dident", ("main_causal3dident.py",), paper=_CAUSAL,
                cells=causal_cells(6, "nonlinear", "image")),
-        Figure("fig7", "nonlinear R² under perturbation bias", "numeric", _IDENTIFICATION, _NUMERIC,
+        Figure("fig7", "nonlinear R² under perturbation bias", "numeric", _IDENTIFICATION, paper=_NUMERIC,
                cells=identification(7, "r2_nonlinear", "perturbation")),
-        Figure("fig8", "linear R² under selection bias", "numeric", _IDENTIFICATION, _NUMERIC,
+        Figure("fig8", "linear R² under selection bias", "numeric", _IDENTIFICATION, paper=_NUMERIC,
                cells=identification(8, "r2_linear", "selection")),
-        Figure("fig9", "linear R² under perturbation bias", "numeric", _IDENTIFICATION, _NUMERIC,
+        Figure("fig9", "linear R² under perturbation bias", "numeric", _IDENTIFICATION, paper=_NUMERIC,
                cells=identification(9, "r2_linear", "perturbation")),
-        Figure("fig10", "downstream tasks under perturbation bias", "numeric", _DOWNSTREAM, "numeric_downstream.csv",
+        Figure("fig10", "downstream tasks under perturbation bias", "numeric", _DOWNSTREAM, paper="numeric_downstream.csv",
                curves=True, cells=downstream(10, "perturbation")),
-        Figure("fig12", "linear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), _MPI3D,
+        Figure("fig12", "linear MCC on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",), paper=_MPI3D,
                cells=mpi3d_factors(12, "mcc_logreg")),
         Figure("fig13", "encoding sizes on MPI3D-Complex", "mpi3d", ("main_mpi3dreal.py",),
                cells=mpi3d_encoding_sizes(13, "mcc_mlp")),
         *(Figure(f"fig{number}", f"{probe} scores on Causal3DIdent, {modality}", "causal3dident",
-                 ("main_causal3dident.py",), _CAUSAL, cells=causal_cells(number, probe, modality))
+                 ("main_causal3dident.py",), paper=_CAUSAL, cells=causal_cells(number, probe, modality))
           for number, probe, modality in ((16, "nonlinear", "text"), (17, "linear", "image"), (18, "linear", "text"))),
-        Figure("table4", "encoding larger than the truth", "numeric", _IDENTIFICATION, "numeric_ablations.csv",
+        Figure("table4", "encoding larger than the truth", "numeric", _IDENTIFICATION, paper="numeric_ablations.csv",
                cells=ablation(4, {10: 3, 4: 2}, {10: 0, 4: 0}, {10: 5, 4: 3})),
-        Figure("table5", "selection and perturbation bias at once", "numeric", _IDENTIFICATION, "numeric_ablations.csv",
+        Figure("table5", "selection and perturbation bias at once", "numeric", _IDENTIFICATION, paper="numeric_ablations.csv",
                cells=ablation(5, {10: 8, 4: 3}, {10: 2, 4: 1}, None)),
     )
 }  # fmt: skip
@@ -473,19 +467,12 @@ GROUPS = {"all": list(FIGURES)} | {
 
 
 def chosen_figures(names):
-    """Figures of the names and groups given, those that can be made; InputError for an unknown or unavailable one."""
+    """Figures of the names and groups given, each once; InputError for an unknown name."""
     chosen = {}
     for name in names:
         if name not in FIGURES and name not in GROUPS:
             raise InputError(f"{name!r} is no figure; expected one of {', '.join([*FIGURES, *GROUPS])}")
-        for member in GROUPS.get(name, [name]):
-            reason = FIGURES[member].missing()
-            if not reason:
-                chosen[member] = FIGURES[member]
-            elif member == name:
-                raise InputError(f"{name} cannot be made yet: it {reason}")
-    if not chosen:
-        raise InputError(f"nothing of {' '.join(names)} can be made yet; `python reproduce.py list` says why")
+        chosen |= {member: FIGURES[member] for member in GROUPS.get(name, [name])}
     return list(chosen.values())
 
 

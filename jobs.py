@@ -125,9 +125,12 @@ def visible_gpus(per_job):
 def run_here(work, options, ended):
     """Run the jobs of `work` (Model → commands) with submitit on this machine, options.jobs at a time; ended(model) after each.
 
-    Each has its share of the cores and, where there are GPUs, its own one; more jobs than GPUs share them.
+    Each has its share of the cores and, where there are GPUs, its own one; more jobs than GPUs share them. Raises InputError
+    if a job is to have more GPUs than there are.
     """
     gpus, cores = visible_gpus(options.gpus_per_job), len(os.sched_getaffinity(0))
+    if gpus and options.gpus_per_job > len(gpus):
+        raise InputError(f"--gpus-per-job {options.gpus_per_job} is more than the {len(gpus)} of this machine")
     count = min(options.jobs or (len(gpus) // options.gpus_per_job if gpus else min(cores, 8)), len(work))
     slots, stopping = queue.SimpleQueue(), threading.Event()
     for slot in range(count):
@@ -184,13 +187,14 @@ def run_on_slurm(work, options, ended):
     """
     queued, waiting, new = queued_jobs() or set(), {}, {}
     cpus = options.cpus_per_job or 4
+    environment = threads(cpus) | ({} if options.gpus_per_job else {"CUDA_VISIBLE_DEVICES": ""})
     for model, commands in work.items():
         record = model.log(".job")
         job_id = record.read_text().strip() if record.exists() else ""
         if job_id in queued:
             waiting[job_id] = model
         else:
-            new[model] = make_job(model, commands, threads(cpus))
+            new[model] = make_job(model, commands, environment)
     if waiting:
         print(f"{len(waiting)} jobs of an earlier call are in the queue still")
     if new:

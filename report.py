@@ -1,7 +1,6 @@
 """The report of reproduce.py: from the models on disk to tables, pictures and one page, beside the paper's numbers."""
 
 import base64
-import functools
 import html
 import itertools
 import math
@@ -18,9 +17,7 @@ from grids import COMPARED, ROOT, SCALES, Model, chosen_figures
 HIDDEN = ["panel_row", "panel_column", "row", "column", "learned", "setting", "source", "runs"]
 CLOSE, NEAR = 0.05, 0.1
 # Table 5 prints 0.98 and 0.99 where the theory, its linear rows and its dependent rows have 0
-MISPRINTS = {
-    "numeric_ablations.csv": {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", "factor": "s_9"}
-}
+MISPRINTED = {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", "factor": "s_9"}
 
 
 def models_of(setting, models):
@@ -40,8 +37,8 @@ def cell_value(cell, rows):
     if len(found) != 1:
         raise ValueError(f"expected one row of {' '.join(cell.where.values())}")
     value = float(found[0][cell.score])
-    if math.isnan(value):
-        raise ValueError(f"no {cell.score} of {' '.join(cell.where.values())}")
+    if not math.isfinite(value):
+        raise ValueError(f"no finite {cell.score} of {' '.join(cell.where.values())}")
     return min(max(value, 0.0), 1.0) if cell.clipped else value
 
 
@@ -80,29 +77,26 @@ def measured(figure, scale, models, damaged):
         rows.append({**cell.keys, "mean": series.mean(), "std": series.std(), "seeds": len(series),
                      "panel_row": cell.panel[0], "panel_column": cell.panel[1], "row": cell.row, "column": cell.column,
                      "learned": cell.learned, "setting": cell.setting.name, "source": cell.source, "runs": values})  # fmt: skip
-    table, keys = pd.DataFrame(rows), list(rows[0].keys())[: -len(HIDDEN) - 3]
+    table = pd.DataFrame(rows)
     if scale not in COMPARED:
         return table
     if figure.paper:
-        paper = pd.read_csv(ROOT / "paper" / figure.paper, keep_default_na=False)
-        table = table.merge(paper.rename(columns={"value": "paper"}), on=keys, how="left", validate="one_to_one")
+        paper = pd.read_csv(ROOT / "paper" / figure.paper, keep_default_na=False).rename(columns={"value": "paper"})
+        table = table.merge(paper, on=list(cells[0].keys), how="left", validate="one_to_one")
     else:
         table["paper"] = math.nan
-    wrong = MISPRINTS.get(figure.paper, {"mean": None})
-    misprinted = functools.reduce(
-        lambda mask, item: mask & (table[item[0]] == item[1]), wrong.items(), table.paper.notna()
-    )
+    misprinted = pd.Series([MISPRINTED.items() <= cell.keys.items() for cell in cells])
     table["difference"] = (table["mean"] - table.paper).mask(misprinted)
     table["note"] = misprinted.map({True: "paper: misprint", False: ""})
     return table
 
 
 def summarise(tables, scale):
-    """DataFrame of one row a figure: cells, computed, seeds, and of those with a number of the paper how many are how near."""
+    """DataFrame of one row a figure: cells, computed, seeds; how many are how near the paper, how many as foretold."""
     rows = []
     for figure, table in tables.items():
         row = {"figure": figure.name, "scale": scale, "cells": len(table), "computed": int((table.seeds > 0).sum())}
-        row["seeds"] = "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
+        row["seeds"] = seeds_in_words(table)
         if scale in COMPARED:
             parts = {"": table} | (
                 {"independent_": table[table.semantics == "independent"]} if "semantics" in table else {}
@@ -112,13 +106,20 @@ def summarise(tables, scale):
                 row[f"{name}compared"] = len(difference)
                 row |= {f"{name}within_{bound}": int((difference <= bound).sum()) for bound in (CLOSE, NEAR)}
             row["misprints"] = int((table.note != "").sum())
+        if len(cells := foretold([table])):
+            row |= {"foretold": len(cells), "as_foretold": int(cells.holds.sum())}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).convert_dtypes()
+
+
+def seeds_in_words(table):
+    """The number of seeds of a figure's cells, or the least and the most."""
+    return "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
 
 
 def counts_in_words(summary, scale):
     """How many cells are computed, and how many of them are near the paper's numbers."""
-    total = summary.fillna(0).sum(numeric_only=True).astype(int)
+    total = summary.sum(numeric_only=True)
     words = f"{total.computed} of {total.cells} cells computed"
     if scale not in COMPARED:
         return f"{words} (a smaller problem, not compared with the paper)"
@@ -127,23 +128,15 @@ def counts_in_words(summary, scale):
     return words + (f"; {total.misprints} cells are misprinted in the paper, not compared" if total.misprints else "")
 
 
-def pattern_broken(tables):
-    """(cells, broken): number of nonlinear scores that the theory foretells, and a DataFrame of those that are otherwise.
+def foretold(tables):
+    """DataFrame of the computed cells whose nonlinear score the theory foretells; `holds`: whether it is as foretold.
 
-    Where factors are independent, the unbiased should score at least 0.9 and all others at most 0.1; a number that two
-    figures share counts once.
+    Where factors are independent, the unbiased should score at least 0.9 and all others at most 0.1. A number that two
+    figures share is there once.
     """
-    cells = pd.concat(tables.values(), ignore_index=True)
-    cells = cells[cells.learned.notna() & (cells.seeds > 0)]
-    if cells.empty:
-        return 0, pd.DataFrame()
-    cells = cells.drop_duplicates("source")
-    learned = cells.learned.astype(bool)
-    broken = cells[(learned & (cells["mean"] < 0.9)) | (~learned & (cells["mean"] > 0.1))]
-    columns = {"setting, encoding, factor": broken.source,
-               "expected": ["≥ 0.9" if value else "≤ 0.1" for value in broken.learned], "mean": broken["mean"].round(3),
-               "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs]}  # fmt: skip
-    return len(cells), pd.DataFrame(columns)
+    cells = pd.concat(tables, ignore_index=True)
+    cells = cells[cells.learned.notna() & (cells.seeds > 0)].drop_duplicates("source")
+    return cells.assign(holds=(cells["mean"] >= 0.9).where(cells.learned.astype(bool), cells["mean"] <= 0.1))
 
 
 def durations(figures, scale, models):
@@ -169,9 +162,15 @@ def panels_of(table, value):
     return grids
 
 
+def printed_decimals(table):
+    """The decimals that the paper prints of a figure's numbers."""
+    return max((len(str(value).partition(".")[2]) for value in table.paper.dropna()), default=0)
+
+
 def draw(figure, table, scale, folder):
     """Draw a figure in the paper's arrangement, and at COMPARED scales beside the paper's; returns the PNGs' paths."""
-    title = f"{figure.name}: {figure.title} — {scale} scale, {table.seeds.max()} seed{'s'[: table.seeds.max() - 1]}"
+    seeds = seeds_in_words(table[table.seeds > 0])
+    title = f"{figure.name}: {figure.title} — {scale} scale, {seeds} seed{'' if seeds == '1' else 's'}"
     ours, path = panels_of(table, "mean"), folder / f"{figure.name}.png"
     paper = panels_of(table, "paper") if scale in COMPARED and figure.paper else {}
     if figure.curves:
@@ -180,8 +179,9 @@ def draw(figure, table, scale, folder):
     plot_score_grid(ours, path, title)
     if not paper:
         return [path]
-    beside, note = folder / f"{figure.name}_beside_paper.png", panels_of(table, "note")
-    plot_beside_paper(ours, paper, panels_of(table, "difference"), note, beside, title)
+    beside = folder / f"{figure.name}_beside_paper.png"
+    notes = panels_of(table.assign(note=table.note.str.removeprefix("paper: ")), "note")
+    plot_beside_paper(ours, paper, panels_of(table, "difference"), notes, printed_decimals(table), beside, title)
     return [path, beside]
 
 
@@ -196,13 +196,14 @@ th, td { border: 1px solid #ddd; padding: .25rem .45rem; text-align: right } th 
 COLOURS = {"close": "#e3f3e3", "near": "#fff3cf", "far": "#fbd9d5", "misprint": "#eee", "": ""}
 
 
-def cell_text(row):
-    """HTML of one cell: mean ± std, and the paper's number with the difference."""
-    text = "–" if not row.seeds else f"<b>{row['mean']:.2f}</b>" + (f" ± {row['std']:.2f}" if row.seeds > 1 else "")
+def cell_text(row, decimals):
+    """HTML of one cell: mean ± std, and the paper's number with its decimals and the difference."""
+    text = "–" if not row.seeds else f"<b>{row['mean']:z.2f}</b>" + (f" ± {row['std']:.2f}" if row.seeds > 1 else "")
     if row.get("note"):
         return f"{text}<br><small>{row.note}</small>"
     if not math.isnan(row.get("paper", math.nan)):
-        text += f"<br><small>paper {row.paper:.2f}" + (f" ({row.difference:+.2f})" if row.seeds else "") + "</small>"
+        difference = f" ({row.difference:+z.2f})" if row.seeds else ""
+        text += f"<br><small>paper {row.paper:z.{decimals}f}{difference}</small>"
     return text
 
 
@@ -216,35 +217,63 @@ def cell_colour(row):
 
 def figure_tables(table):
     """HTML of a figure's numbers, a table for each panel."""
-    table = table.assign(text=table.apply(cell_text, axis=1), colour=table.apply(cell_colour, axis=1))
+    decimals = printed_decimals(table) if "paper" in table else 0
+    text = table.apply(cell_text, axis=1, decimals=decimals)
+    table = table.assign(text=text, colour=table.apply(cell_colour, axis=1))
     colours, parts = panels_of(table, "colour"), []
     for panel, texts in panels_of(table, "text").items():
         texts.index.name = texts.columns.name = None
         styles = colours[panel].map(lambda key: f"background:{COLOURS[key]}" if key else "")
-        styler = texts.style.set_caption(" · ".join(panel)).apply(lambda _, styles=styles: styles.to_numpy(), axis=None)
+        styler = texts.style.set_caption(f"{panel[1]}, {panel[0]}").apply(
+            lambda _, styles=styles: styles.to_numpy(), axis=None
+        )
         parts.append(styler.to_html())
     return "\n".join(parts)
 
 
-def scale_section(scale, tables, summary, pattern, pictures):
-    """HTML of one scale: summary, pattern of the theory, and each figure with its numbers."""
-    count, broken = pattern
-    kept = count - len(broken)
-    parts = [f'<section class="scale"><h1>{scale} scale: {SCALES[scale]}</h1>', summary.style.hide().to_html()]
-    if count:
+def pattern(tables, scale):
+    """HTML about the pattern of the theory: for each experiment how many cells are so, and the rest with their runs."""
+    parts = [f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: at least 0.9 for an "
+             "unbiased factor and at most 0.1 for any other.</p>"]  # fmt: skip
+    for experiment in dict.fromkeys(figure.experiment for figure in tables):
+        cells = foretold([table for figure, table in tables.items() if figure.experiment == experiment])
+        if cells.empty:
+            continue
+        broken = cells[~cells.holds]
         rest = " The rest, with their runs:" if len(broken) else ""
-        parts.append(
-            f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: {kept} of {count} cells "
-            f"({kept / count:.1%}) are at least 0.9 for an unbiased factor and at most 0.1 for any other.{rest}</p>"
-        )
+        held = f"{cells.holds.sum()} of {len(cells)} cells ({cells.holds.mean():.1%}) are so"
+        parts.append(f"<p>{experiment}: {held}.{rest}</p>")
         if len(broken):
-            parts.append(broken.style.hide().format(precision=3).set_table_attributes('class="text"').to_html())
+            columns = {
+                "setting, encoding, factor": broken.source,
+                "expected": broken.learned.map({True: "≥ 0.9", False: "≤ 0.1"}),
+                "mean": broken["mean"],
+                "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs],
+            }
+            styler = pd.DataFrame(columns).style.hide().format(precision=3).set_table_attributes('class="text"')
+            parts.append(styler.to_html())
+    return "\n".join(parts) if parts[1:] else ""
+
+
+def scale_section(scale, tables, summary, pictures):
+    """HTML of one scale: summary, pattern of the theory, and each figure with its numbers."""
+    shown = summary.rename(columns=lambda name: name.replace("_", " ")).style.hide().format(na_rep="–")
+    parts = [f'<section class="scale"><h1>{scale} scale: {SCALES[scale]}</h1>', shown.to_html()]
+    total = summary.sum(numeric_only=True)
+    if compared := total.get("independent_compared"):
+        nearer, near = (total[f"independent_within_{bound}"] for bound in (CLOSE, NEAR))
+        parts.append(
+            f"<p>Independent semantics: {nearer} of {compared} cells ({nearer / compared:.1%}) lie within ±{CLOSE} of the "
+            f"paper, {near} ({near / compared:.1%}) within ±{NEAR}.</p>"
+        )
+    parts.append(pattern(tables, scale))
+    colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in COMPARED)
     for figure, paths in pictures.items():
         parts.append(f"<h2>{figure.name}: {figure.title} ({scale} scale)</h2>")
         for path in paths:
             image = base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<p><img alt="{path.stem}, {scale} scale" src="data:image/png;base64,{image}"></p>')
-        heading = f"{figure.name}, {scale} scale: every number (mean ± standard deviation over seeds)"
+        heading = f"{figure.name}, {scale} scale: every number (mean ± standard deviation over seeds{colours})"
         parts.append(f"<details><summary>{heading}</summary>{figure_tables(tables[figure])}</details>")
     return "\n".join([*parts, "</section>"])
 
@@ -269,7 +298,7 @@ def write_report(args):
             continue
         folder = output / scale
         folder.mkdir(parents=True, exist_ok=True)
-        summary, pattern = summarise(tables, scale), pattern_broken(tables)
+        summary = summarise(tables, scale)
         lines.append(f"{scale} scale: {counts_in_words(summary, scale)}.")
         write_csv(summary, folder / "summary.csv")
         write_csv(durations(figures, scale, args.models), folder / "models.csv")
@@ -278,7 +307,7 @@ def write_report(args):
             if table.seeds.any():
                 write_csv(table.drop(columns=HIDDEN).round(4), folder / f"{figure.name}.csv")
                 pictures[figure] = draw(figure, table, scale, folder)
-        sections.append(scale_section(scale, tables, summary, pattern, pictures))
+        sections.append(scale_section(scale, tables, summary, pictures))
     if not lines and not damaged:
         raise InputError(f"no finished model of {', '.join(figure.name for figure in figures)} lies under {args.models}/; "
                          "`python reproduce.py run` trains them")  # fmt: skip

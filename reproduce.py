@@ -94,21 +94,19 @@ def run(args):
 
 def show_list(args):
     """`list`: what every figure needs and what of it is done; with names, model by model. Returns the exit code."""
-    print(f"{args.scale} scale ({SCALES[args.scale]}), {args.seeds} seeds, in {args.models}/")
-    shown = {figure.name for figure in chosen_figures(args.names)} if args.names else set(grids.FIGURES)
+    figures = chosen_figures(args.names or ["all"])
+    seeds = f"{args.seeds} seed{'' if args.seeds == 1 else 's'}"
+    print(f"{args.scale} scale ({SCALES[args.scale]}), {seeds}, in {args.models}/")
     everything = {}
-    for figure in grids.FIGURES.values():
-        if figure.name not in shown:
-            continue
-        if reason := figure.missing():
-            print(f"{figure.name:7} {figure.title:44} not available yet: {reason}")
-            continue
+    for figure in figures:
         needed = needed_models([figure], args.scale, args.seeds, args.models)
         states = {model: not model.missing(files) for model, files in needed.items()}
         everything |= {model: everything.get(model, True) and done for model, done in states.items()}
-        settings = len({model.setting for model in needed})
-        print(f"{figure.name:7} {figure.title:44} {settings:3} settings {len(needed):4} models {sum(states.values()):4} done"
-              f"   {' + '.join(figure.scripts)}")  # fmt: skip
+        settings = dict.fromkeys(model.setting for model in needed)
+        data = dict.fromkeys(setting.data for setting in settings if setting.data)
+        needs = [*figure.scripts, *(f"{d.file}{'' if Path(d.file).exists() else ' (missing)'}" for d in data)]
+        print(f"{figure.name:7} {figure.title:44} {len(settings):3} settings {len(needed):4} models {sum(states.values()):4} done"
+              f"   {' + '.join(needs)}")  # fmt: skip
         if args.names:
             for model, done in states.items():
                 begun = "begun" if model.directory.exists() else "missing"

@@ -412,14 +412,21 @@ def test_weights_that_are_not_finite(predict, model):
     assert not set(RESULTS) & contents(model).keys()
 
 
-def test_a_failure_while_writing_keeps_what_was_there(predict, model, monkeypatch):
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_failure_while_writing_keeps_what_was_there(predict, model, monkeypatch, written):
     assert predict([model])[0] == 0
-    before = contents(model)
+    before, room = contents(model), iter(range(written))
 
-    def full(*_):
-        raise OSError(28, "No space left on device", "somewhere")
+    def on_a_disk_that_fills(write):
+        def attempt(*arguments):
+            if next(room, None) is None:
+                raise OSError(28, "No space left on device", "somewhere")
+            write(*arguments)
 
-    monkeypatch.setattr(downstream, "write_csv", full)
+        return attempt
+
+    for name in ("write_csv", "plot_downstream_scores"):
+        monkeypatch.setattr(downstream, name, on_a_disk_that_fills(getattr(downstream, name)))
     fails(predict([model], "--seed 9 --overwrite"), "No space left on device: somewhere")
     assert contents(model) == before
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from figures import plot_factor_scores
+from figures import difference_heatmap, plot_beside_paper, plot_factor_scores, plot_score_curves, plt, score_heatmap
 
 SCORES = pd.DataFrame([[0.99, 0.01, -0.2], [0.5, np.nan, 1.3]], index=["hz_x", "hz_t"], columns=["s_0", "s_1", "m_x"])
 
@@ -32,3 +32,58 @@ def test_a_failure_leaves_no_picture(tmp_path):
     with pytest.raises(FileNotFoundError):
         plot_factor_scores({"linear": SCORES}, tmp_path / "missing" / "p.png", "title")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def axes():
+    """Axes of an empty picture."""
+    figure, axes = plt.subplots()
+    yield axes
+    plt.close(figure)
+
+
+def test_scores_have_the_decimals_asked_for_and_missing_ones_no_text(axes):
+    score_heatmap(axes, SCORES, decimals=1)
+    assert [text.get_text() for text in axes.texts] == ["1.0", "0.0", "0.0", "0.5", "1.0"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["s_0", "s_1", "m_x"]
+
+
+def test_differences_are_signed_and_legible_on_dark_cells(axes):
+    difference_heatmap(axes, pd.DataFrame([[-0.61, -0.001, 0.02, np.nan]], columns=list("abcd")))
+    texts = [(text.get_text(), text.get_color()) for text in axes.texts]
+    assert texts == [("-0.61", "white"), ("+0.00", "black"), ("+0.02", "black")]
+
+
+def test_long_names_are_slanted(axes):
+    for name, angle in (("s_1", 0), ("object_shape", 45)):
+        score_heatmap(axes, SCORES.set_axis([name, "b", "c"], axis=1))
+        assert axes.get_xticklabels()[0].get_rotation() == angle
+
+
+def drawn_axes(monkeypatch, plot, *arguments):
+    """The axes of a picture that is not written."""
+    kept = []
+    monkeypatch.setattr("figures.save_figure", lambda figure, *_, **__: kept.append(figure))
+    plot(*arguments)
+    plt.close(kept[0])
+    return kept[0].axes
+
+
+def test_what_the_paper_misprints_is_marked_in_its_panel_and_in_the_differences(monkeypatch):
+    panel, notes = ("row", "column"), SCORES.astype(str).map(lambda _: "")
+    notes.loc["hz_x", "s_0"] = "misprint"
+    tables = [{panel: table} for table in (SCORES, SCORES, SCORES * np.nan, notes)]
+    _, paper, differences = drawn_axes(monkeypatch, plot_beside_paper, *tables, 2, "p.png", "title")
+    assert paper.texts[-1].get_text() == "0.99\nmisprint"
+    assert [text.get_text() for text in differences.texts] == ["misprint"]
+
+
+def test_curves_of_all_figures_share_their_scale_unless_a_score_is_below(monkeypatch):
+    lowest = []
+    for score in (0.4, -0.5):
+        scores = {("row", "column"): pd.DataFrame([[score, 0.5]], index=["y1"], columns=["{1}", "[2]"])}
+        deviations = {panel: table * 0 for panel, table in scores.items()}
+        axes = drawn_axes(monkeypatch, plot_score_curves, scores, deviations, {}, "p.png", "title")[0]
+        assert axes.get_ylim()[1] == 1.03
+        lowest.append(axes.get_ylim()[0])
+    assert lowest[0] == -0.03 and -0.6 < lowest[1] < -0.5

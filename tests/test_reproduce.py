@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import eval_numeric_predict
 import grids
 import jobs
 import main_numeric
@@ -122,13 +123,13 @@ def is_one_line_error(answer, *words):
 
 @pytest.mark.parametrize("scale", grids.COMPARED)
 def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_way_round(scale):
-    for file in {figure.paper for figure in grids.FIGURES.values() if figure.cells and figure.paper}:
+    for file in {figure.paper for figure in grids.FIGURES.values() if figure.paper}:
         paper = pd.read_csv(REPOSITORY / "paper" / file, keep_default_na=False)
         keys = [name for name in paper.columns if name != "value"]
         ours = [
             tuple(cell.keys[key] for key in keys)
             for figure in grids.FIGURES.values()
-            if figure.cells and figure.paper == file
+            if figure.paper == file
             for cell in figure.cells(scale)
         ]
         assert len(ours) == len(set(ours))
@@ -243,7 +244,6 @@ def test_what_renders_is_run_by_blender_s_python_and_missed_in_one_line(call, tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blender/bin").mkdir(parents=True)
     monkeypatch.setattr(grids, "ROOT", tmp_path)
-    (tmp_path / "main_causal3dident.py").touch()
     answer = call("run fig6 --scale tiny --seeds 1 --dry-run")
     assert is_one_line_error(answer, "contact_sheet.png is missing", ".venv-blender/bin/python", "`make blender`")
     (tmp_path / ".venv-blender/bin").mkdir(parents=True)
@@ -281,12 +281,12 @@ def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake
             assert call("run slow --scale tiny --seeds 2")[0] == 0
 
 
-def test_list_counts_models_and_tells_what_cannot_be_made_yet_from_the_scripts_that_are_there(
-    call, tmp_path, monkeypatch
-):
-    code, out, _ = call(f"list --models {tmp_path}")
+def test_list_counts_models_and_tells_what_they_need(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("list")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0 and "60 models" in lines["fig3"] and "6 models" in lines["table4"]
+    assert lines["fig4"].endswith("main_numeric.py + eval_numeric_predict.py")
     assert "30 models" in lines["fig5"] and "12 models" in lines["fig13"]
     assert all(
         "14 settings" in lines[name] and "42 models" in lines[name] for name in ("fig6", "fig16", "fig17", "fig18")
@@ -294,12 +294,12 @@ def test_list_counts_models_and_tells_what_cannot_be_made_yet_from_the_scripts_t
     # 126 numeric ones, 30 of MPI3D-Complex and 9 with other encoding sizes, of which Figure 13 shares three more, and the
     # 42 of Causal3DIdent, which its four figures share
     assert "207 models" in lines["together"] and "0 done" in lines["together"]
-    for name, figure in grids.FIGURES.items():
-        absent = [script for script in figure.scripts if not (REPOSITORY / script).exists()]
-        assert ("not available yet" in lines[name]) == (bool(absent) or figure.cells is None)
-    monkeypatch.setattr(grids, "ROOT", tmp_path)
-    assert grids.FIGURES["fig3"].missing() == "needs main_numeric.py"
-    assert is_one_line_error(call("run fig3 --dry-run"), "fig3", "needs main_numeric.py")
+    assert lines["fig6"].endswith(f"main_causal3dident.py + {grids.CAUSAL_DATA.file} (missing)")
+    Path(grids.CAUSAL_DATA.file).parent.mkdir(parents=True)
+    Path(grids.CAUSAL_DATA.file).touch()
+    assert call("list fig6")[1].splitlines()[1].endswith(f"main_causal3dident.py + {grids.CAUSAL_DATA.file}")
+    for script in {script for figure in grids.FIGURES.values() for script in figure.scripts}:
+        assert (REPOSITORY / script).exists()
 
 
 @pytest.mark.parametrize(
@@ -351,6 +351,9 @@ def test_models_are_trained_once_failures_listed_and_the_same_command_does_the_r
     assert [starts(f"{name}_seed{seed}") for name in ("good", "bad") for seed in (1, 2)] == [1, 1, 1, 2]
     code, out, _ = call("run good --scale tiny --seeds 2")
     assert code == 0 and "2 are done, 0 to do" in out
+    listed = call("list bad --scale tiny --seeds 3")[1]
+    assert "1 settings    3 models    1 done" in listed and "together 3 models, each trained once: 1 done" in listed
+    assert re.findall(r"models/fake-tiny/(.*)", listed) == ["bad_seed1  done", "bad_seed2  begun", "bad_seed3  missing"]
 
 
 def started(words, path):
@@ -435,12 +438,59 @@ def test_jobs_have_their_share_of_the_cores_and_a_gpu_of_their_own(fake, monkeyp
     assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"4"}
 
 
+def test_more_gpus_for_a_job_than_there_are_is_one_line(fake, call, monkeypatch):
+    fake(slow="--steps 1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    answer = call("run slow --scale tiny --seeds 1 --gpus-per-job 3")
+    assert is_one_line_error(answer, "--gpus-per-job 3", "2 of this machine")
+
+
+def test_slurm_is_asked_for_what_the_flags_say(fake, call, monkeypatch):
+    asked = []
+
+    class Executor:
+        def __init__(self, folder, max_num_timeout):
+            assert max_num_timeout > 1000  # requeued at every time limit
+
+        def update_parameters(self, **parameters):
+            asked.append(parameters)
+
+        def submit_array(self, jobs):
+            asked.extend(job.environment.get("CUDA_VISIBLE_DEVICES") for job in jobs)
+            raise OSError("error: invalid partition")
+
+    fake(slow="--steps 1")
+    monkeypatch.setattr(jobs.submitit, "SlurmExecutor", Executor)
+    monkeypatch.setattr(jobs, "queued_jobs", set)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    words = "run slow --scale tiny --seeds 2 --cluster slurm --mem 1.5"
+    answer = call(f"{words} --partition gpu --time 30 --gpus-per-job 2 --cpus-per-job 3 --jobs 5")
+    assert is_one_line_error(answer, "SLURM refuses the jobs: error: invalid partition")
+    expected = {"job_name": "fake-tiny", "time": 30, "cpus_per_task": 3, "mem": "1536MB", "array_parallelism": 5,
+                "additional_parameters": {"requeue": True}}  # fmt: skip
+    assert asked == [expected | {"partition": "gpu", "gpus_per_node": 2}, None, None]
+    asked.clear()
+    assert call(f"{words} --gpus-per-job 0")[0] == 2
+    assert asked == [expected | {"time": 720, "cpus_per_task": 4, "array_parallelism": 32}, "", ""]
+
+
 def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch):
     shorter = ("--batch-size", "32", "--train-steps", "20", "--num-eval-batches", "1")
     monkeypatch.setitem(grids.NUMERIC_FLAGS, "tiny", (*grids.NUMERIC_FLAGS["tiny"], *shorter))
     code, out, err = call(f"run table5 --scale tiny --seeds 1 --jobs 2 --models {tmp_path}/models")
     assert code == 0, err
-    assert (tmp_path / "models/numeric-tiny/ind_select_3_perturb_1_seed1/results.csv").exists()
+    model = grids.Model(grids.numeric_setting("tiny", "independent", 3, 1), 1, tmp_path / "models")
+    assert (model.directory / "results.csv").exists()
+    # the downstream tasks as `run` asks for them, in this process and with fewer steps
+    monkeypatch.setattr(eval_numeric_predict, "STEPS", 20)
+    [(_, script, *flags)] = model.commands([grids.PREDICT, grids.CLASSIFY])
+    assert Path(script).name == "eval_numeric_predict.py" and eval_numeric_predict.main(flags) == 0
+    assert model.missing([grids.RESULTS, grids.PREDICT, grids.CLASSIFY]) == []
+    (model.directory / "results.csv").unlink()
+    code, out, _ = call(f"run table5 --scale tiny --seeds 1 --models {tmp_path}/models --dry-run")
+    assert code == 0 and "1 are done, 1 to do" in out and out.rstrip().endswith("--seed 2 --evaluate")
+    [(_, script, *flags)] = model.commands([grids.RESULTS])
+    assert main_numeric.main(flags) == 0 and model.missing([grids.RESULTS]) == []
     code, out, _ = call(f"report table5 --models {tmp_path}/models --output {tmp_path}/report")
     assert code == 0 and out.startswith("tiny scale: 48 of 48 cells computed")
     # the same models are none of the next larger problem
@@ -513,8 +563,13 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
     body = page[page.index("<body>") + 6 :].strip()
     assert body.startswith(f'<p class="first">{out.splitlines()[0]}</p>')
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
+    assert "<b>0.90</b> ± 0.10<br><small>paper 0.98 (-0.08)</small>" in page
+    assert "Independent semantics: 0 of 46 cells (0.0%) lie within ±0.05 of the paper, 24 (52.2%) within ±0.1" in page
     # 24 independent nonlinear cells: twelve unbiased ones hold with 0.9, the others do not
-    assert "12 of 24 cells (50.0%)" in page
+    assert "numeric: 12 of 24 cells (50.0%)" in page
+    summary = pd.read_csv(tmp_path / "report/fast/summary.csv").iloc[0]
+    assert (summary.independent_compared, summary["independent_within_0.1"]) == (46, 24)
+    assert (summary.foretold, summary.as_foretold) == (24, 12)
     assert (
         "ind_select_8_perturb_2_seed1 0.90, ind_select_8_perturb_2_seed2 0.80, ind_select_8_perturb_2_seed3 1.00"
         in page
@@ -548,7 +603,7 @@ def test_mpi3d_is_reported_beside_the_paper_and_a_figure_without_its_numbers_alo
     assert (row["mean"], row.paper, row.difference) == (1.0, 1.0, 0.0)
     sizes = pd.read_csv(tmp_path / "report/fast/fig13.csv")
     assert len(sizes) == 56 and sizes.paper.isna().all() and (sizes.seeds == 1).all()
-    assert "14 of 14 cells (100.0%)" in (tmp_path / "report/index.html").read_text()
+    assert "mpi3d: 14 of 14 cells (100.0%)" in (tmp_path / "report/index.html").read_text()
     assert "fast scale: 84 of 336 cells computed, 14 of 28 lie within ±0.05" in out
     assert not (tmp_path / "report/fast/fig13_beside_paper.png").exists()
 
@@ -563,7 +618,7 @@ def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, 
     write_model(tmp_path / "models", setting, 1, rows, grids.CAUSAL_RESULTS)
     code, _, err = call(f"report fig16 --models {tmp_path}/models --output {tmp_path}/report")
     if damage:  # a score that must be there is not
-        assert code == 2 and "no mcc_mlp of text text_phrasing" in err and len(err.splitlines()) == 1
+        assert code == 2 and "no finite mcc_mlp of text text_phrasing" in err and len(err.splitlines()) == 1
         return
     assert code == 0, err
     assert (tmp_path / "report/fast/fig16_beside_paper.png").stat().st_size > 10_000
@@ -574,10 +629,13 @@ def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, 
     assert ">nan<" not in page and "1 of 2 cells" not in page and "2 of 2 cells" in page
 
 
-@pytest.mark.parametrize("damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing"])
+@pytest.mark.parametrize("damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing", "a row is inf"])
 def test_a_damaged_file_is_named_and_not_averaged(call, undrawn, fast_models, tmp_path, damage):
     file = fast_models / "numeric-fast/ind_select_8_perturb_2_seed2/results.csv"
-    file.write_text("\n".join(file.read_text().splitlines()[:-1]) if "row" in damage else damage)
+    whole = file.read_text()
+    without_a_row = "\n".join(whole.splitlines()[:-1])
+    damaged = {"one row is missing": without_a_row, "a row is inf": whole.replace("0.8\n", "inf\n", 1)}
+    file.write_text(damaged.get(damage, damage))
     answer = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
     assert is_one_line_error(answer, str(file), "left out of the report")
     table = pd.read_csv(tmp_path / "report/fast/table5.csv")

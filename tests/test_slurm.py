@@ -10,22 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import jobs
-
 REPOSITORY = Path(__file__).parent.parent
 # Long enough to be cancelled in mid-run, small enough for any machine.
-SMALL = (
-    "--batch-size",
-    "64",
-    "--final-batch-size",
-    "0",
-    "--train-steps",
-    "400",
-    "--log-steps",
-    "20",
-    "--num-eval-batches",
-    "1",
-)
+SMALL = "--batch-size 64 --final-batch-size 0 --train-steps 400 --log-steps 20 --num-eval-batches 1"
 RESULTS = "results.csv"
 
 
@@ -37,6 +24,10 @@ def no_cluster():
     if answer.returncode:
         return f"SLURM does not answer: {answer.stderr.strip().splitlines()[-1]}"
     return "" if {"idle", "mix", "alloc"} & set(answer.stdout.split()) else "no node of the SLURM cluster is up"
+
+
+WHY_NOT = no_cluster()
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "there is a cluster")]
 
 
 def squeue(job_id, field):
@@ -58,7 +49,7 @@ def reproduced(words, cwd):
     """reproduce.py in a process of its own, with the small models instead of the tiny ones."""
     code = (
         "import sys, grids, jobs, reproduce\n"
-        f"grids.NUMERIC_FLAGS['tiny'] = (*grids.NUMERIC_FLAGS['tiny'], *{SMALL!r})\n"
+        f"grids.NUMERIC_FLAGS['tiny'] = (*grids.NUMERIC_FLAGS['tiny'], *{SMALL.split()!r})\n"
         "jobs.POLL_SECONDS = 1\n"
         "reproduce.run_script(lambda: reproduce.main(sys.argv[1:]))"
     )
@@ -79,8 +70,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slurm
-@pytest.mark.skipif(bool(no_cluster()), reason=no_cluster() or "there is a cluster")
 @pytest.mark.parametrize("how", ["scontrol requeue", "scancel --signal=USR2"])
 def test_an_array_whose_one_job_is_cancelled_and_requeued_ends_with_the_results_of_the_local_run(folder, how):
     """scontrol: an administrator's requeue; USR2: what SLURM sends before the time limit, and submitit requeues."""
@@ -109,8 +98,6 @@ def test_an_array_whose_one_job_is_cancelled_and_requeued_ends_with_the_results_
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
-@pytest.mark.slurm
-@pytest.mark.skipif(bool(no_cluster()), reason=no_cluster() or "there is a cluster")
 def test_a_job_that_is_cancelled_for_good_is_listed_with_its_log_and_a_refusal_is_one_line(folder):
     words = (
         "run table5 --scale tiny --seeds 1 --models cancelled --cluster slurm --cpus-per-job 1 --gpus-per-job 0 --mem 1"
@@ -126,9 +113,3 @@ def test_a_job_that_is_cancelled_for_good_is_listed_with_its_log_and_a_refusal_i
     process = reproduced(f"{words} --partition nowhere", folder)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 2 and "error: SLURM refuses the jobs" in output.splitlines()[-1]
-
-
-def test_the_queue_is_read_by_array_element():
-    if why := no_cluster():
-        pytest.skip(why)
-    assert isinstance(jobs.queued_jobs(), set)
