@@ -20,6 +20,7 @@ from latent_spaces import seeded_generator
 from losses import image_text_contrastive_loss
 from training import (
     add_training_flags,
+    after_training,
     apply_recipe,
     batch_size_at,
     describe_device,
@@ -301,15 +302,17 @@ def describe_setting(experiment, args, pairs, setting, encoders, device):
 # the run
 
 
-def run_experiment(experiment, args, given):
-    """Train and evaluate, or with --evaluate evaluate again; args, given: of the command line. Returns the exit code."""
+def run_experiment(experiment, parse_flags, argv):
+    """Train and evaluate, or with --evaluate evaluate again; parse_flags: the script's, of argv. Returns the exit code."""
+    args, given = parse_flags(argv)
     apply_recipe(args, given, experiment.recipes)
-    directory = open_model_directory(args, given, f"{experiment.name}_{args.bias_type}_{args.bias_id}", RUN_FLAGS)
+    default_id = f"{experiment.name}_{args.bias_type}_{args.bias_id}"
+    directory = open_model_directory(args, given, default_id, RUN_FLAGS, parse_flags)
     check_setting(experiment, args)
     device = select_device(args)
     if args.evaluate:
         return evaluate_again(experiment, args, directory, device)
-    if is_finished(directory) and args.resume:
+    if args.resume and is_finished(directory):
         print(f"{directory} is finished already: nothing to resume")
         return 0
     if args.seed is None:
@@ -338,7 +341,8 @@ def run_experiment(experiment, args, given):
     progress = train(encoders, compute_loss, args, directory, {"order": order}, device, monitor, after_step)
     save_encoders(encoders, directory)
     details |= {"eval_seed": args.seed + 1, "train_seconds": round(progress.seconds, 1)}
-    details |= write_evaluation(experiment, encoders, pairs, setting, args, directory, details["eval_seed"])
+    with after_training(args):
+        details |= write_evaluation(experiment, encoders, pairs, setting, args, directory, details["eval_seed"])
     write_args(directory, args, {**details, "finished": True})
     return 0
 

@@ -136,7 +136,7 @@ EXPERIMENT = Experiment(
 
 def main(argv=None):
     """Train and evaluate, or with --evaluate evaluate again; returns the exit code."""
-    return run_experiment(EXPERIMENT, *parse_flags(argv))
+    return run_experiment(EXPERIMENT, parse_flags, argv)
 
 
 if __name__ == "__main__":

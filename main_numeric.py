@@ -27,6 +27,7 @@ from latent_spaces import MisalignedLatents, MixingNetwork, seed_sequence, seede
 from losses import multimodal_contrastive_loss
 from training import (
     add_training_flags,
+    after_training,
     apply_recipe,
     batch_size_at,
     describe_device,
@@ -178,16 +179,21 @@ def build_latents(args, training_seed, device):
         raise InputError(str(error)) from None
 
 
+def encoding_size(args, latents):
+    """Dimensions D of the encodings."""
+    return args.encoding_size or len(latents.unbiased)
+
+
 def build_networks(args, latents):
     """Dict of the four networks of a setting, their weights not set: g_x, g_t mix, f_x, f_t encode."""
     d_x = args.semantics_n + args.modality_n
     d_t = len(latents.selected) + args.modality_n
-    encoding_size = args.encoding_size or len(latents.unbiased)
+    size = encoding_size(args, latents)
     networks = {
         "g_x": MixingNetwork(d_x, args.n_mixing_layer),
         "g_t": MixingNetwork(d_t, args.n_mixing_layer),
-        "f_x": MLPEncoder(d_x, encoding_size),
-        "f_t": MLPEncoder(d_t, encoding_size),
+        "f_x": MLPEncoder(d_x, size),
+        "f_t": MLPEncoder(d_t, size),
     }
     return {name: network.to(latents.device) for name, network in networks.items()}
 
@@ -301,7 +307,7 @@ def names_of(indices, sign="s"):
 def describe_setting(args, latents, networks, device):
     """The setting in words: what the text leaves out, what it may state wrongly, what should be learned."""
     parameters = sum(parameter.numel() for name in ("f_x", "f_t") for parameter in networks[name].parameters())
-    n, m, size = args.semantics_n, args.modality_n, args.encoding_size or len(latents.unbiased)
+    n, m, size = args.semantics_n, args.modality_n, encoding_size(args, latents)
     kind = "dependent" if args.causal_dependence else "independent"
     omitted = [i for i in range(n) if i not in latents.selected]
     wrong = f", each with probability {args.change_prob:g}" if latents.perturbed else ""
@@ -371,7 +377,7 @@ def main(argv=None):
     if args.seed is None:
         args.seed = drawn_seed()
     latents = build_latents(args, args.seed, device)
-    size = args.encoding_size or len(latents.unbiased)
+    size = encoding_size(args, latents)  # a recipe's "auto" depends on it
     if args.train_steps == "auto":
         args.train_steps = round(np.interp(size, *zip(*AUTO_STEPS, strict=True)))
     if args.final_batch_size == "auto":
@@ -394,7 +400,8 @@ def main(argv=None):
     for name, encoder in encoders.items():
         save_weights(encoder, directory / f"{name}.pt")
     details |= {"eval_seed": args.seed + 1, "train_seconds": round(progress.seconds, 1)}
-    details |= write_evaluation(networks, latents, args, directory, details["eval_seed"])
+    with after_training(args):
+        details |= write_evaluation(networks, latents, args, directory, details["eval_seed"])
     write_args(directory, args, {**details, "finished": True})
     return 0
 

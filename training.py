@@ -149,7 +149,7 @@ def select_device(args):
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     if args.precision == "auto":
-        args.precision = "bf16" if _has_fast_bf16(device) else "fp32"
+        args.precision = "bf16" if has_fast_bf16(device) else "fp32"
     if args.precision == "tf32" and device.type != "cuda":
         raise InputError("--precision tf32 needs a CUDA device, and this run is on the CPU; use fp32 or bf16")
     if args.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -160,7 +160,8 @@ def select_device(args):
     return device
 
 
-def _has_fast_bf16(device):
+def has_fast_bf16(device):
+    """Whether the device computes bf16 itself, not by way of fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     with contextlib.suppress(OSError):
@@ -246,11 +247,13 @@ def open_model_directory(args, given, default_id, script_run_flags=frozenset(), 
             )
         raise InputError(f"{directory} holds an unfinished run; --resume continues it, --overwrite starts it anew")
     # a run killed as it began leaves no more than a hidden file
-    if directory.exists() and not (has_args or args.overwrite) and any(directory.glob("[!.]*")):
-        raise InputError(
-            f"{directory} holds files but no args.json; choose another --model-id, or train there with --overwrite"
-        )
+    if directory.exists() and not has_args and _holds_files(directory):
+        raise InputError(f"{directory} holds files but no args.json: it is no model; choose another --model-id")
     return directory
+
+
+def _holds_files(directory):
+    return any(directory.glob("[!.]*"))
 
 
 def fresh_id(model_dir, name):
@@ -308,10 +311,12 @@ def is_finished(directory):
 def start_directory(directory, args, details):
     """Make the directory and write args.json: the flags, and `details` of the run. Removes what --overwrite gives up.
 
-    Raises OSError if no file can be made there.
+    Raises OSError if no file can be made there, and InputError if another run has begun there since it was looked at.
     """
     is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
+    if not (args.resume or args.overwrite) and _holds_files(directory):
+        raise InputError(f"another run has just begun in {directory}; choose another --model-id")
     try:
         check_writable(directory)
     except OSError:
@@ -345,10 +350,14 @@ def take_evaluation_seed(args, directory):
 
 
 def keep_results(directory, earlier_seed, seed):
-    """Rename the results of an earlier evaluation with another seed to results_seed{N}.csv and .png."""
+    """Rename the results of an earlier evaluation with another seed to results_seed{N}.csv and .png.
+
+    Then args.json says that the results are of `seed`: whenever a process is killed, none are taken for those of another.
+    """
     for file in (directory / "results.csv", directory / "results.png"):
         if earlier_seed not in (None, seed) and file.exists():
             file.replace(file.with_stem(f"results_seed{earlier_seed}"))
+    write_json(directory / "args.json", {**read_json(directory / "args.json"), "eval_seed": seed})
 
 
 def check_writable(directory):
@@ -549,14 +558,32 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
             if stop.signal:
                 save()
                 bar.close()
-                print(
-                    f"stopped by {stop.signal.name} after step {progress.step} of {args.train_steps}; the checkpoint is "
-                    f"written, continue with: python {Path(sys.argv[0]).name} --model-dir {args.model_dir} "
-                    f"--model-id {args.model_id} --resume",
-                    file=sys.stderr,
-                )
-                sys.exit(128 + stop.signal)
+                _end_by(stop.signal, f"after step {progress.step} of {args.train_steps}", args)
     return progress
+
+
+def _end_by(number, where, args):
+    print(
+        f"stopped by {signal.Signals(number).name} {where}; the checkpoint is written, continue with: "
+        f"python {Path(sys.argv[0]).name} --model-dir {args.model_dir} --model-id {args.model_id} --resume",
+        file=sys.stderr,
+    )
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def after_training(args):
+    """Context of what follows `train`: SIGINT and SIGTERM, unless they are ignored, end it and say how to resume."""
+    previous = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, lambda number, _: _end_by(number, "in the evaluation", args))
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _progress_line(progress, total, text):

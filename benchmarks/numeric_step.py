@@ -222,9 +222,9 @@ def main():
 
 
 def _cpu_has_bf16():
-    from training import _has_fast_bf16
+    from training import has_fast_bf16
 
-    return _has_fast_bf16(torch.device("cpu"))
+    return has_fast_bf16(torch.device("cpu"))
 
 
 def _in_process(work, args):

@@ -224,7 +224,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
             patch.setattr(image_text, "batch_loss", dying)
             with pytest.raises(Killed):
                 run(f"{flags} --resume", "killed")
-    code, out, err = run("--resume --log-steps 5", "killed", base="--no-cuda")
+    code, out, err = run("--resume", "killed", base="--no-cuda")
     assert code == 0 and "resumed from step" in out, err
     assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
 
@@ -242,7 +242,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path,
         patch.setattr(image_text, "batch_loss", signalled)
         code, _, err = run("--seed 3", "stopped")
     assert code == 128 + signal.SIGTERM and "after step 7 of 12" in err and "--model-id stopped --resume" in err
-    assert run("--resume --log-steps 5", "stopped", base="--no-cuda")[0] == 0
+    assert run("--resume", "stopped", base="--no-cuda")[0] == 0
     assert outcome(tmp_path / "models/stopped") == outcome(tmp_path / "models/whole")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -312,6 +313,38 @@ def test_dependent_latents_are_evaluated_with_the_covariances_of_the_training(ru
     assert torch.equal(seen[0], expected)
 
 
+def test_an_evaluation_killed_before_its_end_is_not_taken_for_another(run, trained, monkeypatch):
+    directory, _ = trained
+    before = contents(directory)
+    with monkeypatch.context() as patch:
+
+        def dying(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(main_numeric, "write_json", dying)
+        assert run("--evaluate --seed 7", base="--no-cuda")[0] == 130
+    of_seed_7 = (directory / "results.csv").read_bytes()
+    assert run("--evaluate --seed 8", base="--no-cuda")[0] == 0
+    after = contents(directory)
+    assert after["results_seed2.csv"] == before["results.csv"] and after["results_seed7.csv"] == of_seed_7
+    assert of_seed_7 not in (before["results.csv"], after["results.csv"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_evaluation_says_how_to_resume(run, tmp_path, monkeypatch, number):
+    assert run("--seed 1", "whole")[0] == 0
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(main_numeric, "evaluate", lambda *_: os.kill(os.getpid(), number))
+        code, _, err = run("--seed 1", "stopped")
+    assert code == 128 + number and len(err.splitlines()) == 1
+    assert f"stopped by {number.name} in the evaluation" in err and "--model-id stopped --resume" in err
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert run("--resume", "stopped", base="--no-cuda")[0] == 0
+    whole, stopped = (contents(tmp_path / "models" / name) for name in ("whole", "stopped"))
+    assert all(stopped[name] == whole[name] for name in ("f_x.pt", "f_t.pt", "results.csv"))
+
+
 def test_a_flag_that_contradicts_args_json_is_named_with_both_values(run, trained):
     directory, _ = trained
     before = contents(directory)
@@ -581,7 +614,21 @@ def test_places_that_cannot_be_written(run, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.csv").write_text("x")
     fails(run, "", "holds files but no args.json", model="notes", model_dir=tmp_path)
+    fails(run, "--overwrite", "it is no model", model="notes", model_dir=tmp_path)
     assert (tmp_path / "notes/a.csv").read_text() == "x"
+
+
+def test_of_two_runs_that_begin_in_one_directory_the_second_gives_way(run, tmp_path, monkeypatch):
+    real = main_numeric.build_networks
+
+    def meanwhile(*arguments):
+        (tmp_path / "models/m").mkdir(parents=True)
+        (tmp_path / "models/m/args.json").write_text("{}")
+        return real(*arguments)
+
+    monkeypatch.setattr(main_numeric, "build_networks", meanwhile)
+    fails(run, "--seed 1", "another run has just begun")
+    assert contents(tmp_path / "models/m") == {"args.json": b"{}"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
