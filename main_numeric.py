@@ -75,7 +75,7 @@ RECIPES = {
 }
 # train_steps "auto", between these (dimensions of the encoding, steps): a single dimension teaches the layers below it
 # little at a time, and many take long to tell apart
-AUTO_STEPS = ((1, 8_000), (5, 4_500), (10, 7_000))
+AUTO_STEPS = ((1, 6_500), (5, 3_500), (10, 7_000))
 # final_batch_size "auto": in more dimensions it takes more negatives to find one that is hard to tell from the positive
 AUTO_BATCH, AUTO_BATCH_PER_DIMENSION = 384, 128
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
