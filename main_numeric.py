@@ -4,7 +4,7 @@
     python main_numeric.py --theta-value 55 --seed 1           # selection bias: the text speaks of s_0, s_1, s_2 alone
     python main_numeric.py --theta-value 1022 --beta-value 55  # perturbation bias: s_0, s_1, s_2 are stated wrongly
     python main_numeric.py --causal-dependence --theta-value 55 # dependent semantics
-    python main_numeric.py --recipe fast --theta-value 55      # the same result in minutes on a CPU
+    python main_numeric.py --recipe fast --theta-value 55      # the same block, in minutes on a CPU
     python main_numeric.py --model-id NAME --resume            # continue a run that was stopped
     python main_numeric.py --model-id NAME --evaluate --seed 7 # evaluate a trained model again
 
@@ -45,7 +45,7 @@ from training import (
     write_args,
 )
 
-# "paper": exactly the paper's training. "fast": the same result from far fewer samples, as
+# "paper": exactly the paper's training. "fast": the same block identified from far fewer samples, as
 # benchmarks/time_to_identification.py shows.
 RECIPES = {
     "paper": {
