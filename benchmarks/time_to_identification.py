@@ -1,19 +1,22 @@
-"""How well the unbiased block is identified after how much training: R² against wall time, for both recipes.
+"""How well the unbiased block is identified after how much training: scores against wall time, for both recipes.
 
-    python benchmarks/time_to_identification.py                       # five of ten semantics selected, 15 minutes a recipe
+    python benchmarks/time_to_identification.py                        # five of ten semantics selected, 15 minutes a recipe
     python benchmarks/time_to_identification.py --theta-value 55 --minutes 5 --seeds 1 2 3
+    python benchmarks/time_to_identification.py --experiment mpi3d --datapath data/mpi3d_standin --bias-id 2
 
-Runs main_numeric.py itself, each recipe alone on the machine, stops it after --minutes as Ctrl-C would, and reads the
-curve from its train_log.csv: the linear R² of the image encoding on held-out samples. Writes
-benchmarks/time_to_identification.csv and .png, and prints when the worst unbiased factor passed some levels.
+Runs the training script itself, each recipe alone on the machine, stops it after --minutes as Ctrl-C would, and reads the
+curve from its train_log.csv: linear scores of the image encoding on held-out samples. Every other flag goes to the script.
+Writes benchmarks/time_to_identification.csv and .png, and prints when the worst unbiased factor passed some levels.
 """
 
 import argparse
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,20 +27,80 @@ import pandas as pd
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import main_causal3dident
+import main_mpi3dreal
+import main_numeric
+from datasets import causal_setting, mpi3d_setting
 from figures import save_figure
 from files import write_csv
 from latent_spaces import subset_from_index
 
 HERE = Path(__file__).parent
 LEVELS = (0.5, 0.8, 0.9, 0.95)
-LOG_STEPS = {"paper": 20, "fast": 200}  # a few lines a minute on two cores
 
 
-def measure(recipe, theta, seed, minutes, models):
-    """DataFrame of one run: recipe, seed, seconds, step, and worst, mean (unbiased) and largest other linear R² of hz_x."""
-    name = f"{recipe}_{seed}"
-    command = [sys.executable, "main_numeric.py", "--recipe", recipe, "--theta-value", str(theta), "--seed", str(seed)]
-    command += ["--log-steps", str(LOG_STEPS[recipe]), "--model-dir", models, "--model-id", name, "--mlp-eval"]
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is measured: a script, its score, log_steps of each recipe, prefix of the image encoding's columns in the log.
+
+    unbiased(args): names of the semantics to be identified; describe(args): the setting in words.
+    """
+
+    script: object
+    flags: tuple
+    score: str
+    log_steps: dict
+    prefix: str
+    unbiased: Callable
+    describe: Callable
+
+
+def selected(args):
+    """Names of the selected semantics of the numeric experiment."""
+    return [f"s_{i}" for i in subset_from_index(args.theta_value, args.semantics_n)]
+
+
+def describe_bias(args):
+    """The setting of an experiment on images and captions in words."""
+    return f"{args.bias_type} {args.bias_id}"
+
+
+EXPERIMENTS = {
+    "numeric": Experiment(
+        main_numeric,
+        ("--theta-value", "385"),
+        "linear R²",
+        {"paper": 20, "fast": 200},  # a few lines a minute on two cores
+        "hz_x_",
+        selected,
+        lambda args: f"{len(selected(args))} of {args.semantics_n} semantics selected",
+    ),
+    "mpi3d": Experiment(
+        main_mpi3dreal,
+        (),
+        "linear MCC",
+        {"paper": 10, "fast": 50},
+        "image_",
+        lambda args: mpi3d_setting(args.bias_type, args.bias_id).unbiased,
+        describe_bias,
+    ),
+    "causal3dident": Experiment(
+        main_causal3dident,
+        (),
+        "linear MCC or R²",
+        {"paper": 10, "fast": 50},
+        "image_",
+        lambda args: causal_setting(args.bias_type, args.bias_id).unbiased,
+        describe_bias,
+    ),
+}
+
+
+def measure(experiment, recipe, flags, seed, minutes, models):
+    """DataFrame of one run: recipe, seed, seconds, step, and worst, mean (unbiased) and largest other score of the images."""
+    name, script = f"{recipe}_{seed}", Path(experiment.script.__file__).name
+    command = [sys.executable, script, *flags, "--recipe", recipe, "--seed", str(seed)]
+    command += ["--log-steps", str(experiment.log_steps[recipe]), "--model-dir", models, "--model-id", name]
     process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.DEVNULL)
     try:
         process.wait(timeout=minutes * 60)
@@ -45,18 +108,22 @@ def measure(recipe, theta, seed, minutes, models):
         process.send_signal(signal.SIGINT)
         process.wait()
     directory = Path(models) / name
-    log = pd.read_csv(directory / "train_log.csv")
-    unbiased = [f"hz_x_s_{i}" for i in subset_from_index(theta, 10)]
-    others = [c for c in log.columns if c.startswith("hz_x_") and c not in unbiased and c != "hz_x_s_inv"]
+    try:
+        log = pd.read_csv(directory / "train_log.csv")
+    except FileNotFoundError:
+        sys.exit(f"{script} did not come to a line of its log")
+    unbiased = [experiment.prefix + factor for factor in experiment.unbiased(experiment.script.parse_flags(flags)[0])]
+    # s_inv is the mean over the unbiased ones
+    others = [c for c in log.columns if c.startswith(experiment.prefix) and c not in (*unbiased, "hz_x_s_inv")]
     device = json.loads((directory / "args.json").read_text())["device"]
     curve = log[["seconds", "step"]].assign(
         worst=log[unbiased].min(axis=1), mean=log[unbiased].mean(axis=1), other=log[others].max(axis=1)
     )
-    return curve.assign(recipe=recipe, seed=seed, theta=theta, device=device)
+    return curve.assign(recipe=recipe, seed=seed, device=device)
 
 
-def draw(curves, path):
-    """Worst unbiased and largest other R² against minutes of training, a colour for each recipe."""
+def draw(curves, score, setting, path):
+    """Worst unbiased and largest other score against minutes of training, a colour for each recipe."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (recipe, _), curve in curves.groupby(["recipe", "seed"]):
         colour = {"paper": "tab:gray", "fast": "tab:blue"}[recipe]
@@ -65,30 +132,33 @@ def draw(curves, path):
     handles, labels = axes.get_legend_handles_labels()
     distinct = dict(zip(labels, handles, strict=True))
     axes.legend(distinct.values(), distinct.keys())
-    axes.set(xlabel="minutes of training", ylabel="linear R² of the image encoding", ylim=(0, 1))
-    selected = len(subset_from_index(int(curves.theta.iloc[0]), 10))
-    axes.set_title(f"{selected} of 10 semantics selected; {curves.device.iloc[0]}", fontsize=10)
+    axes.set(xlabel="minutes of training", ylabel=f"{score} of the image encoding", ylim=(0, 1.02))
+    axes.set_title(f"{setting}; {curves.device.iloc[0]}", fontsize=10)
     save_figure(figure, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--theta-value", type=int, default=385, help="number of the subset I_θ (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--experiment", choices=tuple(EXPERIMENTS), default="numeric", help="(%(default)s)")
     parser.add_argument("--minutes", type=float, default=15, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--output", type=Path, default=HERE / "time_to_identification", help="without suffix")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    experiment = EXPERIMENTS[args.experiment]
+    flags = [*experiment.flags, *flags]
+    setting = experiment.describe(experiment.script.parse_flags(flags)[0])
     with tempfile.TemporaryDirectory() as models:
         runs = [(recipe, seed) for seed in args.seeds for recipe in ("fast", "paper")]
-        curves = pd.concat([measure(recipe, args.theta_value, seed, args.minutes, models) for recipe, seed in runs])
+        curves = pd.concat([measure(experiment, recipe, flags, seed, args.minutes, models) for recipe, seed in runs])
     write_csv(curves, args.output.with_suffix(".csv"))
-    draw(curves, args.output.with_suffix(".png"))
-    print(curves.device.iloc[0])
+    draw(curves, experiment.score, setting, args.output.with_suffix(".png"))
+    print(f"{setting}; {curves.device.iloc[0]}")
     for (recipe, seed), curve in curves.groupby(["recipe", "seed"]):
         passed = {level: curve[curve.worst >= level].seconds.min() / 60 for level in LEVELS}
         times = ", ".join(f"{level}: " + (f"{t:.1f} min" if t == t else "not reached") for level, t in passed.items())
         last = curve.iloc[-1]
-        print(f"{recipe:>5} seed {seed}: worst unbiased R² {last.worst:.2f} after {last.seconds / 60:.1f} min; {times}")
+        print(f"{recipe:>5} seed {seed}: worst unbiased {last.worst:.2f}, largest other {last.other:.2f} after "
+              f"{last.seconds / 60:.1f} min, {last.step} steps; {times}")  # fmt: skip
 
 
 if __name__ == "__main__":
