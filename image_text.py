@@ -79,6 +79,10 @@ def make_parser(documentation, recipes, datapath, smallest):
     """
     parser = Parser(description=documentation.split("\n\n")[0], epilog="\n\n".join(documentation.split("\n\n")[1:]))
     add_training_flags(parser, recipes)
+    defaults = {
+        name: ", ".join(f"{recipe} {values[name]}" for recipe, values in recipes.items())
+        for name in ("first_tau", "text_lr_factor")
+    }
     group = parser.add_argument_group("checkpoints and data")
     group.add_argument(
         "--checkpoint-steps", type=integer(1), default=10_000,
@@ -96,6 +100,13 @@ def make_parser(documentation, recipes, datapath, smallest):
         help=f"dimensions D of the encodings, 0 = {smallest} (%(default)s)")  # fmt: skip
     group.add_argument("--hidden-size", type=integer(1), default=100, help="outputs of the ResNet-18 (%(default)s)")
     group.add_argument("--tau", type=number(0, above=True), default=1.0, help="temperature (%(default)s)")
+    group.add_argument(
+        "--first-tau", type=number(0),
+        help="temperature of the first step: it comes geometrically to --tau; 0 = it is the same throughout "
+        f"({defaults['first_tau']})")  # fmt: skip
+    group.add_argument(
+        "--text-lr-factor", type=number(0, above=True),
+        help=f"learning rate of the text encoder, in units of the image encoder's ({defaults['text_lr_factor']})")  # fmt: skip
     return parser
 
 
@@ -150,12 +161,17 @@ def save_encoders(encoders, directory, suffix=""):
         save_weights(encoder, directory / f"{name}{suffix}.pt")
 
 
-def batch_loss(encoders, pairs, order, batch_size, args):
-    """The loss of the next `batch_size` training pairs."""
-    rows = order.next(batch_size)
+def temperature_at(args, share_done):
+    """τ of a step: args.tau, coming to it geometrically from args.first_tau unless that is 0."""
+    return args.tau * ((args.first_tau or args.tau) / args.tau) ** (1 - share_done)
+
+
+def batch_loss(encoders, pairs, order, args, share_done=0.0):
+    """The loss of the next batch of training pairs, when that share of the steps is done."""
+    rows = order.next(batch_size_at(args, share_done))
     h_x = encoders["encoder_img"](pairs.images_of("train", rows))
     h_t = encoders["encoder_txt"](pairs.tokens_of("train", rows))
-    return image_text_contrastive_loss(h_x, h_t, args.tau, NEGATIVES[args.protocol])
+    return image_text_contrastive_loss(h_x, h_t, temperature_at(args, share_done), NEGATIVES[args.protocol])
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -329,7 +345,7 @@ def run_experiment(experiment, parse_flags, argv):
     order = EpochOrder(len(pairs.splits["train"]), seeded_generator(args.seed, "order"), pairs.images.index_device)
 
     def compute_loss(share_done):
-        return batch_loss(encoders, pairs, order, batch_size_at(args, share_done), args)
+        return batch_loss(encoders, pairs, order, args, share_done)
 
     def after_step(step):
         if step % args.checkpoint_steps == 0:
@@ -338,7 +354,8 @@ def run_experiment(experiment, parse_flags, argv):
                 save_encoders(encoders, directory, f"_{step}")
 
     monitor = make_monitor(experiment, encoders, pairs)
-    progress = train(encoders, compute_loss, args, directory, {"order": order}, device, monitor, after_step)
+    rates = {"encoder_txt": args.text_lr_factor}
+    progress = train(encoders, compute_loss, args, directory, {"order": order}, device, monitor, after_step, rates)
     save_encoders(encoders, directory)
     details |= {"eval_seed": args.seed + 1, "train_seconds": round(progress.seconds, 1)}
     with after_training(args):

@@ -19,11 +19,15 @@ from figures import plot_factor_scores
 from image_text import MODALITIES, Experiment, make_parser, names_of, run_experiment
 from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-# "paper": exactly the paper's training. "fast": a twentieth of the steps, at a learning rate that falls from a larger one.
+# "paper": exactly the paper's training. "fast": a twentieth of the steps, at a learning rate that falls from a larger one, and
+# with two changes more. At τ = 1 encodings in eight places of a sphere have a loss within 0.002 of those that have spread
+# evenly over it, so that most factors wait for a gradient that hardly exists; at a small τ it does. And a text encoder that
+# moves more slowly does not give up what the image encoder has not found yet.
 RECIPES = {
     "paper": {
         "init": "default",
         "lr": 1e-5,
+        "text_lr_factor": 1.0,
         "lr_schedule": "constant",
         "layer_lr": "uniform",
         "preconditioner": "none",
@@ -31,10 +35,12 @@ RECIPES = {
         "final_batch_size": 0,
         "train_steps": 200_001,
         "precision": "fp32",
+        "first_tau": 0,
     },
     "fast": {
         "init": "he",
         "lr": 1e-3,
+        "text_lr_factor": 0.1,
         "lr_schedule": "onecycle",
         "layer_lr": "uniform",
         "preconditioner": "none",
@@ -42,6 +48,7 @@ RECIPES = {
         "final_batch_size": 0,
         "train_steps": 10_000,
         "precision": "auto",
+        "first_tau": 0.06,
     },
 }
 SMALLEST_ENCODING = 3  # dimensions, where fewer semantics are unbiased

@@ -477,22 +477,29 @@ class Progress:
     seconds: float = 0.0
 
 
-def train(modules, compute_loss, args, directory, generators, device, monitor=None, after_step=None):
+def train(modules, compute_loss, args, directory, generators, device, monitor=None, after_step=None, rates=None):
     """Train `modules` for args.train_steps steps of Adam; returns the Progress at the end.
 
     modules: dict name → nn.Module; compute_loss(progress): a scalar tensor of one fresh batch, where progress in [0, 1)
     is the share of the steps done; generators: dict name → torch.Generator or what else has its get_state and set_state,
     every source of randomness that compute_loss uses, the order of the data too; monitor(): (dict column → number, text)
-    for each line of the log, from random numbers of its own; after_step(step) is called when `step` steps are done.
+    for each line of the log, from random numbers of its own; after_step(step) is called when `step` steps are done; rates:
+    dict name of a module → factor of its learning rate, 1 where there is none.
     Continues from checkpoint.pt if the directory has one. SIGINT and SIGTERM write a checkpoint, say how to resume and
     exit with 128 + the signal's number. Raises InputError if the loss is no longer finite, and if checkpoint.pt is damaged
     or of another run.
     """
-    parameters = [
-        parameter for module in modules.values() for parameter in module.parameters() if parameter.requires_grad
+    moving = [
+        (name, parameter)
+        for name, module in modules.items()
+        for parameter in module.parameters()
+        if parameter.requires_grad
     ]
-    rates = fan_in_rates(modules) if args.layer_lr == "fan-in" else {}
-    optimiser = Adam(parameters, [rates.get(id(parameter), 1.0) for parameter in parameters])
+    parameters = [parameter for _, parameter in moving]
+    by_layer, by_module = fan_in_rates(modules) if args.layer_lr == "fan-in" else {}, rates or {}
+    optimiser = Adam(
+        parameters, [by_layer.get(id(parameter), 1.0) * by_module.get(name, 1.0) for name, parameter in moving]
+    )
     preconditioner = InputWhitening(modules) if args.preconditioner == "inputs" else None
     checkpoint = directory / "checkpoint.pt"
     progress = Progress()

@@ -105,7 +105,7 @@ def time_form(form, options):
                     h_x = image.linear(nn.functional.leaky_relu(image.resnet(images), 0.01))
                     loss = plain_loss(h_x, text(captions), args.tau)
                 else:
-                    loss = image_text.batch_loss(encoders, pairs, order, args.batch_size, args)
+                    loss = image_text.batch_loss(encoders, pairs, order, args)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
             optimiser.step(*(() if form == "plain" else (args.lr,)))

@@ -204,18 +204,17 @@ def toy_problem():
     return module, generator, lambda share_done: 30 * module(torch.randn(8, 4, generator=generator)).square().sum()
 
 
-@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
-def test_the_loop_is_adam_with_clipping_and_a_schedule(tmp_path, schedule):
+@pytest.mark.parametrize("schedule, rates", [("constant", None), ("onecycle", None), ("constant", {"m": 0.1, "n": 3})])
+def test_the_loop_is_adam_with_clipping_a_schedule_and_rates(tmp_path, schedule, rates):
     module, generator, compute_loss = toy_problem()
-    training.train(
-        {"m": module}, compute_loss, toy_args(lr_schedule=schedule), tmp_path, {"g": generator}, torch.device("cpu")
-    )
+    args, rate = toy_args(lr_schedule=schedule), (rates or {"m": 1})["m"]
+    training.train({"m": module}, compute_loss, args, tmp_path, {"g": generator}, torch.device("cpu"), rates=rates)
     plain, _, plain_loss = toy_problem()
     mean = [torch.zeros_like(p) for p in plain.parameters()]
     square = [torch.zeros_like(p) for p in plain.parameters()]
     for step in range(12):
         progress = step / 12
-        lr = 0.01
+        lr = 0.01 * rate
         if schedule == "onecycle":
             warm = 0.04 + 0.96 * (1 - np.cos(np.pi * progress / 0.1)) / 2
             lr *= warm if progress < 0.1 else 1e-4 + (1 + np.cos(np.pi * (progress - 0.1) / 0.9)) / 2
