@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 		--train-steps 600 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
 
 STANDIN := data/mpi3d_standin
-MPI3D_DEMO := main_mpi3dreal.py --datapath $(STANDIN) --recipe fast --no-cuda --batch-size 64 --train-steps 150 --log-steps 50 --seed 0 --overwrite
+MPI3D_DEMO := main_mpi3dreal.py --datapath $(STANDIN) --recipe fast --no-cuda --batch-size 64 --train-steps 350 --log-steps 50 --seed 0 --overwrite
 
 demo-mpi3d: $(INSTALLED)
 	$(BIN)/python rendering_data/MPI3D/render_standin_images.py --output-dir $(STANDIN) --grid 4 4 2 3 3 6 6 --overwrite
@@ -51,9 +51,9 @@ CAUSAL_STANDIN := data/demo-causal3dident
 CAUSAL_DEMO := main_causal3dident.py --datapath $(CAUSAL_STANDIN) --recipe fast --no-cuda --batch-size 64 --train-steps 300 --log-steps 100 --seed 0 --overwrite
 
 demo-causal3dident: $(INSTALLED) $(BLENDER_INSTALLED)
-	$(BIN)/python $(CAUSAL3DIDENT)/generate_latents.py --output-folder $(CAUSAL_STANDIN) --n-points 400 --seed 0
+	$(BIN)/python $(CAUSAL3DIDENT)/generate_latents.py --output-folder $(CAUSAL_STANDIN) --n-points 2000 --seed 0
 	$(BIN)/python $(CAUSAL3DIDENT)/generate_text.py --output-folder $(CAUSAL_STANDIN)
-	$(BLENDER) $(CAUSAL3DIDENT)/generate_images.py --output-folder $(CAUSAL_STANDIN) --size 64 --samples 64
+	$(BLENDER) $(CAUSAL3DIDENT)/generate_images.py --output-folder $(CAUSAL_STANDIN) --size 64 --samples 32
 	$(BIN)/python $(CAUSAL3DIDENT)/contact_sheet.py --output-folder $(CAUSAL_STANDIN)
 	$(BIN)/python $(CAUSAL_DEMO) --bias-type selections --bias-id 2 --model-id demo_causal3dident_selections
 	$(BIN)/python $(CAUSAL_DEMO) --bias-type perturbations --bias-id 4 --model-id demo_causal3dident_perturbations

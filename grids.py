@@ -350,9 +350,9 @@ CAUSAL_DATA = DataSet(
 CAUSAL_STANDIN = "data/causal3dident_standin"
 CAUSAL_STANDIN_DATA = DataSet(
     f"{CAUSAL_STANDIN}/contact_sheet.png",
-    ((f"{_CAUSAL_TOOLS}/generate_latents.py", "--output-folder", CAUSAL_STANDIN, "--n-points", "400", "--seed", "0"),
+    ((f"{_CAUSAL_TOOLS}/generate_latents.py", "--output-folder", CAUSAL_STANDIN, "--n-points", "2000", "--seed", "0"),
      (f"{_CAUSAL_TOOLS}/generate_text.py", "--output-folder", CAUSAL_STANDIN),
-     (BLENDER, f"{_CAUSAL_TOOLS}/generate_images.py", "--output-folder", CAUSAL_STANDIN, "--size", "64", "--samples", "64"),
+     (BLENDER, f"{_CAUSAL_TOOLS}/generate_images.py", "--output-folder", CAUSAL_STANDIN, "--size", "64", "--samples", "32"),
      (f"{_CAUSAL_TOOLS}/contact_sheet.py", "--output-folder", CAUSAL_STANDIN)),
 )  # fmt: skip
 CAUSAL_FLAGS = {
