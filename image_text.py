@@ -30,6 +30,7 @@ from training import (
     load_weights,
     open_model_directory,
     provenance,
+    recipe_values,
     save_weights,
     select_device,
     start_directory,
@@ -79,10 +80,6 @@ def make_parser(documentation, recipes, datapath, smallest):
     """
     parser = Parser(description=documentation.split("\n\n")[0], epilog="\n\n".join(documentation.split("\n\n")[1:]))
     add_training_flags(parser, recipes)
-    defaults = {
-        name: ", ".join(f"{recipe} {values[name]}" for recipe, values in recipes.items())
-        for name in ("first_tau", "text_lr_factor")
-    }
     group = parser.add_argument_group("checkpoints and data")
     group.add_argument(
         "--checkpoint-steps", type=integer(1), default=10_000,
@@ -103,10 +100,11 @@ def make_parser(documentation, recipes, datapath, smallest):
     group.add_argument(
         "--first-tau", type=number(0),
         help="temperature of the first step: it comes geometrically to --tau; 0 = it is the same throughout "
-        f"({defaults['first_tau']})")  # fmt: skip
+        f"({recipe_values(recipes, 'first_tau')})")  # fmt: skip
     group.add_argument(
         "--text-lr-factor", type=number(0, above=True),
-        help=f"learning rate of the text encoder, in units of the image encoder's ({defaults['text_lr_factor']})")  # fmt: skip
+        help="learning rate of the text encoder, in units of the image encoder's "
+        f"({recipe_values(recipes, 'text_lr_factor')})")  # fmt: skip
     return parser
 
 

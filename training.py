@@ -44,11 +44,13 @@ GRADIENT_NORM = 2.0
 # flags
 
 
+def recipe_values(recipes, name):
+    """What each recipe sets a flag to, in words."""
+    return ", ".join(f"{recipe} {values[name]}" for recipe, values in recipes.items())
+
+
 def add_training_flags(parser, recipes, default_log_steps=1000):
     """Add the flags that every training script shares; `recipes` maps a name to the values of the flags that it sets."""
-
-    def recipe_default(name):
-        return ", ".join(f"{recipe} {values[name]}" for recipe, values in recipes.items())
 
     group = parser.add_argument_group("run")
     group.add_argument("--model-dir", default="models", help="folder of all models (%(default)s)")
@@ -90,45 +92,45 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
     group.add_argument(
         "--init",
         choices=("default", "he"),
-        help=f"encoders' weights: PyTorch's default or He's ({recipe_default('init')})",
+        help=f"encoders' weights: PyTorch's default or He's ({recipe_values(recipes, 'init')})",
     )
     group.add_argument(
         "--lr",
         type=number(0, above=True),
-        help=f"Adam's learning rate, its peak under a schedule ({recipe_default('lr')})",
+        help=f"Adam's learning rate, its peak under a schedule ({recipe_values(recipes, 'lr')})",
     )
     group.add_argument(
         "--layer-lr",
         choices=("uniform", "fan-in"),
         help="learning rate of all layers alike, or larger where the fan-in is smaller, see optimisers.py "
-        f"({recipe_default('layer_lr')})",
+        f"({recipe_values(recipes, 'layer_lr')})",
     )
     group.add_argument(
         "--preconditioner",
         choices=("none", "inputs"),
         help="of Adam's gradients; inputs: whiten by each layer's inputs, see optimisers.py "
-        f"({recipe_default('preconditioner')})",
+        f"({recipe_values(recipes, 'preconditioner')})",
     )
     group.add_argument(
         "--lr-schedule",
         choices=tuple(LR_SCHEDULES),
-        help=f"one cycle warms up and comes down to nothing ({recipe_default('lr_schedule')})",
+        help=f"one cycle warms up and comes down to nothing ({recipe_values(recipes, 'lr_schedule')})",
     )
-    group.add_argument("--batch-size", type=integer(2), help=f"pairs a step ({recipe_default('batch_size')})")
+    group.add_argument("--batch-size", type=integer(2), help=f"pairs a step ({recipe_values(recipes, 'batch_size')})")
     group.add_argument(
         "--final-batch-size",
         type=integer(2, or_zero=True),
         help="pairs in the last step: the batch grows geometrically from --batch-size; 0 = it does not; a recipe's auto: "
-        f"larger for larger encodings ({recipe_default('final_batch_size')})",
+        f"larger for larger encodings ({recipe_values(recipes, 'final_batch_size')})",
     )
     group.add_argument(
         "--train-steps",
         type=integer(1),
-        help=f"steps of training; a recipe's auto: by the size of the encodings ({recipe_default('train_steps')})",
+        help=f"steps of training; a recipe's auto: by the size of the encodings ({recipe_values(recipes, 'train_steps')})",
     )
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                        help="of matrix products; tf32 on CUDA alone; a recipe's auto: bf16 where the device computes it fast, "
-                       f"else fp32 ({recipe_default('precision')})")  # fmt: skip
+                       f"else fp32 ({recipe_values(recipes, 'precision')})")  # fmt: skip
 
 
 def apply_recipe(args, given, recipes):
