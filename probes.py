@@ -2,9 +2,9 @@
 
 Regression of continuous targets is scored by R², classification of discrete ones by the Matthews correlation (MCC).
 
-Everything runs on the device of its inputs, for all targets at once, and agrees with scikit-learn's estimators one
-target at a time: LinearRegression, MLPRegressor and GridSearchCV(KernelRidge), LogisticRegression and MLPClassifier
-(Pedregosa et al., 2011). Targets of regression are dictionaries from a name to (N, k) tensors, or (N,) where k = 1; with
+Everything runs on the device of its inputs and agrees with scikit-learn's estimators: LinearRegression, MLPRegressor and
+GridSearchCV(KernelRidge), LogisticRegression and MLPClassifier (Pedregosa et al., 2011). Regressors and MLPs of all targets
+are fitted together. Targets of regression are dictionaries from a name to (N, k) tensors, or (N,) where k = 1; with
 k > 1 they are one regression with k outputs, whose R² are averaged uniformly. Targets of classification are (N,) integer
 tensors, one class a number.
 """
@@ -131,41 +131,16 @@ def logistic_mcc(fit_h, fit_targets, test_h, test_targets):
     """MCC of multinomial logistic regression on the test set, by target.
 
     fit_h: (N, D), test_h: (M, D), standardised; fit_targets, test_targets: (N,), (M,) integers under the same names. The
-    minimum of the log-loss plus ‖W‖²/2, as LogisticRegression's with its defaults, here for all targets at once: one
-    matrix of weights, in float64. A target with a single class to fit scores 0. Raises ValueError for shapes or names that
-    do not fit and for values that are not finite.
+    minimum of the log-loss plus ‖W‖²/2, as LogisticRegression's with its defaults, in float64. A target with a single class
+    to fit scores 0. Raises ValueError for shapes or names that do not fit and for values that are not finite.
     """
     _check_encodings(fit_h, test_h)
     _check_classes(fit_targets, test_targets, fit_h, test_h)
-    h, classes = _with_ones(fit_h).double(), {name: target.unique() for name, target in fit_targets.items()}
-    sizes = [len(labels) for labels in classes.values()]
-    places = [torch.searchsorted(classes[name], target) for name, target in fit_targets.items()]
-    # two classes have one vector of weights w there, and (−w/2, w/2) here: half its square
-    penalty = torch.cat([h.new_full((size, 1), 2.0 if size == 2 else 1.0) for size in sizes])
-    penalty = torch.cat((penalty.expand(-1, h.shape[1] - 1), torch.zeros_like(penalty)), dim=1)
-    truth = torch.cat(
-        [torch.nn.functional.one_hot(place, size) for place, size in zip(places, sizes, strict=True)], dim=1
-    )
-    wanted = truth.to(h.dtype).T @ h  # (classes of all targets, D + 1)
-
-    def loss_and_gradient(flat):
-        weights = torch.from_numpy(flat).to(h.device).view_as(penalty)
-        logits = h @ weights.T
-        log_sums = [part.logsumexp(dim=1, keepdim=True) for part in logits.split(sizes, dim=1)]
-        loss = sum(part.sum() for part in log_sums) - (weights * wanted).sum() + (penalty * weights.square()).sum() / 2
-        probabilities = [(part - total).exp() for part, total in zip(logits.split(sizes, dim=1), log_sums, strict=True)]
-        gradient = torch.cat(probabilities, dim=1).T @ h - wanted + penalty * weights
-        return loss.item() / len(h), gradient.div_(len(h)).flatten().cpu().numpy()
-
-    from scipy.optimize import minimize
-
-    start = torch.zeros(penalty.numel(), dtype=h.dtype).numpy()
-    options = {"maxiter": LOGISTIC_ITERATIONS, "gtol": LOGISTIC_TOLERANCE, "ftol": 0, "maxcor": 30}
-    solution = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options).x
-    logits = _with_ones(test_h).double() @ torch.from_numpy(solution).to(h.device).view_as(penalty).T
-    scores = {}
-    for (name, labels), part in zip(classes.items(), logits.split(sizes, dim=1), strict=True):
-        scores[name] = matthews_correlation(test_targets[name], labels[part.argmax(dim=1)])
+    h, test_h, scores = _with_ones(fit_h).double(), _with_ones(test_h).double(), {}
+    for name, target in fit_targets.items():
+        labels, place = target.unique(return_inverse=True)
+        weights = _logistic_weights(h, torch.nn.functional.one_hot(place, len(labels)).to(h.dtype))
+        scores[name] = matthews_correlation(test_targets[name], labels[(test_h @ weights.T).argmax(dim=1)])
     return scores
 
 
@@ -331,6 +306,32 @@ def _r2_columns(target, prediction):
     total = (target - target.mean(dim=0)).square().sum(dim=0)
     constant = torch.where(residual == 0, 1.0, 0.0).double()
     return torch.where(total == 0, constant, 1 - residual / total)
+
+
+# Logistic regression
+
+
+def _logistic_weights(h, truth):
+    """(K, D + 1) weights and intercepts of K classes; h: (N, D + 1), the last column 1, truth: (N, K) one-hot, float64."""
+    from scipy.optimize import minimize
+
+    features, wanted = h.T.contiguous(), truth.T @ h
+    # two classes have one vector of weights w in scikit-learn, and (−w/2, w/2) here: half its square
+    penalty = torch.full_like(wanted, 2.0 if len(wanted) == 2 else 1.0)
+    penalty[:, -1] = 0
+
+    def loss_and_gradient(flat):
+        weights = torch.from_numpy(flat).to(h.device).view_as(wanted)
+        logits = weights @ features
+        log_sums = logits.logsumexp(dim=0)
+        loss = log_sums.sum() - (weights * wanted).sum() + (penalty * weights.square()).sum() / 2
+        gradient = logits.sub_(log_sums).exp_() @ h - wanted + penalty * weights
+        return loss.item() / len(h), gradient.div_(len(h)).flatten().cpu().numpy()
+
+    start = torch.zeros(wanted.numel(), dtype=h.dtype).numpy()
+    options = {"maxiter": LOGISTIC_ITERATIONS, "gtol": LOGISTIC_TOLERANCE, "ftol": 0}
+    solution = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options).x
+    return torch.from_numpy(solution).to(h.device).view_as(wanted)
 
 
 # MLP probe: N networks D → 100 → k, one row of parameters each
