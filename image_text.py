@@ -105,6 +105,10 @@ def make_parser(documentation, recipes, datapath, smallest):
         "--text-lr-factor", type=number(0, above=True),
         help="learning rate of the text encoder, in units of the image encoder's "
         f"({recipe_values(recipes, 'text_lr_factor')})")  # fmt: skip
+    group.add_argument(
+        "--norm-penalty", type=number(0),
+        help="λ of λ (‖h‖ − 1)², added for every encoding h to the loss, which sees directions alone: what lengths could tell "
+        f"is forgotten ({recipe_values(recipes, 'norm_penalty')})")  # fmt: skip
     return parser
 
 
@@ -169,7 +173,15 @@ def batch_loss(encoders, pairs, order, args, share_done=0.0):
     rows = order.next(batch_size_at(args, share_done))
     h_x = encoders["encoder_img"](pairs.images_of("train", rows))
     h_t = encoders["encoder_txt"](pairs.tokens_of("train", rows))
-    return image_text_contrastive_loss(h_x, h_t, temperature_at(args, share_done), NEGATIVES[args.protocol])
+    loss = image_text_contrastive_loss(h_x, h_t, temperature_at(args, share_done), NEGATIVES[args.protocol])
+    if args.norm_penalty:
+        loss = loss + args.norm_penalty * (norm_deviation(h_x) + norm_deviation(h_t))
+    return loss
+
+
+def norm_deviation(h):
+    """Mean of (‖h‖ − 1)² over (B, D) encodings; a scalar tensor."""
+    return (h.float().norm(dim=1) - 1).square().mean()
 
 
 # --------------------------------------------------------------------------------------------------------------

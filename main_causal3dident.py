@@ -40,6 +40,7 @@ RECIPES = {
         "train_steps": 100_001,
         "precision": "fp32",
         "first_tau": 0,
+        "norm_penalty": 0,
     },
     "fast": {
         "init": "he",
@@ -53,6 +54,7 @@ RECIPES = {
         "train_steps": 10_000,
         "precision": "auto",
         "first_tau": 0.06,
+        "norm_penalty": 1.0,
     },
 }
 ENCODING_SIZES = (3, 3, 4, 5, 5, 6, 7)  # dimensions for 1 … 7 unbiased semantics

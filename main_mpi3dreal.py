@@ -36,6 +36,7 @@ RECIPES = {
         "train_steps": 200_001,
         "precision": "fp32",
         "first_tau": 0,
+        "norm_penalty": 0,
     },
     "fast": {
         "init": "he",
@@ -49,6 +50,7 @@ RECIPES = {
         "train_steps": 10_000,
         "precision": "auto",
         "first_tau": 0.06,
+        "norm_penalty": 1.0,
     },
 }
 SMALLEST_ENCODING = 3  # dimensions, where fewer semantics are unbiased

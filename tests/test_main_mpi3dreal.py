@@ -135,7 +135,8 @@ def test_the_defaults_are_the_specified_ones():
         **{"train_steps": 200001, "log_steps": 1000, "checkpoint_steps": 10000, "evaluate": False, "seed": None},
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
-        **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "final_batch_size": 0, "recipe": "paper"},
+        **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
+        "recipe": "paper",
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 
@@ -155,7 +156,7 @@ def test_the_size_of_the_encodings(flags, size):
     "flags",
     ["--tau 0.5", "--encoding-size 2", "--protocol paper", "--init he", "--lr 0.02", "--batch-size 13", "--bias-id 2",
      "--bias-type perturbation", "--precision bf16", "--lr-schedule onecycle", "--final-batch-size 20", "--layer-lr fan-in",
-     "--train-steps 6", "--seed 2", "--text-lr-factor 0.5", "--first-tau 0.1"],
+     "--train-steps 6", "--seed 2", "--text-lr-factor 0.5", "--first-tau 0.1", "--norm-penalty 0.5"],
 )  # fmt: skip
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
@@ -172,6 +173,16 @@ def test_the_temperature_comes_geometrically_to_tau():
     assert [image_text.temperature_at(args, share) for share in (0, 0.25, 0.5, 1)] == [0.0625, 0.125, 0.25, 1.0]
     constant = Namespace(tau=0.3, first_tau=0)
     assert [image_text.temperature_at(constant, share) for share in (0, 0.37, 1)] == [0.3] * 3
+
+
+def test_the_penalty_is_of_lengths_alone():
+    h = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.6, -0.8]], requires_grad=True)
+    deviation = image_text.norm_deviation(h)
+    assert deviation.item() == pytest.approx((4**2 + 0 + 0) / 3, abs=1e-6)
+    deviation.backward()
+    torch.testing.assert_close(
+        h.grad, torch.tensor([[8 / 3 * 0.6, 8 / 3 * 0.8], [0.0, 0.0], [0.0, 0.0]]), rtol=0, atol=1e-6
+    )
 
 
 def test_how_often_is_logged_saved_and_read_by_how_many_changes_nothing(run, tmp_path, monkeypatch):
