@@ -261,6 +261,16 @@ def test_a_position_is_the_same_in_a_finer_grid(drawn, tmp_path):
     assert (fine[0, 1, 0, 1, 0, 2, 2] == images[0, 1, 0, 1, 0, 1, 1]).all()
 
 
+def test_smaller_images_are_the_same_scenes(drawn, tmp_path):
+    _, images = drawn
+    assert call(standin.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 2, "--size", 32) == 0
+    small = np.load(tmp_path / datasets.MPI3D_FILE)["images"]
+    means = images.reshape(-1, 32, 2, 32, 2, 3).mean(axis=(2, 4))
+    assert small.shape == means.shape
+    # the clipping of highlights and the gradient of light, a pixel wide, are what differs
+    assert np.abs(small - means).mean() < 0.6 and np.quantile(np.abs(small - means), 0.99) <= 2
+
+
 def test_drawing_again_gives_the_same_bytes_and_replaces_nothing_untold(drawn, tmp_path, capsys):
     folder, _ = drawn
     path = folder / datasets.MPI3D_FILE

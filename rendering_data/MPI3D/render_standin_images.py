@@ -2,6 +2,7 @@
 
     python rendering_data/MPI3D/render_standin_images.py                              # 28,800 images, 10 × 10 positions
     python rendering_data/MPI3D/render_standin_images.py --grid 4 4 2 3 3 40 40       # as many as the real data set has
+    python rendering_data/MPI3D/render_standin_images.py --size 32                    # images of 32 × 32, faster to train on
 
 THESE ARE DRAWINGS, NOT PHOTOGRAPHS: results on them show that the method and this code work, and are no results on
 MPI3D-Complex. The scene is that of the photographs: a dark round table whose rim carries the background colour, seen from
@@ -25,7 +26,7 @@ from datasets import MPI3D_FILE, MPI3D_GRID
 from files import replaced
 from rendering_data.MPI3D.render_multimodal_mpi3d import grid_of
 
-SIZE, SUPERSAMPLING = 64, 2  # pixels, and samples a pixel along each side
+SIZE, SAMPLES = 64, 128  # of an image along each side: pixels, unless others are asked for, and samples
 
 # yellow, green, olive, red; purple, sea-green, salmon
 OBJECT_COLORS = ((245, 225, 30), (25, 190, 60), (128, 135, 75), (220, 45, 25))
@@ -42,8 +43,8 @@ OBJECT_RADII = (0.135, 0.22)  # small, large
 
 
 def pixel_grid():
-    """(x, y): coordinates of the samples in pixels, (S, S) each, S = 128."""
-    samples = (np.arange(SIZE * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
+    """(x, y): coordinates of the samples in pixels of 64 × 64 images, (S, S) each, S = 128."""
+    samples = (np.arange(SAMPLES, dtype=np.float32) + 0.5) * (SIZE / SAMPLES)
     return np.meshgrid(samples, samples)
 
 
@@ -142,17 +143,17 @@ def draw_object(shape, radius, tips, azimuths, elevation):
     return shape(across * np.cos(angle) - along * np.sin(angle), across * np.sin(angle) + along * np.cos(angle))
 
 
-def downsample(layer):
-    """(…, S, S) samples → (…, 64, 64, 1) float32 means."""
-    parts = layer.reshape(*layer.shape[:-2], SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING)
+def downsample(layer, pixels):
+    """(…, S, S) samples → (…, pixels, pixels, 1) float32 means."""
+    parts = layer.reshape(*layer.shape[:-2], pixels, SAMPLES // pixels, pixels, SAMPLES // pixels)
     return parts.mean(axis=(-3, -1), dtype=np.float32)[..., None]
 
 
-def rim_scenes(elevation, count):
-    """(count, 64, 64, 3) float32: the empty scene with each rim colour."""
-    table, rim = (downsample(cover) for cover in draw_scene(elevation))
-    _, y = np.meshgrid(np.arange(SIZE), np.arange(SIZE))
-    light = (0.75 + 0.5 * y / SIZE)[..., None].astype(np.float32)  # nearer is brighter
+def rim_scenes(elevation, count, pixels):
+    """(count, pixels, pixels, 3) float32: the empty scene with each rim colour."""
+    table, rim = (downsample(cover, pixels) for cover in draw_scene(elevation))
+    _, y = np.meshgrid(np.arange(pixels), np.arange(pixels))
+    light = (0.75 + 0.5 * y / pixels)[..., None].astype(np.float32)  # nearer is brighter
     colors = np.asarray(RIM_COLORS[:count], np.float32)[:, None, None]
     empty = table * np.asarray(TABLE_COLOR, np.float32) * light + (1 - table - rim) * np.asarray(
         BACKDROP_COLOR, np.float32
@@ -160,12 +161,12 @@ def rim_scenes(elevation, count):
     return empty + rim * colors
 
 
-def blocks(sizes):
-    """The images of a grid in row-major order, as one (H·V, 64, 64, 3) uint8 array for each combination of the other five."""
+def blocks(sizes, pixels=SIZE):
+    """The images of a grid in row-major order, as one (H·V, pixels, pixels, 3) uint8 array for each combination of the rest."""
     _, shapes, object_sizes, cameras, backgrounds, *joints = sizes
     tips, azimuths = joint_positions(joints)
-    scenes = [rim_scenes(ELEVATIONS[camera], backgrounds) for camera in range(cameras)]
-    arms = [downsample(draw_arm(tips, ELEVATIONS[camera])).astype(np.float16) for camera in range(cameras)]
+    scenes = [rim_scenes(ELEVATIONS[camera], backgrounds, pixels) for camera in range(cameras)]
+    arms = [downsample(draw_arm(tips, ELEVATIONS[camera]), pixels).astype(np.float16) for camera in range(cameras)]
     layers = {}
     for shape, size, camera in itertools.product(range(shapes), range(object_sizes), range(cameras)):
         drawn = draw_object(SHAPES[shape], OBJECT_RADII[size], tips, azimuths, ELEVATIONS[camera])
@@ -173,7 +174,7 @@ def blocks(sizes):
         shaded = cover & ~white
         # kept in half precision: a full grid has 24 × 1600 of them
         parts = (cover, shaded * brightness, white)
-        layers[shape, size, camera] = [downsample(part).astype(np.float16) for part in parts]
+        layers[shape, size, camera] = [downsample(part, pixels).astype(np.float16) for part in parts]
     for color, shape, size, camera, background in itertools.product(*map(range, sizes[:5])):
         cover, shaded, white = layers[shape, size, camera]
         arm = arms[camera].astype(np.float32)
@@ -183,14 +184,17 @@ def blocks(sizes):
         yield np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
-def write_images(path, sizes):
-    """Write the npz of a grid of images, a dict factor → number of values: `images` block by block, and `grid`."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (math.prod(sizes.values()), SIZE, SIZE, 3)}
+def write_images(path, sizes, pixels=SIZE):
+    """Write the npz of a grid of images, a dict factor → number of values: `images` block by block, and `grid`.
+
+    pixels: of an image along each side, a divisor of 128.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (math.prod(sizes.values()), pixels, pixels, 3)}
     # entries without a time: the same bytes whenever it is drawn
     with replaced(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         with archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for block in blocks(tuple(sizes.values())):
+            for block in blocks(tuple(sizes.values()), pixels):
                 member.write(block.tobytes())
         with archive.open(zipfile.ZipInfo("grid.npy"), "w") as member:
             np.lib.format.write_array(member, np.array(tuple(sizes.values())), allow_pickle=False)
@@ -203,13 +207,16 @@ def main(argv=None):
     parser.add_argument(
         "--grid", type=integer(1), nargs=7, metavar="SIZE", default=[4, 4, 2, 3, 3, 10, 10],
         help=f"values of {', '.join(MPI3D_GRID)} (4 4 2 3 3 10 10)")  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, choices=(32, 64, 128), default=SIZE,
+        help="pixels along each side; the photographs have %(default)s")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace images that lie in the folder")
     args, _ = parser.parse(argv)
     sizes, path = grid_of(args.grid), Path(args.output_dir) / MPI3D_FILE
     if path.exists() and not args.overwrite:
         raise InputError(f"{path} exists already; --overwrite replaces it, a downloaded file too")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_images(path, sizes)
+    write_images(path, sizes, args.size)
     print(f"{math.prod(sizes.values())} stand-in images in {path}: drawings, not the photographs of MPI3D-Complex")
     return 0
 
