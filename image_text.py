@@ -99,7 +99,7 @@ def make_parser(documentation, recipes, datapath, smallest):
     group.add_argument("--tau", type=number(0, above=True), default=1.0, help="temperature (%(default)s)")
     group.add_argument(
         "--first-tau", type=number(0),
-        help="temperature of the first step: it comes geometrically to --tau; 0 = it is the same throughout "
+        help="temperature of the first step, from which it goes in a straight line to --tau; 0 = it is --tau throughout "
         f"({recipe_values(recipes, 'first_tau')})")  # fmt: skip
     group.add_argument(
         "--text-lr-factor", type=number(0, above=True),
@@ -107,8 +107,8 @@ def make_parser(documentation, recipes, datapath, smallest):
         f"({recipe_values(recipes, 'text_lr_factor')})")  # fmt: skip
     group.add_argument(
         "--norm-penalty", type=number(0),
-        help="λ of λ (‖h‖ − 1)², added for every encoding h to the loss, which sees directions alone: what lengths could tell "
-        f"is forgotten ({recipe_values(recipes, 'norm_penalty')})")  # fmt: skip
+        help="what the relative variance of the encodings' lengths, which the loss does not see, adds to it at the end, and a "
+        f"share of it before, as of the steps ({recipe_values(recipes, 'norm_penalty')})")  # fmt: skip
     return parser
 
 
@@ -164,8 +164,8 @@ def save_encoders(encoders, directory, suffix=""):
 
 
 def temperature_at(args, share_done):
-    """τ of a step: args.tau, coming to it geometrically from args.first_tau unless that is 0."""
-    return args.tau * ((args.first_tau or args.tau) / args.tau) ** (1 - share_done)
+    """τ of a step: args.tau, coming to it in a straight line from args.first_tau unless that is 0."""
+    return args.tau + (1 - share_done) * ((args.first_tau or args.tau) - args.tau)
 
 
 def batch_loss(encoders, pairs, order, args, share_done=0.0):
@@ -175,13 +175,14 @@ def batch_loss(encoders, pairs, order, args, share_done=0.0):
     h_t = encoders["encoder_txt"](pairs.tokens_of("train", rows))
     loss = image_text_contrastive_loss(h_x, h_t, temperature_at(args, share_done), NEGATIVES[args.protocol])
     if args.norm_penalty:
-        loss = loss + args.norm_penalty * (norm_deviation(h_x) + norm_deviation(h_t))
+        loss = loss + share_done * args.norm_penalty * (length_variance(h_x) + length_variance(h_t))
     return loss
 
 
-def norm_deviation(h):
-    """Mean of (‖h‖ − 1)² over (B, D) encodings; a scalar tensor."""
-    return (h.float().norm(dim=1) - 1).square().mean()
+def length_variance(h):
+    """Variance of the lengths of (B, D) encodings in units of their squared mean, a constant; a scalar tensor."""
+    lengths = h.float().norm(dim=1)
+    return (lengths / lengths.mean().detach() - 1).square().mean()
 
 
 # --------------------------------------------------------------------------------------------------------------

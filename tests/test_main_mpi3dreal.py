@@ -168,21 +168,23 @@ def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     assert plain["encoder_img.pt"] != changed["encoder_img.pt"]
 
 
-def test_the_temperature_comes_geometrically_to_tau():
-    args = Namespace(tau=1.0, first_tau=0.0625)
-    assert [image_text.temperature_at(args, share) for share in (0, 0.25, 0.5, 1)] == [0.0625, 0.125, 0.25, 1.0]
+def test_the_temperature_comes_to_tau_in_a_straight_line():
+    args = Namespace(tau=1.0, first_tau=0.2)
+    assert [image_text.temperature_at(args, share) for share in (0, 0.25, 0.5, 1)] == pytest.approx(
+        [0.2, 0.4, 0.6, 1.0]
+    )
     constant = Namespace(tau=0.3, first_tau=0)
     assert [image_text.temperature_at(constant, share) for share in (0, 0.37, 1)] == [0.3] * 3
 
 
-def test_the_penalty_is_of_lengths_alone():
-    h = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.6, -0.8]], requires_grad=True)
-    deviation = image_text.norm_deviation(h)
-    assert deviation.item() == pytest.approx((4**2 + 0 + 0) / 3, abs=1e-6)
-    deviation.backward()
-    torch.testing.assert_close(
-        h.grad, torch.tensor([[8 / 3 * 0.6, 8 / 3 * 0.8], [0.0, 0.0], [0.0, 0.0]]), rtol=0, atol=1e-6
-    )
+def test_the_penalty_is_of_relative_lengths_alone():
+    h = torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.8, -2.4]], requires_grad=True)  # lengths 5, 1, 3
+    variance = image_text.length_variance(h)
+    assert variance.item() == pytest.approx(8 / 27, abs=1e-6)
+    assert image_text.length_variance(100 * h).item() == pytest.approx(8 / 27, abs=1e-6)
+    variance.backward()
+    expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]]) * 4 / 27
+    torch.testing.assert_close(h.grad, expected, rtol=0, atol=1e-6)
 
 
 def test_how_often_is_logged_saved_and_read_by_how_many_changes_nothing(run, tmp_path, monkeypatch):
