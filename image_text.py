@@ -43,6 +43,7 @@ from training import (
 NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
 PROBE_STEPS = {"code": None, "paper": 10_000}  # of the MLP probes; None: until their loss stalls
 ENCODE_BATCH = 1024  # images encoded at once
+WHITENING_FLOOR = 1e-4  # of variances, in units of the largest
 MONITOR_PAIRS = 512  # pairs behind the scores of the progress lines to fit, and as many to test
 MODALITIES = {"image": "encoder_img", "text": "encoder_txt"}
 RUN_FLAGS = {"datapath", "workers", "checkpoint_steps", "save_all_checkpoints"}  # may differ between two calls
@@ -106,6 +107,10 @@ def make_parser(documentation, recipes, datapath, smallest):
         help="learning rate of the text encoder, in units of the image encoder's "
         f"({recipe_values(recipes, 'text_lr_factor')})")  # fmt: skip
     group.add_argument(
+        "--whitening-pairs", type=integer(0),
+        help="set the last layers, before training, so that the encodings of that many pairs have mean 0 and covariance I in "
+        f"either modality; 0 = leave them as drawn ({recipe_values(recipes, 'whitening_pairs')})")  # fmt: skip
+    group.add_argument(
         "--norm-penalty", type=number(0),
         help="what the relative variance of the encodings' lengths, which the loss does not see, adds to it at the end, and a "
         f"share of it before, as of the steps ({recipe_values(recipes, 'norm_penalty')})")  # fmt: skip
@@ -149,12 +154,35 @@ def build_encoders(experiment, args, pairs, setting, device):
     return {"encoder_img": image.to(device), "encoder_txt": text.to(device)}
 
 
-def set_weights(encoders, args):
+def set_weights(encoders, pairs, args):
     """Draw the weights of the encoders from the training seed, in place."""
     generator = seeded_generator(args.seed, "init")
     for encoder in encoders.values():
         device = next(encoder.parameters()).device
         initialise(encoder.cpu(), args.init, generator).to(device)
+    if args.whitening_pairs:
+        rows = torch.randperm(len(pairs.splits["train"]), generator=generator)[: args.whitening_pairs]
+        rows = rows.to(pairs.images.index_device)
+        whiten(encoders["encoder_img"], pairs.images_of("train", rows))
+        whiten(encoders["encoder_txt"], pairs.tokens_of("train", rows))
+
+
+@torch.no_grad()
+def whiten(encoder, inputs):
+    """Set the last layer so that the encodings of a batch have mean 0 and covariance I, in place.
+
+    Directions that hardly vary are stretched by at most 100 times more than the widest.
+    """
+    encodings = encoder(inputs).double()
+    covariance = torch.cov(encodings.T, correction=0).reshape(encodings.shape[1], -1)
+    variances, directions = torch.linalg.eigh(covariance)
+    if variances.max() <= 1e-10 * encodings.square().mean():  # a single pair, or captions that are all the same
+        return
+    scales = variances.clamp_min(WHITENING_FLOOR * variances.max()).rsqrt()
+    transform = directions * scales @ directions.T
+    layer = encoder.linear
+    layer.bias.copy_(transform @ (layer.bias.double() - encodings.mean(dim=0)))
+    layer.weight.copy_(transform @ layer.weight.double())
 
 
 def save_encoders(encoders, directory, suffix=""):
@@ -352,7 +380,7 @@ def run_experiment(experiment, parse_flags, argv):
     print(f"model        {directory}, seed {args.seed}")
     print(describe_setting(experiment, args, pairs, setting, encoders, describe_device(device)), flush=True)
 
-    set_weights(encoders, args)
+    set_weights(encoders, pairs, args)
     order = EpochOrder(len(pairs.splits["train"]), seeded_generator(args.seed, "order"), pairs.images.index_device)
 
     def compute_loss(share_done):

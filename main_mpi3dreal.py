@@ -38,6 +38,7 @@ RECIPES = {
         "train_steps": 200_001,
         "precision": "fp32",
         "first_tau": 0,
+        "whitening_pairs": 0,
         "norm_penalty": 0,
     },
     "fast": {
@@ -52,6 +53,7 @@ RECIPES = {
         "train_steps": 10_000,
         "precision": "auto",
         "first_tau": 0.06,
+        "whitening_pairs": 256,
         "norm_penalty": 1.0,
     },
 }

@@ -76,7 +76,7 @@ def time_form(form, options):
     device = select_device(args)
     pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, device)
     encoders = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, device)
-    image_text.set_weights(encoders, args)
+    image_text.set_weights(encoders, pairs, args)
     parameters = [parameter for encoder in encoders.values() for parameter in encoder.parameters()]
     if form == "plain":
         batches, image, text = (

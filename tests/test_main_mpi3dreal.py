@@ -136,7 +136,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
-        "recipe": "paper",
+        **{"recipe": "paper", "whitening_pairs": 0},
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 
@@ -156,7 +156,8 @@ def test_the_size_of_the_encodings(flags, size):
     "flags",
     ["--tau 0.5", "--encoding-size 2", "--protocol paper", "--init he", "--lr 0.02", "--batch-size 13", "--bias-id 2",
      "--bias-type perturbation", "--precision bf16", "--lr-schedule onecycle", "--final-batch-size 20", "--layer-lr fan-in",
-     "--train-steps 6", "--seed 2", "--text-lr-factor 0.5", "--first-tau 0.1", "--norm-penalty 0.5"],
+     "--train-steps 6", "--seed 2", "--text-lr-factor 0.5", "--first-tau 0.1", "--norm-penalty 0.5",
+     "--whitening-pairs 16"],
 )  # fmt: skip
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
@@ -166,6 +167,30 @@ def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
         assert code == 0, err
     plain, changed = (contents(tmp_path / "models" / model) for model in ("plain", "changed"))
     assert plain["encoder_img.pt"] != changed["encoder_img.pt"]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_whitened_encodings_have_mean_zero_and_covariance_one(mpi3d, size):
+    flags = (
+        f"--datapath {mpi3d} --no-cuda --seed 1 --batch-size 16 --bias-id 2 --encoding-size {size} --whitening-pairs 40"
+    )
+    args, given = main_mpi3dreal.parse_flags(flags.split())
+    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
+    pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, torch.device("cpu"))
+    encoders = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, torch.device("cpu"))
+    image_text.set_weights(encoders, pairs, args)
+    rows = torch.randperm(len(pairs.splits["train"]), generator=torch.Generator().manual_seed(3))[:40]
+    for encoder, inputs in (("encoder_img", pairs.images_of), ("encoder_txt", pairs.tokens_of)):
+        image_text.whiten(encoders[encoder], inputs("train", rows))
+        h = encoders[encoder](inputs("train", rows)).double()
+        torch.testing.assert_close(h.mean(dim=0), torch.zeros(size).double(), rtol=0, atol=1e-4)
+        covariance = torch.cov(h.T, correction=0).reshape(size, size)
+        torch.testing.assert_close(covariance, torch.eye(size).double(), rtol=0, atol=1e-3)
+        before = [parameter.clone() for parameter in encoders[encoder].parameters()]
+        image_text.whiten(
+            encoders[encoder], inputs("train", rows[:1].repeat(5))
+        )  # nothing varies: nothing is stretched
+        assert all((a == b).all() for a, b in zip(before, encoders[encoder].parameters(), strict=True))
 
 
 def test_the_temperature_comes_to_tau_in_a_straight_line():
