@@ -43,6 +43,7 @@ from training import (
 NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
 PROBE_STEPS = {"code": None, "paper": 10_000}  # of the MLP probes; None: until their loss stalls
 ENCODE_BATCH = 1024  # images encoded at once
+TAU_LEAVES, TAU_ARRIVES = 0.4, 0.7  # shares of the steps between which τ goes from --first-tau to --tau
 WHITENING_FLOOR = 1e-4  # of variances, in units of the largest
 MONITOR_PAIRS = 512  # pairs behind the scores of the progress lines to fit, and as many to test
 MODALITIES = {"image": "encoder_img", "text": "encoder_txt"}
@@ -100,7 +101,7 @@ def make_parser(documentation, recipes, datapath, smallest):
     group.add_argument("--tau", type=number(0, above=True), default=1.0, help="temperature (%(default)s)")
     group.add_argument(
         "--first-tau", type=number(0),
-        help="temperature of the first step, from which it goes in a straight line to --tau; 0 = it is --tau throughout "
+        help="temperature of the first steps, from which it goes in a straight line to --tau, that of the last; 0 = --tau always "
         f"({recipe_values(recipes, 'first_tau')})")  # fmt: skip
     group.add_argument(
         "--text-lr-factor", type=number(0, above=True),
@@ -192,8 +193,11 @@ def save_encoders(encoders, directory, suffix=""):
 
 
 def temperature_at(args, share_done):
-    """τ of a step: args.tau, coming to it in a straight line from args.first_tau unless that is 0."""
-    return args.tau + (1 - share_done) * ((args.first_tau or args.tau) - args.tau)
+    """τ of a step: args.first_tau at first, args.tau at last, a straight line between (TAU_LEAVES, TAU_ARRIVES)."""
+    if not args.first_tau:
+        return args.tau
+    way = min(max((share_done - TAU_LEAVES) / (TAU_ARRIVES - TAU_LEAVES), 0.0), 1.0)
+    return args.first_tau + way * (args.tau - args.first_tau)
 
 
 def batch_loss(encoders, pairs, order, args, share_done=0.0):

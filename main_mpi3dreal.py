@@ -19,12 +19,14 @@ from figures import plot_factor_scores
 from image_text import MODALITIES, Experiment, make_parser, names_of, run_experiment
 from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-# "paper": exactly the paper's training. "fast": a fraction of the steps, at a learning rate that falls from a larger one, and
-# with three changes more. At τ = 1 encodings in eight places of a sphere have a loss within 0.003 of those that have spread
-# evenly over it, so that most factors wait for a gradient that hardly exists; at a small τ it does. But at a small τ negatives
-# of the same caption take away what pulls an image to its own: a few places become compact at a τ near 1 alone, so τ ends
-# there. A text encoder that moves more slowly does not give up what the image encoder has not found yet. And a penalty on
-# lengths, which the cosine does not see, makes them forget what images alone show.
+# "paper": exactly the paper's training. "fast": a hundredth of the steps with a quarter of the pairs, at a learning rate that
+# falls from a larger one, and with these changes more:
+# - whitening_pairs: drawn weights send all encodings into a narrow cone; whitened ones use every dimension from the start.
+# - first_tau: at τ = 1 encodings in eight places of a sphere have a loss within 0.003 of those that have spread evenly over it,
+#   so that most factors wait for a gradient that hardly exists; at a small τ it does. But there negatives of the same caption
+#   take away what pulls an image to its own: a few places become compact at a τ near 1 alone, so τ ends at 1.
+# - text_lr_factor: a text encoder that moves more slowly does not give up what the image encoder has not found yet.
+# - norm_penalty: lengths, which the cosine does not see, forget what images alone show.
 RECIPES = {
     "paper": {
         "init": "default",
