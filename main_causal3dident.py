@@ -26,7 +26,7 @@ from figures import plot_factor_scores
 from image_text import MODALITIES, SCORES, Experiment, make_parser, names_of, run_experiment
 from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-# "paper": exactly the paper's training. "fast": a tenth of the steps, with the changes that main_mpi3dreal.py gives reasons for.
+# "paper": exactly the paper's training. "fast": few steps, with the changes that main_mpi3dreal.py gives reasons for.
 RECIPES = {
     "paper": {
         "init": "default",
@@ -50,9 +50,9 @@ RECIPES = {
         "lr_schedule": "onecycle",
         "layer_lr": "uniform",
         "preconditioner": "none",
-        "batch_size": 256,
+        "batch_size": 64,
         "final_batch_size": 0,
-        "train_steps": 10_000,
+        "train_steps": 3_000,
         "precision": "auto",
         "first_tau": 0.06,
         "whitening_pairs": 256,
