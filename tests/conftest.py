@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,9 @@ from datasets import MPI3D_GRID
 from rendering_data.Causal3DIdent import generate_latents, generate_text
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
 from rendering_data.MPI3D.render_standin_images import MPI3D_FILE, write_images
+
+# a shell starts background jobs with SIGINT ignored, and children would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = (
     "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --batch-size 16 --train-steps 40 --log-steps 10 "
