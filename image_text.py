@@ -108,7 +108,7 @@ def make_parser(documentation, recipes, datapath, smallest):
         help="learning rate of the text encoder, in units of the image encoder's "
         f"({recipe_values(recipes, 'text_lr_factor')})")  # fmt: skip
     group.add_argument(
-        "--whitening-pairs", type=integer(0),
+        "--whitening-pairs", type=integer(2, or_zero=True),
         help="set the last layers, before training, so that the encodings of that many pairs have mean 0 and covariance I in "
         f"either modality; 0 = leave them as drawn ({recipe_values(recipes, 'whitening_pairs')})")  # fmt: skip
     group.add_argument(
@@ -150,7 +150,8 @@ def build_encoders(experiment, args, pairs, setting, device):
     try:
         text = TextEncoder(len(pairs.vocabulary), pairs.length, size)
     except ValueError as error:
-        raise InputError(f"{args.datapath}: {error}") from None
+        setting = f"{args.bias_type} {args.bias_id}"
+        raise InputError(f"{args.datapath}, {setting}: {error}; shorten or lengthen them in their files") from None
     image = ImageEncoder(size, experiment.mean, experiment.std, args.hidden_size)
     return {"encoder_img": image.to(device), "encoder_txt": text.to(device)}
 
@@ -390,15 +391,15 @@ def run_experiment(experiment, parse_flags, argv):
     def compute_loss(share_done):
         return batch_loss(encoders, pairs, order, args, share_done)
 
-    def after_step(step):
-        if step % args.checkpoint_steps == 0:
-            save_encoders(encoders, directory)
-            if args.save_all_checkpoints:
-                save_encoders(encoders, directory, f"_{step}")
+    def keep_encoders(step):
+        save_encoders(encoders, directory)
+        if args.save_all_checkpoints:
+            save_encoders(encoders, directory, f"_{step}")
 
     monitor = make_monitor(experiment, encoders, pairs)
     rates = {"encoder_txt": args.text_lr_factor}
-    progress = train(encoders, compute_loss, args, directory, {"order": order}, device, monitor, after_step, rates)
+    every = (args.checkpoint_steps, keep_encoders)
+    progress = train(encoders, compute_loss, args, directory, {"order": order}, device, monitor, every, rates)
     save_encoders(encoders, directory)
     details |= {"eval_seed": args.seed + 1, "train_seconds": round(progress.seconds, 1)}
     with after_training(args):
@@ -447,4 +448,5 @@ def write_evaluation(experiment, encoders, pairs, setting, args, directory, seed
     columns = experiment.columns
     write_csv(results[list(columns.values())].set_axis(list(columns), axis=1), directory / "results.csv")
     experiment.show(results, setting, args, directory / "results.png")
+    print(f"picture      {directory / 'results.png'}", flush=True)
     return {"eval_seconds": round(time.perf_counter() - started, 1)}

@@ -340,9 +340,12 @@ def start_directory(directory, args, details):
 def take_evaluation_seed(args, directory):
     """Dict of args.json of the model that --evaluate evaluates; args.seed is drawn if it was not given.
 
-    Raises InputError if the seed is that of the training, and OSError if the results could not be written.
+    Raises InputError if the seed is that of the training or the model is not trained to its end, and OSError if the results
+    could not be written.
     """
     stored = stored_args(directory)
+    if not stored.get("finished") and (step := _checkpoint_step(directory / "checkpoint.pt")) < args.train_steps:
+        raise InputError(f"{directory} is trained for {step} of {args.train_steps} steps; --resume continues it")
     if args.seed is None:
         args.seed = next(seed for seed in iter(drawn_seed, None) if seed != stored["seed"])
     if args.seed == stored["seed"]:
@@ -479,14 +482,14 @@ class Progress:
     seconds: float = 0.0
 
 
-def train(modules, compute_loss, args, directory, generators, device, monitor=None, after_step=None, rates=None):
+def train(modules, compute_loss, args, directory, generators, device, monitor=None, every=None, rates=None):
     """Train `modules` for args.train_steps steps of Adam; returns the Progress at the end.
 
     modules: dict name → nn.Module; compute_loss(progress): a scalar tensor of one fresh batch, where progress in [0, 1)
     is the share of the steps done; generators: dict name → torch.Generator or what else has its get_state and set_state,
     every source of randomness that compute_loss uses, the order of the data too; monitor(): (dict column → number, text)
-    for each line of the log, from random numbers of its own; after_step(step) is called when `step` steps are done; rates:
-    dict name of a module → factor of its learning rate, 1 where there is none.
+    for each line of the log, from random numbers of its own; every: (n, function), of which function(step) is called
+    when n more steps are done; rates: dict name of a module → factor of its learning rate, 1 where there is none.
     Continues from checkpoint.pt if the directory has one. SIGINT and SIGTERM write a checkpoint, say how to resume and
     exit with 128 + the signal's number. Raises InputError if the loss is no longer finite, and if checkpoint.pt is damaged
     or of another run.
@@ -517,7 +520,17 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
         total=args.train_steps, initial=progress.step, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05
     )
 
+    def mean_loss():
+        loss = loss_sum.item() / max(progress.loss_steps, 1)
+        for name, value in (("loss", loss), ("norm of the gradient", norm.item())):
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the {name} is {value} within the steps up to {progress.step}; lower --lr, or use --precision fp32"
+                )
+        return loss
+
     def save():
+        mean_loss()  # what is not finite shall not take the place of the last checkpoint
         progress.loss_sum = loss_sum.item()
         progress.seconds = already + time.perf_counter() - started
         _save_checkpoint(checkpoint, progress, modules, optimiser, preconditioner, generators)
@@ -537,25 +550,22 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
             loss = loss.detach()
             if preconditioner:
                 preconditioner.precondition()
-            torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
             optimiser.step(lr)
             loss_sum += loss
             progress.step += 1
             progress.loss_steps += 1
-            if after_step:
-                after_step(progress.step)
+            if every and progress.step % every[0] == 0:
+                mean_loss()
+                every[1](progress.step)
             if bar.update():
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if progress.step % args.log_steps == 0 or progress.step == args.train_steps:
                 row = {
                     "step": progress.step,
-                    "loss": loss_sum.item() / progress.loss_steps,
+                    "loss": mean_loss(),
                     "lr": lr,
                 }
-                if not math.isfinite(row["loss"]):
-                    raise InputError(
-                        f"the loss is {row['loss']} within the steps up to {progress.step}; lower --lr, or use --precision fp32"
-                    )
                 row["seconds"] = round(already + time.perf_counter() - started, 3)
                 columns, text = monitor() if monitor else ({}, "")
                 progress.log.append({**row, **columns})
@@ -630,6 +640,15 @@ def _load_checkpoint(path, modules, optimiser, preconditioner, generators):
         raise InputError(
             f"{path} is not a checkpoint of this run ({type(error).__name__}: {error}); start anew with --overwrite"
         ) from None
+
+
+def _checkpoint_step(path):
+    """Steps done in a checkpoint; InputError that names a missing or damaged one."""
+    content = load_torch(path)
+    try:
+        return int(content["progress"]["step"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged; train the model anew with --overwrite") from None
 
 
 class _StopSignals:

@@ -342,6 +342,30 @@ def test_evaluation_again_probes_the_same_encodings(run, trained):
     assert contents(trained)["results.csv"] == before["results.csv"]
 
 
+def test_a_run_that_is_not_trained_to_its_end_is_not_evaluated_but_resumed(run, tmp_path, monkeypatch):
+    real, count = image_text.batch_loss, itertools.count()
+
+    def dying(*arguments):
+        if next(count) == 7:  # the encoders of step 4 and the checkpoint of step 5 are there
+            raise Killed
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_text, "batch_loss", dying)
+        with pytest.raises(Killed):
+            run("--seed 1")
+    before = contents(tmp_path / "models/m")
+    code, _, err = run("--evaluate --seed 5", base="--no-cuda")
+    assert code == 2 and "is trained for 5 of 12 steps; --resume continues it" in err
+    assert contents(tmp_path / "models/m") == before
+    with monkeypatch.context() as patch:  # a run that only lacks its evaluation may be evaluated
+        patch.setattr(image_text, "evaluate", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run("--resume", base="--no-cuda")
+    assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0
+    assert "finished already" in run("--resume", base="--no-cuda")[1]
+
+
 def test_weights_with_the_prefix_of_a_wrapper_are_evaluated_alike(run, trained):
     before = pd.read_csv(trained / "results.csv")
     for name in ("encoder_img.pt", "encoder_txt.pt"):
@@ -433,6 +457,7 @@ def short_captions(folder):
         ("--tau 0", None, "--tau"),
         ("--checkpoint-steps 0", None, "--checkpoint-steps"),
         ("--workers -1", None, "--workers"),
+        ("--whitening-pairs 1", None, "1 is too small, expected an integer of at least 2, or 0"),
         ("--batch-size 289", None, "a batch of 289 pairs"),
         ("--final-batch-size 300", None, "a batch of 300 pairs"),
         ("--datapath nowhere", None, "nowhere is no folder"),

@@ -280,6 +280,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert training.load_torch(tmp_path / "checkpoint.pt")["progress"]["step"] == 5
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("ending", ["every", "signal"])
+def test_weights_that_are_not_finite_take_nobody_s_place(tmp_path, what, ending):
+    """Neither those of `every`, which come between two lines of the log, nor a checkpoint that a signal asks for."""
+    module, generator, compute_loss = toy_problem()
+    count, saved = iter(range(100)), []
+
+    def diverging(share_done):
+        step, loss = next(count) + 1, compute_loss(share_done)
+        if step == 8 and ending == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step < 8:
+            return loss
+        # √x has no gradient at 0
+        return loss * float("nan") if what == "loss" else loss + (module.weight - module.weight.detach()).norm().sqrt()
+
+    every = (4, lambda step: saved.append((step, module.weight.isfinite().all().item()))) if ending == "every" else None
+    with pytest.raises(InputError, match=f"{what} is nan within the steps up to 8"):
+        training.train(
+            {"m": module}, diverging, toy_args(), tmp_path, {"g": generator}, torch.device("cpu"), every=every
+        )
+    assert saved == ([(4, True)] if every else [])
+    assert training.load_torch(tmp_path / "checkpoint.pt")["progress"]["step"] == 5
+
+
 def test_bf16_is_used_where_it_is_asked_for(tmp_path):
     module, generator, _ = toy_problem()
     seen = []
