@@ -23,9 +23,11 @@ import ast
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import re
@@ -96,8 +98,10 @@ CAUSAL_MEAN, CAUSAL_STD = (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082)
 CAUSAL_BIAS_TYPES, CAUSAL_BIAS_IDS = ("selections", "perturbations"), range(7)
 CAUSAL_TOOLS = "rendering_data/Causal3DIdent"
 
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, struct.error)
 GPU_RESERVE = 4 * 2**30  # bytes of GPU memory that images leave for the training
 UNTOUCHED_ROWS = 100  # rows from which a factor that is never replaced is no accident
+CHANCE_REPEATS = 20  # repeated captions from which it is no accident that a factor they leave out agrees
 FINGERPRINT_IMAGES = 64  # by whose pixels a resumed run knows its images
 DECODED_AT_ONCE = 1024  # images between two writings to the memory map
 PROGRESS_SECONDS = 10  # between two lines of progress while images are decoded
@@ -214,8 +218,8 @@ def load_captions(parts, vocabulary_file, cache_file):
         distinct, index = {}, {}
         files = {path: read_lines(path) for path in files}
         for path, lines in files.items():
-            if "" in lines:
-                raise InputError(f"{path}: the caption in line {lines.index('') + 1} is empty; make the file again")
+            if (empty := next((number for number, line in enumerate(lines, 1) if not line.strip()), None)) is not None:
+                raise InputError(f"{path}: the caption in line {empty} is empty; make the file again")
         for split, (path, part) in parts.items():
             if not files[path][part]:
                 raise InputError(f"{path} holds no caption for {split}; make it again")
@@ -259,7 +263,7 @@ def _read_vocabulary(path):
         if isinstance(vocabulary.get("w2i"), dict):
             vocabulary = vocabulary["w2i"]
         complete = sorted(vocabulary.values()) == list(range(len(vocabulary)))
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         complete = False
     if not complete or not {PAD, EOS, UNK} <= vocabulary.keys():
         raise InputError(
@@ -311,7 +315,7 @@ def check_captions(path, captions, values, own, others, first_line=1):
             )
     for name in others:
         told = values[name] == values[name][representative]
-        if len(index) > 2 * len(first) and np.ptp(values[name]) and told.all():
+        if len(index) - len(first) >= CHANCE_REPEATS and np.ptp(values[name]) and told.all():
             raise InputError(
                 f"{path}: the captions tell {name}, which this setting leaves out: they are of another one; make them again"
             )
@@ -347,13 +351,32 @@ def open_npz_images(path):
                 print(
                     f"{path} is compressed: unpacking {member.file_size / 1e9:.2f} GB once into {unpacked}", flush=True
                 )
-                with replaced(unpacked) as temporary, archive.open(member) as stream, open(temporary, "wb") as target:
-                    shutil.copyfileobj(stream, target, 2**24)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, struct.error) as error:
+                _unpack(archive, member, unpacked)
+    except DAMAGED_ARCHIVE as error:
+        raise InputError(f"{path} is truncated or damaged ({error}); get it again") from None
+    except OSError as error:
+        if error.filename is not None:
+            raise  # the file cannot be read; what is damaged names none
         raise InputError(f"{path} is truncated or damaged ({error}); get it again") from None
     if unpacked.stat().st_size != start + math.prod(shape):
         raise InputError(f"{unpacked} is damaged; remove it, and it is made again")
     return _map_images(unpacked, start, shape), grid
+
+
+def _unpack(archive, member, path):
+    """Write a member of an archive to `path`, whole or not at all."""
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(replaced(path))
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise InputError(
+                f"{path.parent} cannot be written, and the images are compressed: they are unpacked into a file beside "
+                "them, once; copy the folder to where you can write"
+            ) from None
+        with archive.open(member) as stream, open(temporary, "wb") as target:
+            shutil.copyfileobj(stream, target, 2**24)
 
 
 def _read_image_header(stream, name):
@@ -373,7 +396,8 @@ def _read_image_header(stream, name):
     if dtype != np.uint8:
         raise InputError(f"{name} is {dtype}, expected uint8")
     if (
-        len(shape) != 4
+        not isinstance(shape, tuple)
+        or len(shape) != 4
         or shape[3] != 3
         or not all(isinstance(size, int) and size > 0 for size in shape)
         or fortran_order
@@ -680,6 +704,9 @@ def mpi3d_images(folder):
         raise InputError(
             f"{path} holds {len(images)} images, expected {math.prod(sizes)} of the grid {' × '.join(map(str, sizes))}"
         )
+    for (name, largest), size in zip(MPI3D_GRID.items(), sizes, strict=True):
+        if size > largest:
+            raise InputError(f"{path} is damaged: its `grid` has {size} values of {name}, and there are {largest}")
     return images, dict(zip(MPI3D_GRID, sizes, strict=True))
 
 
@@ -727,6 +754,12 @@ def load_mpi3d(folder, bias_type, bias_id, device="cpu", workers=0):
         raise InputError(
             f"{folder}: train and test have {count} rows and there are {len(images)} images; make the captions again, "
             "with the grid of the images"
+        )
+    numbers = np.concatenate([split.rows.numpy() for split in loaded.values()])
+    if (times := np.bincount(numbers)).max() > 1:
+        raise InputError(
+            f"{folder}: train and test have image {times.argmax()} {times.max()} times, and each once is right; make the "
+            "captions again"
         )
     return ImageTextPairs(Images(images, device, workers), loaded, vocabulary), setting
 

@@ -75,7 +75,8 @@ def read_table(path):
 def read_csv(path, columns, gaps=False):
     """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named."""
     table = read_table(path)
-    if list(table.columns) != list(columns) or table.empty or (table.isna().to_numpy().any() and not gaps):
+    surplus = not isinstance(table.index, pd.RangeIndex)  # rows longer than the header: pandas takes names for them
+    if surplus or list(table.columns) != list(columns) or table.empty or (table.isna().to_numpy().any() and not gaps):
         rows = "rows" if gaps else "rows without gaps"
         raise InputError(
             f"{path} is damaged: expected {rows} and the columns {', '.join(columns)}; remove it and make it again"

@@ -235,6 +235,18 @@ def test_a_compressed_file_on_a_full_disk_leaves_nothing(mpi3d, monkeypatch):
     assert sorted(path.name for path in mpi3d.iterdir()) == before
 
 
+def test_a_compressed_file_in_a_folder_that_cannot_be_written_says_what_to_do(mpi3d, monkeypatch):
+    images, grid = images_and_grid(mpi3d)
+    save_npz(mpi3d / MPI3D_FILE, compressed=True, images=images, grid=grid)
+
+    def refused(*_):
+        raise OSError(30, "Read-only file system", "hidden")
+
+    monkeypatch.setattr(datasets, "replaced", refused)
+    with pytest.raises(InputError, match="mpi3d cannot be written, and the images are compressed"):
+        open_npz_images(mpi3d / MPI3D_FILE)
+
+
 def test_a_file_without_a_grid_is_the_real_one_if_it_has_its_number_of_images(mpi3d, monkeypatch):
     images, grid = images_and_grid(mpi3d)
     save_npz(mpi3d / MPI3D_FILE, images=images)
@@ -429,6 +441,39 @@ def edited(file, old, new):
     return edit
 
 
+def shared(folder):
+    """Every file of the test split holds the first rows of the training."""
+    for path in (folder / "test").iterdir():
+        rows = len(lines_of(path))
+        replace(path, "".join(lines_of(folder / "train" / path.name)[:rows]))
+
+
+def recompressed(folder, compression, damage):
+    """The archive by another method, then `damage` of its bytes, a bytearray, in place."""
+    with zipfile.ZipFile(folder / MPI3D_FILE) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    content = bytearray(buffer.getvalue())
+    damage(content)
+    replace(folder / MPI3D_FILE, bytes(content))
+
+
+def zeroed(content):
+    content[5000:6000] = bytes(1000)
+
+
+def encrypted(content):
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(header) + flags] |= 1
+
+
+def beheaded(content):
+    del content[:1000]
+
+
 def extra_column(folder):
     table = pd.read_csv(folder / "test/image_semantics.csv")
     replace(folder / "test/image_semantics.csv", table.assign(EXTRA=0).to_csv(index=False))
@@ -440,6 +485,10 @@ WRONG = {
     "truncated": (truncated, "npz is truncated or damaged"),
     "truncated, compressed": (lambda f: truncated(f, True), "npz is truncated or damaged"),
     "damaged inside": (damaged_inside, "npz is truncated or damaged"),
+    "damaged bzip2": (lambda f: recompressed(f, zipfile.ZIP_BZIP2, zeroed), "npz is truncated or damaged"),
+    "damaged lzma": (lambda f: recompressed(f, zipfile.ZIP_LZMA, zeroed), "npz is truncated or damaged"),
+    "encrypted": (lambda f: recompressed(f, zipfile.ZIP_STORED, encrypted), "npz is truncated or damaged"),
+    "beheaded": (lambda f: recompressed(f, zipfile.ZIP_STORED, beheaded), "npz is truncated or damaged"),
     "empty npz": (lambda f: replace(f / MPI3D_FILE, b""), "npz is truncated or damaged"),
     "short member": (shorter_member, "npz is damaged: `images` of shape"),
     "no images": (lambda f: save_npz(f / MPI3D_FILE, pictures=np.zeros(3)), "holds pictures.npy, expected"),
@@ -461,6 +510,8 @@ WRONG = {
     ),
     "fewer said": (lambda f: swapped(f, "selection_1", "selection_0"), "line .* reads as line .* OBJ_SHAPE differ"),
     "more said": (lambda f: swapped(f, "selection_0", "selection_1"), "the captions tell OBJ_SHAPE", "selection_0"),
+    "much more said": (lambda f: swapped(f, "selection_0", "selection_4"), "the captions tell OBJ_SHAPE", "selection_0"),
+    "all said": (lambda f: swapped(f, "selection_2", "perturbation_0"), "the captions tell CAMERA", "selection_2"),
     "other perturbation": (lambda f: swapped(f, "perturbation_4", "perturbation_2"), "reads as line", "perturbation_4"),
     "other perturbation and table": (
         lambda f: swapped_with_table(f, "perturbation_2", "perturbation_4"),
@@ -472,10 +523,20 @@ WRONG = {
     ),
     "other order": (shuffled, "reads as line"),
     "empty caption": (edited("train/text_selection_1.txt", "\n", "\n\n"), "the caption in line 2 is empty"),
+    "blank caption": (edited("train/text_selection_1.txt", "\n", "\n  \n"), "the caption in line 2 is empty"),
     "no text": (lambda f: replace(f / "train/text_selection_1.txt", b"\xff\xfe\x00"), "not a text file in UTF-8"),
     "nothing": (lambda f: replace(f / "train/text_selection_1.txt", ""), "holds no caption"),
     "missing column": (edited("train/image_semantics.csv", "V_AXIS", "AXIS"), "image_semantics.csv is damaged: .*V_AXIS"),
     "extra column": (extra_column, "image_semantics.csv is damaged"),
+    "values without a column": (
+        lambda f: replace(f / "train/image_semantics.csv", (f / "train/image_semantics.csv").read_text().replace("\n", ",0\n")
+                          .replace("V_AXIS,0", "V_AXIS")), "train/image_semantics.csv is damaged",
+    ),
+    "splits that share images": (shared, "train and test have image .* 2 times"),
+    "deep vocabulary": (lambda f: replace(f / "vocab_selection_1.json", "[" * 200_000), "vocab_selection_1.json is damaged"),
+    "larger grid": (
+        lambda f: with_images(f, grid=np.array([8, 2, 2, 2, 3, 2, 1])), "`grid` has 8 values of OBJ_COLOR, and there are 4"
+    ),
     "columns of another setting": (lambda f: swapped_with_table(f, "selection_1", "selection_2"), "is damaged"),
     "off the grid": (edited("train/image_semantics.csv", "\n", "\n4,0,0,0,0,0,0\n"), "OBJ_COLOR is 4, expected .* 3"),
     "negative": (edited("train/text_semantics_selection_1.csv", "\n", "\n0,-1\n"), "OBJ_SHAPE is -1, expected"),
