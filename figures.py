@@ -1,6 +1,7 @@
 """Pictures of results, drawn without a display."""
 
 import textwrap
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -8,8 +9,19 @@ import numpy as np
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 
+from command_line import InputError
 from files import replaced
+
+
+def check_picture(path):
+    """Raise InputError unless a picture can be written to `path`: before anything is computed for it."""
+    path, formats = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no folder to write {path.name} to")
+    if path.suffix.removeprefix(".") not in formats:
+        raise InputError(f"{path} does not end in .{', .'.join(sorted(formats))}")
 
 
 def save_figure(figure, path, dpi=150):

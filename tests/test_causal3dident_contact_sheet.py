@@ -61,6 +61,9 @@ def test_images_and_captions_are_drawn(data, run):
 def test_what_is_missing_or_damaged_is_named_and_the_picture_kept(data, run):
     assert run("--output-folder", data)[0] == 0
     before = (data / "contact_sheet.png").read_bytes()
+    for output, words in (("sheet.xyz", "sheet.xyz does not end in"), ("no/sheet.png", "no is no folder")):
+        code, _, err = run("--output-folder", data, "--output", data / output)
+        assert code == 2 and words in err and err.count("\n") == 1
     (data / "images/1.png").write_bytes(b"not an image")
     code, _, err = run("--output-folder", data)
     assert code == 2 and "1.png is damaged" in err and err.count("\n") == 1

@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from command_line import InputError, Parser, integer, run_script
+from figures import check_picture
 from files import replaced
 
 SETTINGS = [f"{bias_type}_{bias_id}" for bias_type in ("selections", "perturbations") for bias_id in range(7)]
@@ -81,6 +82,7 @@ def main(argv=None):
     """Write the contact sheet; returns the exit code."""
     args = parse_flags(argv)
     folder, output = args.output_folder, args.output or args.output_folder / "contact_sheet.png"
+    check_picture(output)
     latents = read(folder / "latents_image.csv", pd.read_csv, ValueError, UnicodeDecodeError)
     if "object_shape" not in latents:
         raise InputError(f"{folder / 'latents_image.csv'} has no column object_shape; make it again")

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from command_line import InputError, Parser, integer, run_script
+from command_line import Parser, integer, run_script
 from datasets import BIAS_IDS, BIAS_TYPES, load_mpi3d, read_lines
-from figures import plot_captioned_images
+from figures import check_picture, plot_captioned_images
 
 
 def main(argv=None):
@@ -24,8 +24,7 @@ def main(argv=None):
     parser.add_argument("--count", type=integer(1), default=4, help="test pairs to show, the first ones (%(default)s)")
     args, _ = parser.parse(argv)
     output = Path(args.output)
-    if not output.parent.is_dir():
-        raise InputError(f"{output.parent} is no folder to write {output.name} to")
+    check_picture(output)
     captions = {}
     for bias_type, bias_id in itertools.product(BIAS_TYPES, BIAS_IDS):
         pairs, _ = load_mpi3d(args.datapath, bias_type, bias_id)
