@@ -323,13 +323,14 @@ def test_logistic_regression_finds_scikit_learn_s_weights(monkeypatch):
             assert (prediction.numpy() == model.predict(test_h.double().numpy())).all(), name
 
 
-@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("classes", [2, 4, 40])
 def test_networks_follow_mlp_classifier_step_by_step(classes, monkeypatch):
     """From the same weights over the same minibatches: the same number of epochs and the same probabilities."""
-    encodings, fit, _ = make_classes(430)
+    encodings, fit, test = make_classes(430)
     fit_h, test_h = encodings["x"]
-    target, outputs = (fit["two"], 1) if classes == 2 else (fit["four"], 4)
-    truth = target[:, None, None] if classes == 2 else torch.nn.functional.one_hot(target, 4)[:, None]
+    name = {2: "two", 4: "four", 40: "forty"}[classes]
+    target, outputs = fit[name], 1 if classes == 2 else classes
+    truth = target[:, None, None] if classes == 2 else torch.nn.functional.one_hot(target, classes)[:, None]
     loss = probes._binary_cross_entropy if classes == 2 else probes._cross_entropy
     inputs, source = probes._with_ones(fit_h)[None], torch.tensor([0])
     networks, epochs = probes._train_networks(inputs, source, truth.float(), loss, generator())
@@ -348,6 +349,8 @@ def test_networks_follow_mlp_classifier_step_by_step(classes, monkeypatch):
     own = torch.cat((1 - logits.sigmoid(), logits.sigmoid()), dim=1) if classes == 2 else logits.softmax(dim=1)
     prediction = torch.from_numpy(expected.predict_proba(test_h.double().numpy()))
     torch.testing.assert_close(own.double(), prediction, rtol=0, atol=2e-3)
+    scores = (matthews_corrcoef(test[name], probabilities.argmax(dim=1)) for probabilities in (own, prediction))
+    assert next(scores) == pytest.approx(next(scores), abs=0.01)
 
 
 def test_mlp_classifiers_agree_with_scikit_learn():
