@@ -301,6 +301,23 @@ def test_the_real_shapes_are_rendered(tmp_path):
     assert all((a ^ b).sum() > 15 for k, a in enumerate(masks) for b in masks[:k])
 
 
+@renders
+@pytest.mark.parametrize("content", [b"", b"no scene", "another scene"])
+def test_a_base_scene_that_is_none_is_named(tmp_path, content):
+    write_latents(tmp_path, [BASE])
+    for name in ("scenes/base_scene_equal_xyz", "materials/Rubber", "shapes/ShapeHare"):
+        file = tmp_path / f"assets/{name}.blend"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"" if isinstance(content, str) else content)
+    if isinstance(content, str):  # a scene, but without the ground
+        save = "import bpy, sys; bpy.ops.wm.save_as_mainfile(filepath=sys.argv[1])"
+        scene = tmp_path / "assets/scenes/base_scene_equal_xyz.blend"
+        subprocess.run([BLENDER, "-c", save, scene], check=True, capture_output=True)
+    ended = subprocess.run(command(tmp_path, "--assets", tmp_path / "assets"), capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "base_scene_equal_xyz.blend" in ended.stderr and "fresh clone of Multimodal3DIdent" in ended.stderr
+
+
 # --------------------------------------------------------------------------------------------------------------
 # bad input, found before Blender starts
 
@@ -387,10 +404,9 @@ def test_wrong_flags_are_one_line(run, flags, words):
         (None, "1.png has 20 × 20 pixels, not 48 × 48"),
     ],
 )
-def test_an_image_that_does_not_belong_there_is_named_and_kept(tmp_path, run, monkeypatch, content, words):
-    monkeypatch.setattr(generate_images, "renderer_command", lambda: [])
+def test_an_image_that_does_not_belong_there_is_named_and_kept(tmp_path, run, begun, content, words):
+    begun("--size", 48)
     path = tmp_path / "images/1.png"
-    path.parent.mkdir()
     Image.new("RGB", (20, 20)).save(path) if content is None else path.write_bytes(content)
     before = path.read_bytes()
     code, err = run("--size", 48)
@@ -398,9 +414,64 @@ def test_an_image_that_does_not_belong_there_is_named_and_kept(tmp_path, run, mo
     assert path.read_bytes() == before
 
 
-def test_images_of_other_latents_or_settings_are_not_mixed(tmp_path, run, monkeypatch):
+@pytest.fixture
+def begun(tmp_path, run, monkeypatch):
+    """begun(*flags): a run that wrote images.json and whose processes ended at once."""
+
+    def call(*flags):
+        monkeypatch.setattr(generate_images, "renderer_command", lambda: [sys.executable, "-c", "exit('no such GPU')"])
+        code, err = run("--workers", 1, *flags)
+        assert code == 2 and "Blender did not start" in err and "no such GPU" in err and "make blender" in err
+        assert err.count("\n") == 1 and (tmp_path / "images.json").exists()
+
+    return call
+
+
+def test_settings_may_change_until_there_is_an_image(tmp_path, begun):
+    for size in (48, 16):
+        begun("--size", size)
+        assert json.loads((tmp_path / "images.json").read_text())["size"] == size
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("1.jpg",), "holds 1.jpg, and the images of these latents are 0.png … 2.png"),
+        (("01.png",), "holds 01.png, and"),
+        (("3.png",), "holds 3.png, and"),
+        (("1.png",), "which says what they were rendered from, is missing"),
+    ],
+)
+def test_images_of_unknown_origin_are_refused_and_kept(tmp_path, run, monkeypatch, names, words):
     monkeypatch.setattr(generate_images, "renderer_command", lambda: [])
     (tmp_path / "images").mkdir()
+    for name in names:
+        Image.new("RGB", (128, 128)).save(tmp_path / "images" / name)
+    code, err = run()
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert {path.name for path in (tmp_path / "images").iterdir()} == set(names)
+    assert not (tmp_path / "images.json").exists()
+
+
+def test_what_killed_runs_left_is_removed_a_day_later(tmp_path, begun):
+    (tmp_path / "images").mkdir()
+    for name, age in (("old", 2 * 24 * 3600), ("new", 60)):
+        (tmp_path / f"images/.{name}.png.0.part").touch()
+        os.utime(tmp_path / f"images/.{name}.png.0.part", (time.time() - age,) * 2)
+    begun()
+    assert [path.name for path in (tmp_path / "images").iterdir()] == [".new.png.0.part"]
+
+
+def test_latents_of_other_editors_are_read(tmp_path):
+    path = tmp_path / "latents_image.csv"
+    write_latents(tmp_path, [BASE] * 3)
+    plain, _ = generate_images.read_latents(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n") + b"\n")
+    assert generate_images.read_latents(path)[0] == plain
+
+
+def test_images_of_other_latents_or_settings_are_not_mixed(tmp_path, run, begun):
+    begun()
     for k in range(3):
         Image.new("RGB", (128, 128)).save(tmp_path / f"images/{k}.png")
     assert run()[0] == 0  # complete: nothing to render

@@ -33,6 +33,7 @@ import json
 import math
 import os
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -68,6 +69,8 @@ BOX_MARGIN = 2  # pixels around what is computed: the pixel filter reaches 0.75 
 DENOISED_BELOW = 64  # samples: from here on the denoiser gains at most 0.3 dB, for a quarter of the time
 PROGRESS_SECONDS = 10
 OLDEST_BLENDER = (4, 2)
+SUFFIXES = (".png", ".jpg", ".jpeg")  # of what is taken for an image
+STALE_SECONDS = 24 * 3600  # age of an unfinished image that no process works on any more
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -117,7 +120,13 @@ def clear_scene(bpy):
 
 def load_base_scene(bpy, assets):
     """The base scene of the assets without its ground; returns the node group of the material Rubber."""
-    bpy.ops.wm.open_mainfile(filepath=str(assets / "scenes/base_scene_equal_xyz.blend"))
+    file = assets / "scenes/base_scene_equal_xyz.blend"
+    try:
+        bpy.ops.wm.open_mainfile(filepath=str(file))
+    except RuntimeError as error:
+        raise InputError(f"{file} is damaged ({error}); take it from a fresh clone of Multimodal3DIdent") from None
+    if "Ground" not in bpy.data.objects or bpy.context.scene.camera is None:
+        raise InputError(f"{file} has no Ground or no camera; take it from a fresh clone of Multimodal3DIdent")
     bpy.data.objects.remove(bpy.data.objects["Ground"])
     return append(bpy, assets / "materials/Rubber.blend", "node_groups", "Rubber")
 
@@ -546,7 +555,9 @@ def work():
 
         if bpy.app.version < OLDEST_BLENDER:
             expected = ".".join(map(str, OLDEST_BLENDER))
-            raise InputError(f"Blender {bpy.app.version_string} is too old, expected {expected} or newer")
+            raise InputError(
+                f"Blender {bpy.app.version_string} is too old, expected {expected} or newer; `make blender` installs one"
+            )
         settings = json.loads(sys.stdin.readline())
         scene = build_scene(bpy, settings)
         lamp_by_lamp = None if settings["plain"] else LampByLamp(bpy, scene, settings)
@@ -634,12 +645,17 @@ class Renderers:
 
     def render(self, images):
         """Yield (image, seconds) as images are done; each a dict of file, temporary, seed and latents."""
-        waiting, in_work = iter(images), [[] for _ in self.processes]
+        waiting, in_work, ready = iter(images), [[] for _ in self.processes], set()
         left = sum(self._hand_out(waiting, number, in_work) for _ in range(2) for number in range(self.count))
         while left:
             number, word, rest = self.answers.get()
             if word == "error":
                 raise InputError(rest)
+            if word == "ready":
+                ready.add(number)
+            if word == "ended" and number not in ready:
+                raise InputError(f"Blender did not start: it ended with code {rest}{self._last_words()}; `make blender` installs "
+                                 "one that fits")  # fmt: skip
             if word == "ended":
                 doing = f" at {in_work[number][0]['file']}" if in_work[number] else ""
                 raise InputError(f"a rendering process ended{doing} with code {rest}{self._last_words()}; the images so far "
@@ -682,19 +698,21 @@ def read_latents(path):
     """(rows, SHA-256): the latents in `path` that images depend on, a list of dicts; InputError names file and line."""
     try:
         content = path.read_bytes()
-        rows = list(csv.reader(content.decode().splitlines()))
+        rows = list(csv.reader(content.decode("utf-8-sig").splitlines()))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; generate_latents.py writes it") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); make it again with generate_latents.py") from None
     header, rows = (rows or [[]])[0], rows[1:]
     missing = [name for name in LATENTS if name not in header]
-    if missing or not rows:
+    if missing or not any(rows):
         what = f"columns {', '.join(missing)}" if missing else "rows"
         raise InputError(f"{path} lacks {what}; make it again with generate_latents.py")
     columns = [(header.index(name), name, count) for name, count in LATENTS.items()]
     latents = []
     for line, row in enumerate(rows, 2):
+        if not row:
+            continue  # an empty line, as editors leave one at the end
         latents.append({})
         for position, name, count in columns:
             text = row[position] if position < len(row) else ""
@@ -742,21 +760,33 @@ def is_done(file, size):
     return True
 
 
-def record_origin(folder, origin):
-    """images.json: what the images are rendered from; InputError if those already there were rendered from something else."""
-    path = folder / "images.json"
+def record_origin(folder, names, origin):
+    """images.json: what the images, of the set `names`, are rendered from.
+
+    InputError if images are there already that were rendered from something else, from nobody knows what, or have other names.
+    """
+    path, images = folder / "images.json", folder / "images"
+    # looked at before images.json: a job that starts at the same time writes that first
+    there = {file.name for file in images.iterdir() if file.suffix.lower() in SUFFIXES and file.stem.isdecimal()}
+    if foreign := there - names:
+        raise InputError(f"{images} holds {min(foreign)}, and the images of these latents are {min(names)} … {max(names)}: "
+                         "choose another folder, or remove images/ and images.json")  # fmt: skip
     with contextlib.suppress(FileNotFoundError):
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name in origin if stored[name] != origin[name]]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is damaged: remove it together with {folder / 'images'}") from None
-        if differing:
+            raise InputError(f"{path} is damaged: remove it together with {images}") from None
+        if differing and there:
             raise InputError(
-                f"{folder / 'images'} was rendered with other {', '.join(differing)} ({path}): choose another folder, "
-                "or remove both"
+                f"{images} was rendered with other {', '.join(differing)} ({path}): choose another folder, or remove both"
             )
-        return
+        if not differing:
+            return
+        there = None
+    if there:
+        raise InputError(f"{images} holds images, and {path}, which says what they were rendered from, is missing: restore it, "
+                         "or choose another folder")  # fmt: skip
     descriptor, temporary = tempfile.mkstemp(prefix=".images.json.", dir=folder)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(json.dumps(origin, indent=2) + "\n")
@@ -843,18 +873,28 @@ def main(argv=None):
     renderer_command()
     folder, digits = args.output_folder / "images", len(str(len(latents) - 1))
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):  # a folder that cannot be written is found before Blender starts
-        pass
-    record_origin(args.output_folder, {"latents": digest, "shapes": "assets" if args.assets else "stand-ins",
+    for place in (args.output_folder, folder):  # a folder that cannot be written is found before Blender starts
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise InputError(f"{place} cannot be written ({error.strerror}); choose another --output-folder") from None
+    for part in folder.glob(".*.part"):  # of a process that was killed
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > STALE_SECONDS:
+                part.unlink()
+    names = [f"{index:0{digits}d}.png" for index in range(len(latents))]
+    record_origin(args.output_folder, set(names), {"latents": digest, "shapes": "assets" if args.assets else "stand-ins",
                                        "size": args.size, "samples": args.samples, "seed": args.seed,
                                        "protocol": args.protocol, "plain": args.plain})  # fmt: skip
-    images = []
+    images, run = [], secrets.token_hex(4)  # two runs of the same command shall not write into the same file
     for index in batch:
-        file = folder / f"{index:0{digits}d}.png"
+        file = folder / names[index]
         if not is_done(file, args.size):
             seed = int.from_bytes(hashlib.sha256(f"{args.seed}/{index}".encode()).digest()[:4], "big") >> 1
-            images.append({"file": str(file.resolve()), "temporary": str(file.resolve().with_name(f".{file.name}.part")),
-                           "seed": seed, "latents": latents[index]})  # fmt: skip
+            temporary = file.resolve().with_name(f".{file.name}.{run}.part")
+            images.append(
+                {"file": str(file.resolve()), "temporary": str(temporary), "seed": seed, "latents": latents[index]}
+            )
     if not args.assets:
         print(f"no --assets: stand-in shapes instead of the data set's ({', '.join(STANDINS)} for "
               f"{', '.join(SHAPES).lower()})")  # fmt: skip
