@@ -3,7 +3,7 @@
 # make test    run the test suite            make lint    check the style
 # make bench   time what the README quotes
 # make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
-# make demo-causal3dident      render a few hundred small images with captions, train on a selection and a perturbation bias
+# make demo-causal3dident      render 2,000 small images with captions, train on a selection and a perturbation bias
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
 
 PYTHON ?= python3

@@ -44,7 +44,7 @@ import torch
 from PIL import Image
 
 from command_line import InputError
-from files import locked, read_csv, read_table, replaced, write_bytes
+from files import locked, read_csv, read_json, read_table, replaced, write_bytes
 
 MPI3D_GRID = {
     "OBJ_COLOR": 4,
@@ -351,7 +351,12 @@ def open_npz_images(path):
                 print(
                     f"{path} is compressed: unpacking {member.file_size / 1e9:.2f} GB once into {unpacked}", flush=True
                 )
-                _unpack(archive, member, unpacked)
+                with (
+                    _made_once(unpacked, "the images are compressed and are unpacked") as temporary,
+                    archive.open(member) as stream,
+                    open(temporary, "wb") as target,
+                ):
+                    shutil.copyfileobj(stream, target, 2**24)
     except DAMAGED_ARCHIVE as error:
         raise InputError(f"{path} is truncated or damaged ({error}); get it again") from None
     except OSError as error:
@@ -363,20 +368,18 @@ def open_npz_images(path):
     return _map_images(unpacked, start, shape), grid
 
 
-def _unpack(archive, member, path):
-    """Write a member of an archive to `path`, whole or not at all."""
+@contextlib.contextmanager
+def _made_once(path, what):
+    """Context of `replaced` for a file that is made beside the data; InputError, which says why, if none can be made there."""
     with contextlib.ExitStack() as stack:
         try:
             temporary = stack.enter_context(replaced(path))
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            raise InputError(
-                f"{path.parent} cannot be written, and the images are compressed: they are unpacked into a file beside "
-                "them, once; copy the folder to where you can write"
-            ) from None
-        with archive.open(member) as stream, open(temporary, "wb") as target:
-            shutil.copyfileobj(stream, target, 2**24)
+            raise InputError(f"{path.parent} cannot be written, and {what} into a file there, once; copy the folder to where "
+                             "you can write") from None  # fmt: skip
+        yield temporary
 
 
 def _read_image_header(stream, name):
@@ -453,7 +456,7 @@ def open_image_folder(folder):
     with locked(folder.with_name(f".{folder.name}.lock")):  # jobs that start together: one decodes, the others wait
         if (images := _map_decoded(decoded, len(paths))) is not None:
             return images
-        with replaced(decoded) as temporary, open(temporary, "wb") as file:
+        with _made_once(decoded, "the images are decoded") as temporary, open(temporary, "wb") as file:
             shape = _decode_images(paths, file, decoded)
             start = file.tell() - math.prod(shape)
     for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
@@ -782,7 +785,9 @@ def _checked_values(path, column, size):
     if not valid.all():
         row = int(valid.argmin())
         expected = "numbers from 0 to 1" if size is None else f"integers from 0 to {size - 1}"
-        raise InputError(f"{path}: {column.name} is {column.iloc[row]}, expected {expected} (row {row + 1})")
+        raise InputError(
+            f"{path}: {column.name} is {column.iloc[row]}, expected {expected} (line {row + 2}); make the file again"
+        )
     return values if size is None else values.astype(np.int64)
 
 
@@ -821,6 +826,7 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
         )
     stated = [*map(causal_text_factor, setting.selected), "text_phrasing"]
     image_path, text_path = folder / "latents_image.csv", folder / f"latents_text_{name}.csv"
+    check_rendered_latents(folder)
     image_values = _read_latents(image_path, CAUSAL_IMAGE)
     text_values = _read_latents(text_path, {factor: CAUSAL_TEXT[factor] for factor in stated})
     texts = folder / "text" / name
@@ -859,13 +865,28 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
     return ImageTextPairs(Images(open_image_folder(folder / "images"), device, workers), loaded, vocabulary), setting
 
 
+def check_rendered_latents(folder):
+    """Raise InputError if images.json, where there is one, says that the images were rendered from other latents."""
+    path, latents = Path(folder) / "images.json", _bytes_or_none(Path(folder) / "latents_image.csv")
+    if path.exists() and latents is not None and read_json(path).get("latents") != hashlib.sha256(latents).hexdigest():
+        raise InputError(
+            f"{folder}: images/ was rendered from other latents than latents_image.csv, as {path.name} says; remove both and "
+            f"render them again with {CAUSAL_TOOLS}/generate_images.py, or restore the latents"
+        )
+
+
 def _read_latents(path, factors):
     """Dict factor → (N,) of a CSV with the columns `factors`, a dict name → number of values or None, and maybe others.
 
     Earlier tools spelled the spotlight's colour `splotlight_color`. Raises InputError for a column that is missing, for gaps
     and for values out of range.
     """
+    if not path.exists():
+        raise InputError(f"{path} is missing; {CAUSAL_TOOLS}/generate_latents.py writes it")
     table = read_table(path).rename(columns=lambda name: name.replace("splotlight", "spotlight"))
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise InputError(f"{path} has the column {twice} in two spellings; remove one of them")
     if missing := [name for name in factors if name not in table]:
         raise InputError(f"{path} has no column {', '.join(missing)}; {CAUSAL_TOOLS}/generate_latents.py writes it")
     if table.empty:

@@ -19,7 +19,11 @@ def replaced(path):
     An OSError that names no file, as that of a full disk, gets the name of `path`.
     """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)  # not a name that nobody knows
+        raise
     os.close(descriptor)
     try:
         yield Path(temporary)

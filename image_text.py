@@ -135,7 +135,9 @@ def open_pairs(experiment, args, device):
     pairs, setting = experiment.load(args.datapath, args.bias_type, args.bias_id, device, args.workers)
     largest, available = max(args.batch_size, args.final_batch_size), len(pairs.splits["train"])
     if not args.evaluate and largest > available:
-        raise InputError(f"a batch of {largest} pairs, and {args.datapath} has {available} to train with")
+        raise InputError(
+            f"a batch of {largest} pairs, and {args.datapath} has {available} to train with; lower --batch-size"
+        )
     fit, test = (len(rows) for _, rows in probe_parts(pairs))
     if min(fit, test) < 2:
         raise InputError(

@@ -69,6 +69,10 @@ def test_what_is_missing_or_damaged_is_named_and_the_picture_kept(data, run):
     assert code == 2 and "1.png is damaged" in err and err.count("\n") == 1
     code, _, err = run("--output-folder", data, "--settings", "selections_2")
     assert code == 2 and "selections_2/text_raw.txt is missing" in err and err.count("\n") == 1
+    (data / "images.json").write_text('{"latents": "others"}')
+    code, _, err = run("--output-folder", data)
+    assert code == 2 and "rendered from other latents" in err and err.count("\n") == 1
+    (data / "images.json").unlink()
     (data / "text/selections_6/text_raw.txt").write_text(CAPTION)
     code, _, err = run("--output-folder", data)
     assert code == 2 and "1 captions for 4 images" in err and err.count("\n") == 1

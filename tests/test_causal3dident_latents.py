@@ -256,6 +256,10 @@ def test_the_misspelled_columns_of_earlier_tools_are_read(data, run):
         path.write_text(path.read_text().replace("spotlight_color_", "splotlight_color_"))
     assert run(generate_text.main, "--output-folder", data)[0] == 0
     assert contents(data / "text") == before
+    path = next(data.glob("latents_text_*.csv"))
+    pd.read_csv(path).assign(spotlight_color_name="red").to_csv(path, index=False)
+    code, err = run(generate_text.main, "--output-folder", data)[::2]
+    assert code == 2 and "has the column spotlight_color_name in two spellings" in err and err.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Causal3DIdent as tensors, against a plain reading of its files; its images decoded once; whatever is wrong with it."""
 
 import concurrent.futures
+import hashlib
 import io
+import json
 import time
 
 import numpy as np
@@ -261,11 +263,14 @@ CAPTIONS = "text/selections_1/text_raw.txt"
         (edited(IMAGE, lambda table: table.drop(columns="object_color")), f"{IMAGE} has no column object_color;"),
         (edited(TEXT, lambda table: table.drop(columns=["object_xpos", "text_phrasing"])),
          f"{TEXT} has no column object_xpos, text_phrasing;"),
+        (edited(TEXT, lambda table: table.assign(splotlight_color_index=0, spotlight_color_index=0)),
+         f"{TEXT} has the column spotlight_color_index in two spellings"),
+        (lambda folder: (folder / "images.json").write_text('{"latents": "others"}'), "rendered from other latents"),
         (edited(IMAGE, lambda table: table[:0]), "has no rows"),
         (edited(IMAGE, lambda table: table[:9]), "9 rows, expected at least 10"),
-        (with_value(IMAGE, "object_color", None), "object_color is nan, expected numbers from 0 to 1 (row 6)"),
-        (with_value(IMAGE, "spotlight_pos", 1.01), "spotlight_pos is 1.01, expected numbers from 0 to 1 (row 6)"),
-        (with_value(IMAGE, "object_shape", 7), "object_shape is 7, expected integers from 0 to 6 (row 6)"),
+        (with_value(IMAGE, "object_color", None), "object_color is nan, expected numbers from 0 to 1 (line 7)"),
+        (with_value(IMAGE, "spotlight_pos", 1.01), "spotlight_pos is 1.01, expected numbers from 0 to 1 (line 7)"),
+        (with_value(IMAGE, "object_shape", 7), "object_shape is 7, expected integers from 0 to 6 (line 7)"),
         (with_value(IMAGE, "object_alpharot", "x"), "object_alpharot is x, expected numbers"),
         (with_value(TEXT, "object_xpos", 0.5), "object_xpos is 0.5, expected integers from 0 to 2"),
         (with_value(TEXT, "text_phrasing", -1), "text_phrasing is -1, expected integers from 0 to 4"),
@@ -301,6 +306,21 @@ def test_a_perturbed_factor_that_is_always_the_image_s_is_of_another_setting(cau
         replace(names[0], names[1].read_bytes())
     with pytest.raises(InputError, match="object_ypos is the image's in every row"):
         load_causal3dident(causal3dident, "perturbations", 5)
+
+
+def test_a_folder_that_cannot_be_written_says_that_images_are_decoded_once(causal3dident, monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "hidden")
+
+    monkeypatch.setattr(datasets, "replaced", refused)
+    with pytest.raises(InputError, match="cannot be written, and the images are decoded into a file there, once"):
+        load_causal3dident(causal3dident, "selections", 1)
+
+
+def test_images_json_of_the_latents_is_accepted(causal3dident):
+    digest = hashlib.sha256((causal3dident / IMAGE).read_bytes()).hexdigest()
+    (causal3dident / "images.json").write_text(json.dumps({"latents": digest}))
+    assert len(load_causal3dident(causal3dident, "selections", 1)[0].images) == 200
 
 
 def test_a_folder_that_is_none(tmp_path):

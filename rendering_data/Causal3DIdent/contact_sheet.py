@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from command_line import InputError, Parser, integer, run_script
+from datasets import check_rendered_latents
 from figures import check_picture
 from files import replaced
 
@@ -84,6 +85,7 @@ def main(argv=None):
     folder, output = args.output_folder, args.output or args.output_folder / "contact_sheet.png"
     check_picture(output)
     latents = read(folder / "latents_image.csv", pd.read_csv, ValueError, UnicodeDecodeError)
+    check_rendered_latents(folder)
     if "object_shape" not in latents:
         raise InputError(f"{folder / 'latents_image.csv'} has no column object_shape; make it again")
     files = [

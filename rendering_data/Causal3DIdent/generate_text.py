@@ -106,6 +106,9 @@ def read_latents(path):
     except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
         raise InputError(f"{path} is damaged ({error}); make it again with generate_latents.py") from None
     table = table.rename(columns=lambda name: name.replace("splotlight", "spotlight"))
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise InputError(f"{path} has the column {twice} in two spellings; remove one of them")
     missing = [name for name in (*COUNTS, *NAMES) if name not in table]
     if missing or table.empty:
         raise InputError(f"{path} has no {'rows' if table.empty else 'column ' + ', '.join(missing)}; make it again "
