@@ -285,7 +285,9 @@ def test_other_latents_are_replaced_only_when_told_to(data, run):
         code == 2 and "latents_image.csv holds other latents" in err and "--overwrite" in err and err.count("\n") == 1
     )
     assert contents(data) == before
-    assert run(generate_latents.main, *flags, "--overwrite")[0] == 0
+    code, out, _ = run(generate_latents.main, *flags, "--overwrite")
+    assert code == 0 and out.endswith("text/ there come from the earlier latents: make them anew\n")
+    assert "earlier latents" not in run(generate_latents.main, *flags, "--overwrite")[1]
     assert len(pd.read_csv(data / "latents_image.csv")) == 200
 
 

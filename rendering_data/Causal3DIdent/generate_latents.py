@@ -140,15 +140,23 @@ def main(argv=None):
     tables = {name: table.to_csv(index=False, lineterminator="\n").encode()
               for name, table in sample_tables(args.n_points, args.seed, args.protocol).items()}  # fmt: skip
     args.output_folder.mkdir(parents=True, exist_ok=True)
+    replacing = False
     for name, content in tables.items():
         file = args.output_folder / name
-        if not args.overwrite and file.exists() and file.read_bytes() != content:
-            raise InputError(f"{file} holds other latents already; choose another folder, or --overwrite replaces them")
+        if file.exists() and file.read_bytes() != content:
+            replacing = True
+            if not args.overwrite:
+                raise InputError(
+                    f"{file} holds other latents already; choose another folder, or --overwrite replaces them"
+                )
     with contextlib.ExitStack() as stack:
         for name, content in tables.items():
             stack.enter_context(replaced(args.output_folder / name)).write_bytes(content)
     print(f"{args.output_folder}: latents of {args.n_points:,} images and of their captions in {len(SETTINGS)} settings, "
           f"seed {args.seed}, {args.protocol} protocol")  # fmt: skip
+    stale = [f"{name}/" for name in ("text", "images") if replacing and (args.output_folder / name).exists()]
+    if stale:
+        print(f"{' and '.join(stale)} there come from the earlier latents: make them anew")
     return 0
 
 
