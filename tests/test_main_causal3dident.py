@@ -282,8 +282,8 @@ def test_a_folder_without_write_permission_is_one_line(run, tmp_path, causal3did
 
     monkeypatch.setattr(datasets, "replaced", refused)
     code, _, err = run()
-    assert code == 2 and err.splitlines() == [f"error: Permission denied: {causal3dident}; nothing that was complete has "
-                                              "been lost"]  # fmt: skip
+    assert code == 2 and err.splitlines() == [f"error: {causal3dident} cannot be written, and the images are decoded into a "
+                                              "file there, once; copy the folder to where you can write"]  # fmt: skip
 
 
 def test_the_picture_has_both_encodings_with_their_own_factors(tmp_path, monkeypatch):
