@@ -38,8 +38,9 @@ class Adam:
             moving = [state for state in states if state[4] == rate and state[0].grad is not None]
             if not moving:
                 continue
-            parameters, momentum, variance, steps, _ = (list(column) for column in zip(*moving, strict=True))
-            adam(parameters, [parameter.grad for parameter in parameters], momentum, variance, [], steps,
+            steps = [state[3] for state in moving]
+            tensors = [in_memory_order(parameter, parameter.grad, *moments) for parameter, *moments, _, _ in moving]
+            adam(*map(list, zip(*tensors, strict=True)), [], steps,
                  lr=lr * rate, beta1=BETA_1, beta2=BETA_2, eps=EPSILON, weight_decay=0.0, amsgrad=False, maximize=False,
                  foreach=False, capturable=False, differentiable=False, fused=True)  # fmt: skip
 
@@ -53,6 +54,15 @@ class Adam:
         for name, own in self.state_dict().items():
             for mine, theirs in zip(own, state[name], strict=True):
                 mine.copy_(theirs)
+
+
+def in_memory_order(first, *others):
+    """Views of tensors of one shape, their dimensions as those of the first lie in memory.
+
+    For elementwise work on channels-last weights: on a CPU the fused Adam copies what is not contiguous, to and fro.
+    """
+    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    return [tensor.permute(order) for tensor in (first, *others)]
 
 
 def fan_in_rates(modules):
