@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from encoders import CAPTION_LENGTHS, ImageEncoder, MLPEncoder, TextEncoder, initialise
+from encoders import CAPTION_LENGTHS, TINY_OUTPUT, ImageEncoder, MLPEncoder, SmallOutputConv2d, TextEncoder, initialise
 
 
 @pytest.mark.parametrize("d, size", [(15, 10), (6, 1), (10, 5)])
@@ -84,6 +84,39 @@ def test_image_encoder_is_resnet18_on_normalised_pixels():
         found = encoder(images)
     assert found.shape == (3, 4)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, stride", [((1, 1), 1), ((2, 2), 1), ((1, 3), 1), ((4, 4), 2), ((3, 4), 2), ((6, 5), 1)])
+def test_convolutions_of_small_images_are_convolutions(size, stride):
+    """Outputs and gradients, in float64, of 1 × 1, 2 × 2, 1 × 3, 2 × 2, 2 × 2 and 6 × 5 pixels."""
+    layer = SmallOutputConv2d(5, 7, 3, stride=stride, padding=1, bias=False).double()
+    layer.weight.data.normal_(generator=seeded())
+    layer = layer.to(memory_format=torch.channels_last)
+    generator = seeded(1)
+    x = torch.randn(2, *size, 5, generator=generator, dtype=torch.float64).permute(0, 3, 1, 2).requires_grad_()
+    y = layer(x)
+    expected = nn.functional.conv2d(x, layer.weight, stride=stride, padding=1)
+    assert y.shape == expected.shape
+    torch.testing.assert_close(y, expected)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    found = torch.autograd.grad((y * weights).sum(), (x, layer.weight))
+    for ours, theirs in zip(found, torch.autograd.grad((expected * weights).sum(), (x, layer.weight)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_small_outputs_of_the_image_encoder_need_no_convolution(size, monkeypatch):
+    """And its other layers of 3 × 3 are convolutions of the library."""
+    encoder, outputs, convolved = ImageEncoder(3, MEAN, STD).eval(), {}, []
+    conv2d = nn.functional.conv2d
+    monkeypatch.setattr(nn.functional, "conv2d", lambda *args: convolved.append(args[1]) or conv2d(*args))
+    layers = [layer for layer in encoder.resnet.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, _, y: outputs.update({id(layer): y[0, 0].numel()}))
+    encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    replaced = [layer for layer in layers if layer.kernel_size == (3, 3) and outputs[id(layer)] <= TINY_OUTPUT]
+    assert len(replaced) == {32: 8, 64: 4, 96: 0}[size]
+    assert {id(weight) for weight in convolved} == {id(layer.weight) for layer in layers if layer not in replaced}
 
 
 def test_files_of_the_image_encoder_hold_its_weights_alone():
