@@ -515,6 +515,17 @@ def test_inside_blender_the_processes_are_blenders(monkeypatch):
     assert line[line.index("--python") + 1] == generate_images.__file__ and line[-2:] == ["--", "--work"]
 
 
+def test_handlers_of_blender_s_own_need_not_be_put_back(begun, monkeypatch):
+    """Blender handles Ctrl-C itself, of which Python knows nothing: signal.signal returns None."""
+
+    def set_handler(number, handler):
+        if not callable(handler) and handler not in (signal.SIG_IGN, signal.SIG_DFL):
+            raise TypeError("signal handler must be signal.SIG_IGN, signal.SIG_DFL, or a callable object")
+
+    monkeypatch.setattr(signal, "signal", set_handler)
+    begun()
+
+
 def test_a_process_that_dies_ends_the_run_with_its_last_words(tmp_path, run, monkeypatch):
     code = "import sys; sys.stdin.readline(); print('ready'); sys.stdin.readline(); sys.exit('out of memory')"
     monkeypatch.setattr(generate_images, "renderer_command", lambda: [sys.executable, "-u", "-c", code])

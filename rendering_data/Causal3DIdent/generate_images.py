@@ -921,7 +921,7 @@ def main(argv=None):
         raise
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one of Blender's own, not of Python's
         for image in images:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(image["temporary"])
