@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from mpi3d_data import PlainDataset
 from torch import nn
+from torchvision.models import resnet18
 
 import image_text
 import main_mpi3dreal
@@ -43,6 +44,19 @@ def plain_loss(h_x, h_t, tau):
         return nn.functional.cross_entropy(logits, partner)
 
     return (one_way(h_x, h_t) + one_way(h_t, h_x)) / 2
+
+
+class PlainImages(nn.Module):
+    """The image encoder for normalised images (B, 3, H, W), with torchvision's ResNet-18 as it comes."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.resnet = resnet18(weights=None, num_classes=encoder.linear.in_features).to(encoder.linear.weight.device)
+        self.resnet.load_state_dict(encoder.resnet.state_dict())
+        self.linear = encoder.linear
+
+    def forward(self, images):
+        return self.linear(nn.functional.leaky_relu(self.resnet(images), 0.01))
 
 
 class OneHotText(nn.Module):
@@ -77,14 +91,15 @@ def time_form(form, options):
     pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, device)
     encoders = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, device)
     image_text.set_weights(encoders, pairs, args)
+    if form == "plain":
+        batches = plain_batches(args, options.workers, device)
+        encoders = {
+            "encoder_img": PlainImages(encoders["encoder_img"]),
+            "encoder_txt": OneHotText(encoders["encoder_txt"]),
+        }
     parameters = [parameter for encoder in encoders.values() for parameter in encoder.parameters()]
     if form == "plain":
-        batches, image, text = (
-            plain_batches(args, options.workers, device),
-            encoders["encoder_img"],
-            encoders["encoder_txt"],
-        )
-        text, optimiser = OneHotText(text), torch.optim.Adam(parameters, lr=args.lr)
+        optimiser = torch.optim.Adam(parameters, lr=args.lr)
     else:
         order = EpochOrder(len(pairs.splits["train"]), seeded_generator(0, "order"), pairs.images.index_device)
         optimiser = Adam(parameters)
@@ -102,8 +117,7 @@ def time_form(form, options):
             with autocast(device, args.precision):
                 if form == "plain":
                     images, captions = next(batches)
-                    h_x = image.linear(nn.functional.leaky_relu(image.resnet(images), 0.01))
-                    loss = plain_loss(h_x, text(captions), args.tau)
+                    loss = plain_loss(encoders["encoder_img"](images), encoders["encoder_txt"](captions), args.tau)
                 else:
                     loss = image_text.batch_loss(encoders, pairs, order, args)
             loss.backward()
