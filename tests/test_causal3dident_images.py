@@ -7,18 +7,20 @@ of Multimodal3DIdent, those of its shapes that are there are rendered as well.
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from command_line import run_script
+from command_line import InputError, run_script
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
 import generate_images
@@ -277,6 +279,23 @@ def test_pictures_put_together_lamp_by_lamp_are_those_of_all_lamps_at_once(tmp_p
 
 
 @renders
+@pytest.mark.skipif(shutil.which("blender") is None, reason="no Blender installed")
+def test_an_installed_blender_renders_the_same(tmp_path):
+    write_latents(tmp_path / "own", [BASE])
+    write_latents(tmp_path / "package", [BASE])
+    line = ["blender", "--background", "--python", str(SCRIPT), "--", "--output-folder", str(tmp_path / "own")]
+    result = subprocess.run(
+        [*line, "--size", str(SIZE), "--samples", "64"], capture_output=True, text=True, timeout=300
+    )
+    if "too old" in result.stderr:
+        assert result.returncode == 2
+        pytest.skip(result.stderr.splitlines()[-1])
+    assert result.returncode == 0, result.stderr
+    render(tmp_path / "package", "--samples", 64)
+    assert np.abs(pixels(tmp_path / "own/images/0.png") - pixels(tmp_path / "package/images/0.png")).max() <= 2
+
+
+@renders
 def test_hues_below_0_are_wrapped_by_the_protocol_paper_alone(tmp_path):
     """The ground's hue −0.15: red with less green than blue; wrapped, with as much blue as red, almost."""
     corners = {}
@@ -513,6 +532,23 @@ def test_inside_blender_the_processes_are_blenders(monkeypatch):
     line = generate_images.renderer_command()
     assert line[:2] == ["/opt/blender/blender", "--background"]
     assert line[line.index("--python") + 1] == generate_images.__file__ and line[-2:] == ["--", "--work"]
+
+
+def test_a_blender_without_a_denoiser_renders_what_needs_none():
+    class Cycles(SimpleNamespace):
+        def __setattr__(self, name, value):
+            if name == "denoiser":
+                raise TypeError('enum "OPENIMAGEDENOISE" not found in ()')
+            super().__setattr__(name, value)
+
+    bpy = MagicMock()
+    bpy.context.scene.cycles = Cycles()
+    settings = {"size": 64, "samples": 64, "plain": False, "denoise": True, "threads": 1, "device": "cpu"}
+    generate_images.set_up_cycles(bpy, settings)
+    assert bpy.context.scene.cycles.samples == 64
+    for change in ({"samples": 63}, {"plain": True}):
+        with pytest.raises(InputError, match="built without OpenImageDenoise"):
+            generate_images.set_up_cycles(bpy, settings | change)
 
 
 def test_handlers_of_blender_s_own_need_not_be_put_back(begun, monkeypatch):

@@ -290,11 +290,17 @@ def set_up_cycles(bpy, settings):
     cycles.transparent_max_bounces = 0
     cycles.samples = settings["samples"]
     cycles.use_denoising = settings["denoise"] and (settings["plain"] or settings["samples"] < DENOISED_BELOW)
-    cycles.denoiser = "OPENIMAGEDENOISE"
-    cycles.denoising_input_passes = "RGB_ALBEDO_NORMAL"
-    # Albedo and normals of a scene without textures are free of noise but for edges: nothing to filter beforehand.
-    cycles.denoising_prefilter = "ACCURATE" if settings["plain"] else "NONE"
-    cycles.denoising_quality = "HIGH" if settings["plain"] else "BALANCED"
+    if cycles.use_denoising:
+        try:
+            cycles.denoiser = "OPENIMAGEDENOISE"
+        except TypeError:
+            raise InputError(f"this Blender was built without OpenImageDenoise, without which --plain and fewer than "
+                             f"{DENOISED_BELOW} samples do not work; use --samples {DENOISED_BELOW} or more, or Blender's own "
+                             "build, or `make blender`") from None  # fmt: skip
+        cycles.denoising_input_passes = "RGB_ALBEDO_NORMAL"
+        # Albedo and normals of a scene without textures are free of noise but for edges: nothing to filter beforehand.
+        cycles.denoising_prefilter = "ACCURATE" if settings["plain"] else "NONE"
+        cycles.denoising_quality = "HIGH" if settings["plain"] else "BALANCED"
     cycles.use_adaptive_sampling = False  # more noise at equal time: it ends a pixel's samples amid a Sobol block
     cycles.use_light_tree = False
     if not settings["plain"]:
