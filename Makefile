@@ -38,10 +38,10 @@ demo: $(INSTALLED)
 		--train-steps 600 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
 
 STANDIN := data/demo-mpi3d
-MPI3D_DEMO := main_mpi3dreal.py --datapath $(STANDIN) --recipe fast --no-cuda --batch-size 32 --train-steps 700 --log-steps 100 --seed 0 --overwrite
+MPI3D_DEMO := main_mpi3dreal.py --datapath $(STANDIN) --recipe fast --no-cuda --batch-size 32 --train-steps 1000 --log-steps 100 --seed 0 --overwrite
 
 demo-mpi3d: $(INSTALLED)
-	$(BIN)/python rendering_data/MPI3D/render_standin_images.py --output-dir $(STANDIN) --grid 4 4 2 3 3 6 6 --size 32 --overwrite
+	$(BIN)/python rendering_data/MPI3D/render_standin_images.py --output-dir $(STANDIN) --size 32 --overwrite
 	$(BIN)/python rendering_data/MPI3D/render_multimodal_mpi3d.py --output-dir $(STANDIN) --overwrite
 	$(BIN)/python $(MPI3D_DEMO) --bias-type selection --bias-id 0 --model-id demo_mpi3d_selection
 	$(BIN)/python $(MPI3D_DEMO) --bias-type perturbation --bias-id 4 --model-id demo_mpi3d_perturbation
