@@ -3,9 +3,11 @@
     python benchmarks/time_to_identification.py                        # five of ten semantics selected, 15 minutes a recipe
     python benchmarks/time_to_identification.py --theta-value 55 --minutes 5 --seeds 1 2 3
     python benchmarks/time_to_identification.py --experiment mpi3d --datapath data/mpi3d_standin --bias-id 2
+    OMP_NUM_THREADS=1 python benchmarks/time_to_identification.py --jobs 2            # both recipes at once, each on one core
 
-Runs the training script itself, each recipe alone on the machine, stops it after --minutes as Ctrl-C would, and reads the
-curve from its train_log.csv: linear scores of the image encoding on held-out samples. Every other flag goes to the script.
+Runs the training script itself, each recipe alone on the machine or --jobs of them side by side, stops it after --minutes as
+Ctrl-C would, and reads the curve from its train_log.csv: linear scores of the image encoding on held-out samples. Every other
+flag goes to the script.
 Writes benchmarks/time_to_identification.csv and .png, and prints when the worst unbiased factor passed some levels.
 """
 
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -79,7 +82,7 @@ EXPERIMENTS = {
         main_mpi3dreal,
         (),
         "linear MCC",
-        {"paper": 10, "fast": 50},
+        {"paper": 10, "fast": 100},
         "image_",
         lambda args: mpi3d_setting(args.bias_type, args.bias_id).unbiased,
         describe_bias,
@@ -88,7 +91,7 @@ EXPERIMENTS = {
         main_causal3dident,
         (),
         "linear MCC or R²",
-        {"paper": 10, "fast": 50},
+        {"paper": 10, "fast": 100},
         "image_",
         lambda args: causal_setting(args.bias_type, args.bias_id).unbiased,
         describe_bias,
@@ -96,7 +99,7 @@ EXPERIMENTS = {
 }
 
 
-def measure(experiment, recipe, flags, seed, minutes, models):
+def measure(experiment, recipe, seed, flags, minutes, models):
     """DataFrame of one run: recipe, seed, seconds, step, and worst, mean (unbiased) and largest other score of the images."""
     name, script = f"{recipe}_{seed}", Path(experiment.script.__file__).name
     command = [sys.executable, script, *flags, "--recipe", recipe, "--seed", str(seed)]
@@ -142,14 +145,19 @@ def main():
     parser.add_argument("--experiment", choices=tuple(EXPERIMENTS), default="numeric", help="(%(default)s)")
     parser.add_argument("--minutes", type=float, default=15, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument(
+        "--models", type=Path, help="folder that keeps the runs' model directories; else they are removed"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "time_to_identification", help="without suffix")
     args, flags = parser.parse_known_args()
     experiment = EXPERIMENTS[args.experiment]
     flags = [*experiment.flags, *flags]
     setting = experiment.describe(experiment.script.parse_flags(flags)[0])
-    with tempfile.TemporaryDirectory() as models:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
+        models = str(args.models.resolve() if args.models else temporary)
         runs = [(recipe, seed) for seed in args.seeds for recipe in ("fast", "paper")]
-        curves = pd.concat([measure(experiment, recipe, flags, seed, args.minutes, models) for recipe, seed in runs])
+        curves = pd.concat(pool.map(lambda run: measure(experiment, *run, flags, args.minutes, models), runs))
     write_csv(curves, args.output.with_suffix(".csv"))
     draw(curves, experiment.score, setting, args.output.with_suffix(".png"))
     print(f"{setting}; {curves.device.iloc[0]}")
