@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 		--train-steps 600 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
 
 STANDIN := data/demo-mpi3d
-MPI3D_DEMO := main_mpi3dreal.py --datapath $(STANDIN) --recipe fast --no-cuda --batch-size 32 --train-steps 1000 --log-steps 100 --seed 0 --overwrite
+MPI3D_DEMO := main_mpi3dreal.py --datapath $(STANDIN) --recipe fast --no-cuda --batch-size 32 --train-steps 1500 --norm-penalty 3 --log-steps 100 --seed 0 --overwrite
 
 demo-mpi3d: $(INSTALLED)
 	$(BIN)/python rendering_data/MPI3D/render_standin_images.py --output-dir $(STANDIN) --size 32 --overwrite
