@@ -33,16 +33,18 @@ class MLPEncoder(nn.Sequential):
 class SmallOutputConv2d(nn.Conv2d):
     """Conv2d that is the product of a matrix of patches with the weights where the output is tiny.
 
-    CPU libraries divide the work of a convolution along its output, and take four times as long over one of 2 × 2.
+    It has no bias, dilation or groups, as in a ResNet. CPU libraries divide the work of a convolution along its output,
+    and take four times as long over one of 2 × 2.
     """
 
     def forward(self, x):
         """(B, C, H, W) → (B, C', H', W')."""
         (height, width), (stride, _) = self.kernel_size, self.stride
+        rows, columns = ((x.shape[2 + k] + 2 * self.padding[k] - self.kernel_size[k]) // stride + 1 for k in (0, 1))
+        if x.is_cuda or rows * columns > TINY_OUTPUT:
+            return super().forward(x)
         patches = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0) + 2 * (self.padding[1],) + 2 * (self.padding[0],))
         patches = patches.unfold(1, height, stride).unfold(2, width, stride)  # (B, H', W', C, height, width)
-        if x.is_cuda or patches.shape[1] * patches.shape[2] > TINY_OUTPUT:
-            return super().forward(x)
         # the order in which channels-last weights lie in memory
         patches = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)
         return (patches @ self.weight.permute(0, 2, 3, 1).flatten(1).T).permute(0, 3, 1, 2)
