@@ -23,42 +23,10 @@ from datasets import (
     load_causal3dident,
 )
 from figures import plot_factor_scores
-from image_text import MODALITIES, SCORES, Experiment, make_parser, names_of, run_experiment
+from image_text import MODALITIES, SCORES, Experiment, image_text_recipes, make_parser, names_of, run_experiment
 from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-# "paper": exactly the paper's training. "fast": few steps, with the changes that main_mpi3dreal.py gives reasons for.
-RECIPES = {
-    "paper": {
-        "init": "default",
-        "lr": 1e-5,
-        "text_lr_factor": 1.0,
-        "lr_schedule": "constant",
-        "layer_lr": "uniform",
-        "preconditioner": "none",
-        "batch_size": 256,
-        "final_batch_size": 0,
-        "train_steps": 100_001,
-        "precision": "fp32",
-        "first_tau": 0,
-        "whitening_pairs": 0,
-        "norm_penalty": 0,
-    },
-    "fast": {
-        "init": "he",
-        "lr": 1e-3,
-        "text_lr_factor": 0.1,
-        "lr_schedule": "onecycle",
-        "layer_lr": "uniform",
-        "preconditioner": "none",
-        "batch_size": 64,
-        "final_batch_size": 0,
-        "train_steps": 3_000,
-        "precision": "auto",
-        "first_tau": 0.06,
-        "whitening_pairs": 256,
-        "norm_penalty": 1.0,
-    },
-}
+RECIPES = image_text_recipes(paper_steps=100_001)
 ENCODING_SIZES = (3, 3, 4, 5, 5, 6, 7)  # dimensions for 1 … 7 unbiased semantics
 ROTATIONS = (
     "object_alpharot",

@@ -16,49 +16,10 @@ import pandas as pd
 from command_line import run_script
 from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, load_mpi3d
 from figures import plot_factor_scores
-from image_text import MODALITIES, Experiment, make_parser, names_of, run_experiment
+from image_text import MODALITIES, Experiment, image_text_recipes, make_parser, names_of, run_experiment
 from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-# "paper": exactly the paper's training. "fast": few steps with few pairs, at a learning rate that falls from a larger one, and
-# with these changes more:
-# - whitening_pairs: drawn weights send all encodings into a narrow cone; whitened ones use every dimension from the start.
-# - first_tau: at τ = 1 encodings in eight places of a sphere have a loss within 0.003 of those that have spread evenly over it,
-#   so that most factors wait for a gradient that hardly exists; at a small τ it does. But there negatives of the same caption
-#   take away what pulls an image to its own: a few places become compact at a τ near 1 alone, so τ ends at 1.
-# - text_lr_factor: a text encoder that moves more slowly does not give up what the image encoder has not found yet.
-# - norm_penalty: lengths, which the cosine does not see, forget what images alone show.
-RECIPES = {
-    "paper": {
-        "init": "default",
-        "lr": 1e-5,
-        "text_lr_factor": 1.0,
-        "lr_schedule": "constant",
-        "layer_lr": "uniform",
-        "preconditioner": "none",
-        "batch_size": 256,
-        "final_batch_size": 0,
-        "train_steps": 200_001,
-        "precision": "fp32",
-        "first_tau": 0,
-        "whitening_pairs": 0,
-        "norm_penalty": 0,
-    },
-    "fast": {
-        "init": "he",
-        "lr": 1e-3,
-        "text_lr_factor": 0.1,
-        "lr_schedule": "onecycle",
-        "layer_lr": "uniform",
-        "preconditioner": "none",
-        "batch_size": 64,
-        "final_batch_size": 0,
-        "train_steps": 3_000,
-        "precision": "auto",
-        "first_tau": 0.06,
-        "whitening_pairs": 256,
-        "norm_penalty": 1.0,
-    },
-}
+RECIPES = image_text_recipes(paper_steps=200_001)
 SMALLEST_ENCODING = 3  # dimensions, where fewer semantics are unbiased
 
 
