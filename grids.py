@@ -281,9 +281,11 @@ MPI3D_DATA = DataSet(
     source=f"put {MPI3D_FILE} of {MPI3D_SOURCE} into {_MPI3D_REAL}, and write its captions with `python {_CAPTIONS}`",
 )
 MPI3D_STANDIN = "data/mpi3d_standin"
+# 20 × 20 positions: from fewer pairs than 5,760 the probes do not learn the places of 288 combinations of five factors
 MPI3D_STANDIN_DATA = DataSet(
     f"{MPI3D_STANDIN}/vocab_perturbation_4.json",
-    (("rendering_data/MPI3D/render_standin_images.py", "--output-dir", MPI3D_STANDIN, "--overwrite"),
+    (("rendering_data/MPI3D/render_standin_images.py", "--output-dir", MPI3D_STANDIN, "--overwrite",
+      "--grid", "4", "4", "2", "3", "3", "20", "20"),
      (_CAPTIONS, "--output-dir", MPI3D_STANDIN, "--overwrite")),
 )  # fmt: skip
 MPI3D_FLAGS = {
