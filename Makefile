@@ -3,7 +3,7 @@
 # make test    run the test suite            make lint    check the style
 # make bench   time what the README quotes
 # make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
-# make demo-causal3dident      render 2,000 small images with captions, train on a selection and a perturbation bias
+# make demo-causal3dident      render 900 small images with captions, train on a selection and a perturbation bias
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
 
 PYTHON ?= python3
@@ -48,10 +48,10 @@ demo-mpi3d: $(INSTALLED)
 	$(BIN)/python rendering_data/MPI3D/show_pairs.py --datapath $(STANDIN) --output models/demo_mpi3d_pairs.png
 
 CAUSAL_STANDIN := data/demo-causal3dident
-CAUSAL_DEMO := main_causal3dident.py --datapath $(CAUSAL_STANDIN) --recipe fast --no-cuda --batch-size 64 --train-steps 300 --log-steps 100 --seed 0 --overwrite
+CAUSAL_DEMO := main_causal3dident.py --datapath $(CAUSAL_STANDIN) --recipe fast --no-cuda --batch-size 64 --train-steps 300 --text-lr-factor 1 --log-steps 100 --seed 0 --overwrite
 
 demo-causal3dident: $(INSTALLED) $(BLENDER_INSTALLED)
-	$(BIN)/python $(CAUSAL3DIDENT)/generate_latents.py --output-folder $(CAUSAL_STANDIN) --n-points 2000 --seed 0
+	$(BIN)/python $(CAUSAL3DIDENT)/generate_latents.py --output-folder $(CAUSAL_STANDIN) --n-points 900 --seed 0
 	$(BIN)/python $(CAUSAL3DIDENT)/generate_text.py --output-folder $(CAUSAL_STANDIN)
 	$(BLENDER) $(CAUSAL3DIDENT)/generate_images.py --output-folder $(CAUSAL_STANDIN) --size 64 --samples 32
 	$(BIN)/python $(CAUSAL3DIDENT)/contact_sheet.py --output-folder $(CAUSAL_STANDIN)
