@@ -19,7 +19,7 @@ from figures import plot_factor_scores
 from image_text import MODALITIES, Experiment, image_text_recipes, make_parser, names_of, run_experiment
 from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-RECIPES = image_text_recipes(paper_steps=200_001)
+RECIPES = image_text_recipes(paper_steps=200_001, text_lr_factor=0.1)
 SMALLEST_ENCODING = 3  # dimensions, where fewer semantics are unbiased
 
 
