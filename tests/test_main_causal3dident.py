@@ -286,6 +286,31 @@ def test_a_folder_without_write_permission_is_one_line(run, tmp_path, causal3did
                                               "file there, once; copy the folder to where you can write"]  # fmt: skip
 
 
+FOUND = "hat is unbiased is found, and what is the image's own is not: "
+
+
+@pytest.mark.parametrize(
+    ("shape", "x", "y", "rotation", "words"),
+    [
+        (0.9, 0.95, 0.85, 0.05, f"W{FOUND}{{object_shape, object_xpos, object_ypos}} has nonlinear MCC of at least 0.85 in the"),
+        (0.3, 0.95, 0.85, -1, f"Part of w{FOUND}{{object_xpos, object_ypos}} has nonlinear MCC of at least 0.85 in the image "
+         "encoding, the rotations R² of at most 0.00; not (yet) {object_shape}, with at most 0.30."),
+        (0.3, 0.5, 0.7, 0, "Not (yet) the pattern of the theory: {object_shape, object_xpos, object_ypos} has nonlinear MCC of "
+         "at least 0.30"),
+        (0.9, 0.9, 0.9, 0.2, "Not (yet) the pattern of the theory"),
+    ],
+)  # fmt: skip
+def test_the_verdict_tells_what_is_found_from_what_is_not(shape, x, y, rotation, words):
+    scores = pd.Series([shape, x, y, 0, rotation, 0, 0.9, 0.9, 0.9, 0.9])
+    discrete = pd.Series([name in DISCRETE for name in IMAGE])
+    types = discrete.map({True: "discrete", False: "continuous"})
+    image = pd.DataFrame({"modality": "image", "factor_name": IMAGE, "factor_type": types,
+                          "mcc_mlp": scores.where(discrete), "r2_krreg": scores.mask(discrete)})  # fmt: skip
+    text = image.assign(modality="text", mcc_mlp=0.99, r2_krreg=0.99)
+    sentence = main_causal3dident.verdict(pd.concat([text, image]), datasets.causal_setting("perturbations", 4))
+    assert sentence.startswith(words)
+
+
 def test_the_picture_has_both_encodings_with_their_own_factors(tmp_path, monkeypatch):
     rows = [("image", name, None, None, 0.5, 0.9) if name in DISCRETE else ("image", name, 0.1, 0.2, None, None)
             for name in IMAGE]  # fmt: skip
