@@ -349,9 +349,10 @@ CAUSAL_DATA = DataSet(
     source=f"make the data set with generate_latents.py, generate_text.py and generate_images.py of {_CAUSAL_TOOLS}",
 )
 CAUSAL_STANDIN = "data/causal3dident_standin"
+# 24,000 images: with 8,000 the image encoder learns those it sees by heart
 CAUSAL_STANDIN_DATA = DataSet(
     f"{CAUSAL_STANDIN}/contact_sheet.png",
-    ((f"{_CAUSAL_TOOLS}/generate_latents.py", "--output-folder", CAUSAL_STANDIN, "--n-points", "2000", "--seed", "0"),
+    ((f"{_CAUSAL_TOOLS}/generate_latents.py", "--output-folder", CAUSAL_STANDIN, "--n-points", "24000", "--seed", "0"),
      (f"{_CAUSAL_TOOLS}/generate_text.py", "--output-folder", CAUSAL_STANDIN),
      (BLENDER, f"{_CAUSAL_TOOLS}/generate_images.py", "--output-folder", CAUSAL_STANDIN, "--size", "64", "--samples", "32"),
      (f"{_CAUSAL_TOOLS}/contact_sheet.py", "--output-folder", CAUSAL_STANDIN)),
@@ -359,8 +360,7 @@ CAUSAL_STANDIN_DATA = DataSet(
 CAUSAL_FLAGS = {
     "paper": (),
     "fast": ("--recipe", "fast"),
-    "tiny": ("--recipe", "fast", "--datapath", CAUSAL_STANDIN, "--batch-size", "64", "--train-steps", "300",
-             "--log-steps", "100"),
+    "tiny": ("--recipe", "fast", "--datapath", CAUSAL_STANDIN, "--train-steps", "1000", "--log-steps", "500"),
 }  # fmt: skip
 CAUSAL_SCORES = ("r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp")
 CAUSAL_RESULTS = ResultFile("results.csv", ("ix", "modality", "factor_name", "factor_type", *CAUSAL_SCORES),
