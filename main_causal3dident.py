@@ -78,12 +78,11 @@ def verdict(results, setting):
     scores = f"nonlinear MCC of at least {lowest:.2f} in the image encoding, the rotations R² of at most {highest:.2f}"
     if not found or highest > 0.1:
         return f"Not (yet) the pattern of the theory: {names_of(unbiased)} has {scores}."
-    sentence = f"What is unbiased is found, and what is the image's own is not: {names_of(found)} has {scores}."
+    what, rest = "What is unbiased", ""
     if missed:
-        return (
-            f"Part of w{sentence[1:-1]}; not (yet) {names_of(missed)}, with at most {image.mcc_mlp[missed].max():.2f}."
-        )
-    return sentence
+        what = "Part of what is unbiased"
+        rest = f"; not (yet) {names_of(missed)}, with at most {image.mcc_mlp[missed].max():.2f}"
+    return f"{what} is found, and what is the image's own is not: {names_of(found)} has {scores}{rest}."
 
 
 def show_results(results, setting, args, path):

@@ -286,15 +286,16 @@ def test_a_folder_without_write_permission_is_one_line(run, tmp_path, causal3did
                                               "file there, once; copy the folder to where you can write"]  # fmt: skip
 
 
-FOUND = "hat is unbiased is found, and what is the image's own is not: "
+FOUND = "is found, and what is the image's own is not: "
 
 
 @pytest.mark.parametrize(
     ("shape", "x", "y", "rotation", "words"),
     [
-        (0.9, 0.95, 0.85, 0.05, f"W{FOUND}{{object_shape, object_xpos, object_ypos}} has nonlinear MCC of at least 0.85 in the"),
-        (0.3, 0.95, 0.85, -1, f"Part of w{FOUND}{{object_xpos, object_ypos}} has nonlinear MCC of at least 0.85 in the image "
-         "encoding, the rotations R² of at most 0.00; not (yet) {object_shape}, with at most 0.30."),
+        (0.9, 0.95, 0.85, 0.05, f"What is unbiased {FOUND}{{object_shape, object_xpos, object_ypos}} has nonlinear MCC "
+         "of at least 0.85 in the"),
+        (0.3, 0.95, 0.85, -1, f"Part of what is unbiased {FOUND}{{object_xpos, object_ypos}} has nonlinear MCC of at least "
+         "0.85 in the image encoding, the rotations R² of at most 0.00; not (yet) {object_shape}, with at most 0.30."),
         (0.3, 0.5, 0.7, 0, "Not (yet) the pattern of the theory: {object_shape, object_xpos, object_ypos} has nonlinear MCC of "
          "at least 0.30"),
         (0.9, 0.9, 0.9, 0.2, "Not (yet) the pattern of the theory"),
