@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from command_line import InputError, integer, number
 from files import read_json, write_bytes, write_csv, write_json
-from optimisers import Adam, InputWhitening, fan_in_rates
+from optimisers import Adam, InputWhitening, Muon, fan_in_rates
 
 # Flags that say how to run, not what: they may differ between the calls that work on one model directory, though a run
 # that is resumed keeps its log_steps and no_cuda unless they are given.
@@ -98,6 +98,12 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
         "--lr",
         type=number(0, above=True),
         help=f"Adam's learning rate, its peak under a schedule ({recipe_values(recipes, 'lr')})",
+    )
+    group.add_argument(
+        "--optimiser",
+        choices=("adam", "muon"),
+        help="muon takes the filters of convolutions, and Adam all else, see optimisers.py "
+        f"({recipe_values(recipes, 'optimiser')})",
     )
     group.add_argument(
         "--layer-lr",
@@ -271,7 +277,7 @@ def _take_stored_args(args, given, directory, script_run_flags, parse_flags):
     own = RUN_FLAGS - if_given | ({"seed"} if args.evaluate else set()) | (if_given & given)
     for name in [name for name in vars(args) if name not in own]:
         if name not in stored:
-            raise InputError(f"{args_file} has no {name!r}: it is damaged, or another script's")
+            raise InputError(f"{args_file} has no {name!r}: it is damaged, or of another script or version")
         if parse_flags:
             _check_stored_value(name, stored[name], args_file, parse_flags)
         if name in given and getattr(args, name) != stored[name]:
@@ -502,9 +508,11 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
     ]
     parameters = [parameter for _, parameter in moving]
     by_layer, by_module = fan_in_rates(modules) if args.layer_lr == "fan-in" else {}, rates or {}
-    optimiser = Adam(
-        parameters, [by_layer.get(id(parameter), 1.0) * by_module.get(name, 1.0) for name, parameter in moving]
-    )
+    factors = [by_layer.get(id(parameter), 1.0) * by_module.get(name, 1.0) for name, parameter in moving]
+    if args.optimiser == "muon":
+        optimiser = Muon(parameters, factors, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    else:
+        optimiser = Adam(parameters, factors)
     preconditioner = InputWhitening(modules) if args.preconditioner == "inputs" else None
     checkpoint = directory / "checkpoint.pt"
     progress = Progress()

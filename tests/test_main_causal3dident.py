@@ -166,7 +166,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
-        **{"recipe": "paper", "whitening_pairs": 0},
+        **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam"},
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 

@@ -136,7 +136,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
-        **{"recipe": "paper", "whitening_pairs": 0},
+        **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam"},
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 
@@ -157,7 +157,7 @@ def test_the_size_of_the_encodings(flags, size):
     ["--tau 0.5", "--encoding-size 2", "--protocol paper", "--init he", "--lr 0.02", "--batch-size 13", "--bias-id 2",
      "--bias-type perturbation", "--precision bf16", "--lr-schedule onecycle", "--final-batch-size 20", "--layer-lr fan-in",
      "--train-steps 6", "--seed 2", "--text-lr-factor 0.5", "--first-tau 0.1", "--norm-penalty 0.5",
-     "--whitening-pairs 16"],
+     "--whitening-pairs 16", "--optimiser muon"],
 )  # fmt: skip
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
@@ -250,7 +250,8 @@ def outcome(directory):
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--recipe fast --bias-type perturbation --train-steps 40", "--final-batch-size 40"]
+    "flags",
+    ["", "--recipe fast --bias-type perturbation --train-steps 40", "--final-batch-size 40", "--optimiser muon"],
 )
 def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch, flags):
     """24 batches make an epoch, so the kills and the checkpoints fall into several of them."""

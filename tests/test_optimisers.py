@@ -1,10 +1,11 @@
-"""Adam against torch's, the preconditioner against its formula in float64 and against what it is for."""
+"""Adam and Muon against torch's, the preconditioner against its formula in float64 and against what it is for."""
 
 import pytest
 import torch
 from torch import nn
 
-from optimisers import Adam, InputWhitening, fan_in_rates
+import optimisers
+from optimisers import Adam, InputWhitening, Muon, fan_in_rates, orthogonalised
 
 
 def test_adam_is_torch_s():
@@ -49,6 +50,57 @@ def test_adam_is_torch_s_whatever_the_order_in_memory():
         reference.step()
     for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 40), (40, 5), (1, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalising_keeps_the_directions_and_evens_the_singular_values(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    u, _, vt = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, -1.5, min(shape), dtype=torch.float64)
+    result = orthogonalised((100 * u * values @ vt).float(), dtype)
+    assert result.dtype == torch.float32
+    inner = u.T @ result.double() @ vt.T
+    assert ((inner.diagonal() > 0.6) & (inner.diagonal() < 1.3)).all(), inner.diagonal()
+    assert (inner - inner.diagonal().diag()).abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-4)
+    torch.testing.assert_close(u @ inner @ vt, result.double(), rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_muon_is_torch_s_for_filters_and_adam_for_all_else(monkeypatch):
+    """In two orders of memory, with the state taken over half-way; torch's Muon takes matrices alone."""
+    monkeypatch.setattr(optimisers, "LARGEST_FILTERS", 300)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4, 2, 2), (30, 2, 2, 2), (20, 4, 2, 2), (5, 4), (7,)]  # the third is too large
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    filters = [weight.flatten(1).clone().requires_grad_() for weight in start[:2]]
+    others = [weight.clone().requires_grad_() for weight in start[2:]]
+    momentum, rate = optimisers.MUON_MOMENTUM, optimisers.MUON_RATE
+    muon = torch.optim.Muon(filters, weight_decay=0, momentum=momentum, nesterov=True, adjust_lr_fn="original")
+    adam = torch.optim.Adam(others, foreach=False)
+
+    def gradient(parameter, step):
+        return torch.sin(parameter.detach() * 3 + step)
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = [weight.clone(memory_format=layout if weight.dim() == 4 else torch.preserve_format) for weight in start]
+        ours = [weight.requires_grad_() for weight in ours]
+        own = Muon(ours, [0.5] * 5, torch.bfloat16)
+        for step in range(6):
+            for parameter in ours:
+                parameter.grad = gradient(parameter, step)
+            if step == 3:
+                state, own = own.state_dict(), Muon(ours, [0.5] * 5, torch.bfloat16)
+                own.load_state_dict(state)
+            own.step(0.02 / (step + 1))
+            if layout == torch.contiguous_format:
+                for reference, parameters, factor in ((muon, filters, rate), (adam, others, 1)):
+                    for parameter in parameters:
+                        parameter.grad = gradient(parameter, step)
+                    reference.param_groups[0]["lr"] = 0.5 * factor * 0.02 / (step + 1)
+                    reference.step()
+        for a, b in zip(ours, [*filters, *others], strict=True):
+            torch.testing.assert_close(a.flatten(), b.flatten(), rtol=0, atol=0.02 if a.dim() == 4 else 1e-5)
+    assert all((a.flatten() - b.flatten()).abs().max() > 0.1 for a, b in zip(start[:2], filters, strict=True))
 
 
 def test_rates_are_larger_where_the_fan_in_is_smaller():

@@ -191,6 +191,7 @@ def toy_args(**changes):
         "precision": "fp32",
         "layer_lr": "uniform",
         "preconditioner": "none",
+        "optimiser": "adam",
     }
     return Namespace(**{**flags, "model_dir": "models", "model_id": "toy", **changes})
 
