@@ -14,7 +14,7 @@ import torch
 import probes
 from command_line import InputError, Parser, integer, number
 from datasets import EpochOrder
-from encoders import ImageEncoder, TextEncoder, initialise
+from encoders import ImageEncoder, TextEncoder, initialise, narrowed
 from files import write_csv, write_json
 from latent_spaces import seeded_generator
 from losses import image_text_contrastive_loss
@@ -44,6 +44,7 @@ NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
 PROBE_STEPS = {"code": None, "paper": 10_000}  # of the MLP probes; None: until their loss stalls
 ENCODE_BATCH = 1024  # images encoded at once
 TAU_LEAVES, TAU_ARRIVES = 0.4, 0.7  # shares of the steps between which τ goes from --first-tau to --tau
+SPARE_UNTIL = 0.15  # share of the steps after which --spare-dimensions are cut off
 WHITENING_FLOOR = 1e-4  # of variances, in units of the largest
 MONITOR_PAIRS = 512  # pairs behind the scores of the progress lines to fit, and as many to test
 MODALITIES = {"image": "encoder_img", "text": "encoder_txt"}
@@ -75,8 +76,8 @@ class Experiment:
     show: Callable
 
 
-def image_text_recipes(paper_steps, text_lr_factor):
-    """Dict of recipes, "paper" with that many steps and "fast" with that --text-lr-factor, each a dict of flags.
+def image_text_recipes(paper_steps, **fast):
+    """Dict of recipes, each a dict of flags: "paper" with that many steps, "fast" with what `fast` sets otherwise.
 
     "paper": exactly the paper's training. "fast": few steps with few pairs, at a learning rate that falls from a larger one, and
     with these changes more:
@@ -102,13 +103,14 @@ def image_text_recipes(paper_steps, text_lr_factor):
             "train_steps": paper_steps,
             "precision": "fp32",
             "first_tau": 0,
+            "spare_dimensions": 0,
             "whitening_pairs": 0,
             "norm_penalty": 0,
         },
         "fast": {
             "init": "he",
             "lr": 1e-3,
-            "text_lr_factor": text_lr_factor,
+            "text_lr_factor": 1.0,
             "lr_schedule": "onecycle",
             "layer_lr": "uniform",
             "preconditioner": "none",
@@ -118,8 +120,10 @@ def image_text_recipes(paper_steps, text_lr_factor):
             "train_steps": 3_000,
             "precision": "auto",
             "first_tau": 0.06,
+            "spare_dimensions": 0,
             "whitening_pairs": 256,
             "norm_penalty": 1.0,
+            **fast,
         },
     }
 
@@ -157,6 +161,10 @@ def make_parser(documentation, recipes, datapath, smallest):
         help="learning rate of the text encoder, in units of the image encoder's "
         f"({recipe_values(recipes, 'text_lr_factor')})")  # fmt: skip
     group.add_argument(
+        "--spare-dimensions", type=integer(0),
+        help=f"dimensions that the encodings have more in the first {100 * SPARE_UNTIL:g} %% of the steps "
+        f"({recipe_values(recipes, 'spare_dimensions')})")  # fmt: skip
+    group.add_argument(
         "--whitening-pairs", type=integer(2, or_zero=True),
         help="set the last layers, before training, so that the encodings of that many pairs have mean 0 and covariance I in "
         f"either modality; 0 = leave them as drawn ({recipe_values(recipes, 'whitening_pairs')})")  # fmt: skip
@@ -179,6 +187,16 @@ def encoding_size(experiment, args, setting):
     return args.encoding_size or experiment.encoding_size(len(setting.unbiased))
 
 
+def spare_dimensions(args):
+    """Dimensions that encodings have more at the first step than at the last.
+
+    In D dimensions the semantics that are found first leave no room for one that takes both encoders long, such as the shape
+    among places and colours, and an encoder that gives it up teaches the other one nothing of it. In more dimensions it is
+    found beside the others, and once both have it, it stays when the spare dimensions are cut off.
+    """
+    return 0 if args.evaluate else args.spare_dimensions
+
+
 def open_pairs(experiment, args, device):
     """(pairs, setting) of the flags; InputError if the data do not serve."""
     pairs, setting = experiment.load(args.datapath, args.bias_type, args.bias_id, device, args.workers)
@@ -197,13 +215,13 @@ def open_pairs(experiment, args, device):
 
 def build_encoders(experiment, args, pairs, setting, device):
     """Dict of both encoders, their weights not set; InputError for captions that the text encoder cannot read."""
-    size = encoding_size(experiment, args, setting)
+    size, spare = encoding_size(experiment, args, setting), spare_dimensions(args)
     try:
-        text = TextEncoder(len(pairs.vocabulary), pairs.length, size)
+        text = TextEncoder(len(pairs.vocabulary), pairs.length, size, spare)
     except ValueError as error:
         setting = f"{args.bias_type} {args.bias_id}"
         raise InputError(f"{args.datapath}, {setting}: {error}; shorten or lengthen them in their files") from None
-    image = ImageEncoder(size, experiment.mean, experiment.std, args.hidden_size)
+    image = ImageEncoder(size, experiment.mean, experiment.std, args.hidden_size, spare)
     return {"encoder_img": image.to(device), "encoder_txt": text.to(device)}
 
 
@@ -239,9 +257,9 @@ def whiten(encoder, inputs):
 
 
 def save_encoders(encoders, directory, suffix=""):
-    """Write encoder_img.pt and encoder_txt.pt."""
+    """Write encoder_img.pt and encoder_txt.pt, without spare dimensions."""
     for name, encoder in encoders.items():
-        save_weights(encoder, directory / f"{name}{suffix}.pt")
+        save_weights(narrowed(encoder), directory / f"{name}{suffix}.pt")
 
 
 def temperature_at(args, share_done):
@@ -255,8 +273,10 @@ def temperature_at(args, share_done):
 def batch_loss(encoders, pairs, order, args, share_done=0.0):
     """The loss of the next batch of training pairs, when that share of the steps is done."""
     rows = order.next(batch_size_at(args, share_done))
-    h_x = encoders["encoder_img"](pairs.images_of("train", rows))
-    h_t = encoders["encoder_txt"](pairs.tokens_of("train", rows))
+    image, text = encoders["encoder_img"], encoders["encoder_txt"]
+    h_x, h_t = image(pairs.images_of("train", rows)), text(pairs.tokens_of("train", rows))
+    if share_done >= SPARE_UNTIL:
+        h_x, h_t = h_x[:, : image.encoding_size], h_t[:, : text.encoding_size]
     loss = image_text_contrastive_loss(h_x, h_t, temperature_at(args, share_done), NEGATIVES[args.protocol])
     if args.norm_penalty:
         loss = loss + share_done * args.norm_penalty * (length_variance(h_x) + length_variance(h_t))
@@ -392,7 +412,7 @@ def describe_setting(experiment, args, pairs, setting, encoders, device):
     test_count = sum(map(len, pairs.splits.values())) - train_count
     left_out = [name for name in pairs.splits["train"].image_factors if name not in setting.selected]
     height, width = pairs.images.array.shape[1:3]
-    size = encoding_size(experiment, args, setting)
+    size, spare = encoding_size(experiment, args, setting), spare_dimensions(args)
     lines = {
         "data": f"{args.datapath}: {train_count} pairs to train, {test_count} to evaluate; images of {height} × {width}, "
         f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words",
@@ -400,7 +420,8 @@ def describe_setting(experiment, args, pairs, setting, encoders, device):
         "perturbed": f"I_ρ = {names_of(setting.perturbed)}"
         + (f", {experiment.perturbing}" if setting.perturbed else ""),
         "unbiased": f"I_θ \\ I_ρ = {names_of(setting.unbiased)}: what the theory says is learned",
-        "encoders": f"ResNet-18 and text CNN → R^{size}, {parameters:,} parameters",
+        "encoders": f"ResNet-18 and text CNN → R^{size}{f' and {spare} dimensions at first' if spare else ''}, "
+        f"{parameters:,} parameters",
         "training": f"{args.recipe} recipe: {args.train_steps} steps of {args.batch_size} pairs, lr {args.lr:g} "
         f"{args.lr_schedule}, {args.init} initialisation, negatives of {NEGATIVES[args.protocol]} modalities"
         f" ({args.protocol} protocol)",

@@ -37,14 +37,15 @@ TEXT = [*DISCRETE, "spotlight_pos", "text_phrasing"]  # of selections 3
 class SmallImageEncoder(nn.Module):
     """Stands for the ResNet-18, with its batch normalisation: seconds instead of minutes."""
 
-    def __init__(self, encoding_size, mean, std, hidden_size=100):
+    def __init__(self, encoding_size, mean, std, hidden_size=100, spare=0):
         super().__init__()
         self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4 * 9, encoding_size)
+        self.encoding_size, self.linear = encoding_size, nn.Linear(4 * 9, encoding_size + spare)
 
     def forward(self, images):
         x = images.permute(0, 3, 1, 2).float() / 255
-        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
+        h = self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
+        return h if self.training else h[:, : self.encoding_size]
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
-        **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam"},
+        **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam", "spare_dimensions": 0},
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 
@@ -185,15 +186,15 @@ def test_the_size_of_the_encodings():
 def test_pixels_are_normalised_as_specified(run, monkeypatch):
     seen = []
 
-    def noted(size, mean, std, hidden_size):
-        seen.append((size, mean, std, hidden_size))
-        return SmallImageEncoder(size, mean, std, hidden_size)
+    def noted(size, mean, std, hidden_size, spare):
+        seen.append((size, mean, std, hidden_size, spare))
+        return SmallImageEncoder(size, mean, std, hidden_size, spare)
 
     monkeypatch.setattr(image_text, "ImageEncoder", noted)
     monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
     monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
     assert run("--seed 1 --train-steps 1 --hidden-size 20")[0] == 0
-    assert seen == [(5, (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082), 20)]
+    assert seen == [(5, (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082), 20, 0)]
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import main_mpi3dreal
 import probes
 from command_line import run_script
 from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_setting
+from losses import image_text_contrastive_loss
 
 ROOT = Path(main_mpi3dreal.__file__).parent
 FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
@@ -40,14 +41,15 @@ FILES = [
 class SmallImageEncoder(nn.Module):
     """Stands for the ResNet-18, with its batch normalisation: seconds instead of minutes."""
 
-    def __init__(self, encoding_size, mean, std, hidden_size=100):
+    def __init__(self, encoding_size, mean, std, hidden_size=100, spare=0):
         super().__init__()
         self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4 * 64, encoding_size)
+        self.encoding_size, self.linear = encoding_size, nn.Linear(4 * 64, encoding_size + spare)
 
     def forward(self, images):
         x = images.permute(0, 3, 1, 2).float() / 255
-        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
+        h = self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
+        return h if self.training else h[:, : self.encoding_size]
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
-        **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam"},
+        **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam", "spare_dimensions": 0},
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 
@@ -157,7 +159,7 @@ def test_the_size_of_the_encodings(flags, size):
     ["--tau 0.5", "--encoding-size 2", "--protocol paper", "--init he", "--lr 0.02", "--batch-size 13", "--bias-id 2",
      "--bias-type perturbation", "--precision bf16", "--lr-schedule onecycle", "--final-batch-size 20", "--layer-lr fan-in",
      "--train-steps 6", "--seed 2", "--text-lr-factor 0.5", "--first-tau 0.1", "--norm-penalty 0.5",
-     "--whitening-pairs 16", "--optimiser muon"],
+     "--whitening-pairs 16", "--spare-dimensions 4", "--optimiser muon"],
 )  # fmt: skip
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
@@ -199,6 +201,42 @@ def test_the_temperature_goes_to_tau_between_two_shares_of_the_steps():
     assert temperatures == pytest.approx([0.2, 0.2, 0.6, 1.0, 1.0])
     constant = Namespace(tau=0.3, first_tau=0)
     assert [image_text.temperature_at(constant, share) for share in (0, 0.37, 1)] == [0.3] * 3
+
+
+def test_spare_dimensions_count_in_the_loss_until_they_are_cut_off(mpi3d):
+    flags = "--no-cuda --seed 1 --batch-size 16 --bias-id 2 --encoding-size 2 --spare-dimensions 3"
+    args, given = main_mpi3dreal.parse_flags([*flags.split(), "--datapath", str(mpi3d)])
+    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
+    pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, torch.device("cpu"))
+    both = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, torch.device("cpu"))
+    image_text.set_weights(both, pairs, args)
+    rows = torch.arange(16)
+    h_x = both["encoder_img"](pairs.images_of("train", rows)).detach().double()
+    h_t = both["encoder_txt"](pairs.tokens_of("train", rows)).detach().double()
+    assert h_x.shape == h_t.shape == (16, 5)
+    losses = {}
+    for share, left in ((0, 1), (0.149, 1), (0.15, 0), (0.9, 0)):
+        scale = torch.tensor([1, 1, left, left, left], dtype=torch.float64)
+        expected = image_text_contrastive_loss(h_x * scale, h_t * scale, 1.0, "both")
+        order = Namespace(next=lambda count: rows[:count])
+        losses[share] = image_text.batch_loss(both, pairs, order, args, share).item()
+        assert losses[share] == pytest.approx(expected.item(), abs=1e-5), share
+    assert losses[0] == losses[0.149] != losses[0.15] == losses[0.9]
+
+
+def test_the_encoders_that_are_kept_have_no_spare_dimensions(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
+    flags = (
+        "--seed 1 --train-steps 5 --encoding-size 2 --spare-dimensions 3 --checkpoint-steps 2 --save-all-checkpoints"
+    )
+    code, out, err = run(flags)
+    assert code == 0 and "R^2 and 3 dimensions at first" in out, err
+    for path in sorted((tmp_path / "models/m").glob("encoder_*.pt")):
+        weights = torch.load(path, weights_only=True)
+        assert len(weights["linear.weight"]) == len(weights["linear.bias"]) == 2, path
+    first = pd.read_csv(tmp_path / "models/m/results.csv")
+    assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0  # with the probes' seed of the training's evaluation
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "models/m/results.csv"), first)
 
 
 def test_the_penalty_is_of_relative_lengths_alone():
@@ -251,7 +289,12 @@ def outcome(directory):
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "--recipe fast --bias-type perturbation --train-steps 40", "--final-batch-size 40", "--optimiser muon"],
+    [
+        "",
+        "--recipe fast --bias-type perturbation --train-steps 40",
+        "--final-batch-size 40",
+        "--optimiser muon --spare-dimensions 4",
+    ],
 )
 def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch, flags):
     """24 batches make an epoch, so the kills and the checkpoints fall into several of them."""
