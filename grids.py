@@ -29,6 +29,7 @@ from datasets import (
     mpi3d_setting,
 )
 from files import read_csv, read_json
+from training import LATER_FLAGS
 
 ROOT = Path(__file__).resolve().parent
 SCALES = {
@@ -508,7 +509,7 @@ class Model:
         file = self.directory / "args.json"
         if not file.exists():
             return {}
-        stored = read_json(file)
+        stored = LATER_FLAGS | read_json(file)
         for name, value in (expected_args(self.setting) | {"seed": self.seed}).items():
             if name not in stored:
                 raise InputError(f"{file} has no {name!r}: it is damaged, or another script's; move the model away")

@@ -34,6 +34,8 @@ from command_line import InputError, integer, number
 from files import read_json, write_bytes, write_csv, write_json
 from optimisers import Adam, InputWhitening, Muon, fan_in_rates
 
+# Flags that args.json of earlier versions does not name, and what these versions did.
+LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0}
 # Flags that say how to run, not what: they may differ between the calls that work on one model directory, though a run
 # that is resumed keeps its log_steps and no_cuda unless they are given.
 RUN_FLAGS = {"model_dir", "model_id", "log_steps", "evaluate", "no_cuda", "load_args", "resume", "overwrite"}
@@ -272,12 +274,12 @@ def fresh_id(model_dir, name):
 
 def _take_stored_args(args, given, directory, script_run_flags, parse_flags):
     """Set the flags of `args` that say what is trained to their values in args.json, in place."""
-    stored, args_file = stored_args(directory), directory / "args.json"
+    stored, args_file = LATER_FLAGS | stored_args(directory), directory / "args.json"
     if_given = script_run_flags | ({"log_steps", "no_cuda"} if args.resume else set())
     own = RUN_FLAGS - if_given | ({"seed"} if args.evaluate else set()) | (if_given & given)
     for name in [name for name in vars(args) if name not in own]:
         if name not in stored:
-            raise InputError(f"{args_file} has no {name!r}: it is damaged, or of another script or version")
+            raise InputError(f"{args_file} has no {name!r}: it is damaged, or another script's")
         if parse_flags:
             _check_stored_value(name, stored[name], args_file, parse_flags)
         if name in given and getattr(args, name) != stored[name]:

@@ -386,6 +386,15 @@ def test_evaluation_again_probes_the_same_encodings(run, trained):
     assert contents(trained)["results.csv"] == before["results.csv"]
 
 
+def test_a_model_of_an_earlier_version_with_fewer_flags_is_evaluated(run, trained):
+    before = contents(trained)["results.csv"]
+    args = json.loads((trained / "args.json").read_text())
+    earlier = {name: value for name, value in args.items() if name not in ("optimiser", "spare_dimensions")}
+    (trained / "args.json").write_text(json.dumps(earlier))
+    assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
+    assert contents(trained)["results.csv"] == before
+
+
 def test_a_run_that_is_not_trained_to_its_end_is_not_evaluated_but_resumed(run, tmp_path, monkeypatch):
     real, count = image_text.batch_loss, itertools.count()
 

@@ -657,6 +657,20 @@ def test_models_of_another_protocol_recipe_or_scale_are_refused(call, fast_model
     assert not (tmp_path / "report").exists()
 
 
+def test_models_of_an_earlier_version_with_fewer_flags_count_as_trained_without_them(tmp_path):
+    setting = grids.numeric_setting("fast", "independent", 8, 2)
+    directory = write_model(tmp_path, setting, 2, [])
+    stored = json.loads((directory / "args.json").read_text())
+    model = grids.Model(setting, 2, tmp_path)
+    assert stored.pop("optimiser") == "adam"
+    (directory / "args.json").write_text(json.dumps(stored))
+    assert model.stored()["optimiser"] == "adam"
+    del stored["lr"]
+    (directory / "args.json").write_text(json.dumps(stored))
+    with pytest.raises(grids.InputError, match="has no 'lr'"):
+        model.stored()
+
+
 def test_downstream_scores_are_drawn_as_curves_and_a_correlation_may_be_negative(call, tmp_path):
     for selected in range(1, 5):
         setting = grids.numeric_setting("tiny", "independent", selected)
