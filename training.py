@@ -193,7 +193,10 @@ def _keep_freed_memory():
 
 @contextlib.contextmanager
 def matrix_precision(precision):
-    """Context in which CUDA's products and convolutions may be computed in TF32, if `precision` is tf32; probes stay outside."""
+    """Context in which CUDA's products and convolutions may be computed in TF32, if `precision` is tf32.
+
+    Optimisers and probes stay outside.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         yield
@@ -511,10 +514,7 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
     parameters = [parameter for _, parameter in moving]
     by_layer, by_module = fan_in_rates(modules) if args.layer_lr == "fan-in" else {}, rates or {}
     factors = [by_layer.get(id(parameter), 1.0) * by_module.get(name, 1.0) for name, parameter in moving]
-    if args.optimiser == "muon":
-        optimiser = Muon(parameters, factors, torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    else:
-        optimiser = Adam(parameters, factors)
+    optimiser = (Muon if args.optimiser == "muon" else Adam)(parameters, factors)
     preconditioner = InputWhitening(modules) if args.preconditioner == "inputs" else None
     checkpoint = directory / "checkpoint.pt"
     progress = Progress()
@@ -546,16 +546,17 @@ def train(modules, compute_loss, args, directory, generators, device, monitor=No
         _save_checkpoint(checkpoint, progress, modules, optimiser, preconditioner, generators)
         write_csv(pd.DataFrame(progress.log), directory / "train_log.csv")
 
-    with bar, _StopSignals() as stop, matrix_precision(args.precision):
+    with bar, _StopSignals() as stop:
         while progress.step < args.train_steps:
             share_done = progress.step / args.train_steps
             lr = args.lr * schedule(share_done)
             optimiser.zero_grad()
             if preconditioner:
                 preconditioner.before_forward(progress.step)
-            with autocast(device, args.precision):
-                loss = compute_loss(share_done)
-            loss.backward()
+            with matrix_precision(args.precision):
+                with autocast(device, args.precision):
+                    loss = compute_loss(share_done)
+                loss.backward()
             # the graph is freed now: its nodes would lie between the next step's activations and scatter the heap
             loss = loss.detach()
             if preconditioner:
