@@ -45,6 +45,40 @@ def shown_interpreter(path):
     return "python" if path == sys.executable else os.path.relpath(path, grids.ROOT)
 
 
+def shown(commands):
+    """Commands of one model or data set, one after another, as a user would type them from the repository."""
+    return " && ".join(
+        shlex.join([shown_interpreter(python), os.path.relpath(script, grids.ROOT), *words])
+        for python, script, *words in commands
+    )
+
+
+def prepare_data(work, dry_run):
+    """Make the data sets of `work` (Model → commands) that are not there, or print with `dry_run` how.
+
+    Takes the models out of `work` whose data set cannot be had; returns dict reason → list of them. Raises InputError with
+    the first reason if no model is left.
+    """
+    left_out = {}
+    for data_set in dict.fromkeys(model.setting.data for model in work if model.setting.data):
+        try:
+            for command in data_set.missing():
+                print(shown([command]) if dry_run else f"$ {shlex.join(command)}", flush=True)
+                code = 0 if dry_run else subprocess.run(command).returncode
+                if code:
+                    script = next(Path(word).name for word in command if word.endswith(".py"))
+                    raise InputError(f"{script} ended with exit code {code}: the data set is not complete")
+        except InputError as error:
+            models = [model for model in work if model.setting.data == data_set]
+            left_out[str(error)] = models
+            print(f"{len(models)} models are left out: {error}", flush=True)
+            for model in models:
+                del work[model]
+    if left_out and not work:
+        raise InputError(next(iter(left_out)))
+    return left_out
+
+
 def run(args):
     """`run`: train and evaluate what is missing; returns the exit code, 2 if a model failed."""
     if args.cluster == "slurm" and not args.dry_run and not (shutil.which("sbatch") and shutil.which("srun")):
@@ -53,21 +87,13 @@ def run(args):
     needed = needed_models(chosen_figures(args.names), args.scale, args.seeds, args.models)
     missing = {model: files for model, all_files in needed.items() if (files := model.missing(all_files))}
     work = {model: model.commands(files) for model, files in missing.items()}
-    data = dict.fromkeys(model.setting.data for model in work if model.setting.data)
-    preparation = [command for data_set in data for command in data_set.missing()]
     print(
         f"{args.scale} scale: {len(needed)} models, {len(needed) - len(work)} are done, {len(work)} to do", flush=True
     )
+    left_out = prepare_data(work, args.dry_run)
     if args.dry_run:
-        for commands in [*([command] for command in preparation), *work.values()]:
-            shown = [[shown_interpreter(python), os.path.relpath(script, grids.ROOT), *words]
-                     for python, script, *words in commands]  # fmt: skip
-            print(" && ".join(map(shlex.join, shown)))
-        return 0
-    for command in preparation:
-        print("$", shlex.join(command), flush=True)
-        if code := subprocess.run(command).returncode:
-            raise InputError(f"{Path(command[1]).name} ended with exit code {code}: the data set is not complete")
+        for commands in work.values():
+            print(shown(commands))
     failures, count, started = {}, itertools.count(1), time.monotonic()
 
     def ended(model):
@@ -82,14 +108,15 @@ def run(args):
             f"[{next(count)}/{len(work)}, {minutes:.1f} min] {model.name} {'FAILED' if failed else 'done'}", flush=True
         )
 
-    if work:
+    if work and not args.dry_run:
         (run_on_slurm if args.cluster == "slurm" else run_here)(work, args, ended)
+    for reason, models in left_out.items():
+        print(f"{len(models)} models were left out, {models[0].name} the first: {reason}", file=sys.stderr)
     if failures:
         print(f"{len(failures)} of {len(work)} models failed; the same command tries them again:", file=sys.stderr)
         for model, line in failures.items():
             print(f"  {model.name}: {line}\n    log: {model.log()}", file=sys.stderr)
-        return 2
-    return 0
+    return 2 if failures or left_out else 0
 
 
 def show_list(args):

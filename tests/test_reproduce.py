@@ -281,6 +281,26 @@ def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake
             assert call("run slow --scale tiny --seeds 2")[0] == 0
 
 
+@pytest.mark.parametrize("broken", [("other.csv", (), "get it from its authors"), ("other.csv", (("break.py",),), "")])
+def test_models_whose_data_set_cannot_be_had_are_left_out_and_the_others_trained(
+    fake, call, tmp_path, monkeypatch, broken
+):
+    (tmp_path / "break.py").write_text("raise SystemExit(3)")
+    cells = []
+    for data in (grids.DataSet(*broken), None):
+        cell = fake_figure("slow", ("--steps", "1")).cells("tiny")[0]
+        setting = dataclasses.replace(cell.setting, name="other" if data else "free", data=data)
+        cells.append(dataclasses.replace(cell, setting=setting))
+    monkeypatch.setattr(grids, "FIGURES", {"slow": dataclasses.replace(fake_figure("slow", ()), cells=lambda _: cells)})
+    monkeypatch.setattr(grids, "GROUPS", {"all": ["slow"]})
+    reason = "break.py ended with exit code 3" if broken[1] else "other.csv is missing: get it from its authors"
+    code, out, err = call("run all --scale tiny --seeds 2")
+    assert code == 2 and "2 models are left out: " + reason in out and "free_seed2 done" in out
+    assert err.startswith("2 models were left out, other_seed1 the first: " + reason) and err.count("\n") == 1
+    code, out, err = call("run all --scale tiny --seeds 2")
+    assert (code, err.count("\n")) == (2, 1) and reason in err and "2 are done" in out
+
+
 def test_list_counts_models_and_tells_what_they_need(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = call("list")
