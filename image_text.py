@@ -87,6 +87,8 @@ def image_text_recipes(paper_steps, **fast):
       take away what pulls an image to its own: a few places become compact at a τ near 1 alone, so τ ends at 1.
     - text_lr_factor: a text encoder that moves more slowly does not give up what the image encoder has not found yet. With
       the captions of Causal3DIdent it is the other way: at a tenth of the rate both encoders find the shape later.
+    - optimiser, spare_dimensions: for Causal3DIdent, where the shape among places and colours is what both encoders find last and
+      give up first, see Muon and `spare_dimensions`. On MPI3D-Complex Adam finds all there is.
     - norm_penalty: lengths, which the cosine does not see, forget what images alone show.
     """
     return {
@@ -103,6 +105,7 @@ def image_text_recipes(paper_steps, **fast):
             "train_steps": paper_steps,
             "precision": "fp32",
             "first_tau": 0,
+            "first_batch_size": 0,
             "spare_dimensions": 0,
             "whitening_pairs": 0,
             "norm_penalty": 0,
@@ -120,6 +123,7 @@ def image_text_recipes(paper_steps, **fast):
             "train_steps": 3_000,
             "precision": "auto",
             "first_tau": 0.06,
+            "first_batch_size": 0,
             "spare_dimensions": 0,
             "whitening_pairs": 256,
             "norm_penalty": 1.0,
@@ -156,6 +160,10 @@ def make_parser(documentation, recipes, datapath, smallest):
         "--first-tau", type=number(0),
         help="temperature of the first steps, from which it goes in a straight line to --tau, that of the last; 0 = --tau always "
         f"({recipe_values(recipes, 'first_tau')})")  # fmt: skip
+    group.add_argument(
+        "--first-batch-size", type=integer(2, or_zero=True),
+        help=f"pairs in a batch in the first {100 * TAU_LEAVES:g} %% of the steps, while the temperature is the first; 0 = "
+        f"--batch-size always ({recipe_values(recipes, 'first_batch_size')})")  # fmt: skip
     group.add_argument(
         "--text-lr-factor", type=number(0, above=True),
         help="learning rate of the text encoder, in units of the image encoder's "
@@ -200,7 +208,8 @@ def spare_dimensions(args):
 def open_pairs(experiment, args, device):
     """(pairs, setting) of the flags; InputError if the data do not serve."""
     pairs, setting = experiment.load(args.datapath, args.bias_type, args.bias_id, device, args.workers)
-    largest, available = max(args.batch_size, args.final_batch_size), len(pairs.splits["train"])
+    largest = max(args.batch_size, args.final_batch_size, args.first_batch_size)
+    available = len(pairs.splits["train"])
     if not args.evaluate and largest > available:
         raise InputError(
             f"a batch of {largest} pairs, and {args.datapath} has {available} to train with; lower --batch-size"
@@ -272,7 +281,8 @@ def temperature_at(args, share_done):
 
 def batch_loss(encoders, pairs, order, args, share_done=0.0):
     """The loss of the next batch of training pairs, when that share of the steps is done."""
-    rows = order.next(batch_size_at(args, share_done))
+    large = args.first_batch_size if share_done < TAU_LEAVES else 0
+    rows = order.next(large or batch_size_at(args, share_done))
     image, text = encoders["encoder_img"], encoders["encoder_txt"]
     h_x, h_t = image(pairs.images_of("train", rows)), text(pairs.tokens_of("train", rows))
     if share_done >= SPARE_UNTIL:

@@ -26,7 +26,7 @@ from figures import plot_factor_scores
 from image_text import MODALITIES, SCORES, Experiment, image_text_recipes, make_parser, names_of, run_experiment
 from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-RECIPES = image_text_recipes(paper_steps=100_001)
+RECIPES = image_text_recipes(paper_steps=100_001, optimiser="muon", spare_dimensions=25, first_batch_size=128)
 ENCODING_SIZES = (3, 3, 4, 5, 5, 6, 7)  # dimensions for 1 … 7 unbiased semantics
 ROTATIONS = (
     "object_alpharot",

@@ -35,7 +35,7 @@ from files import read_json, write_bytes, write_csv, write_json
 from optimisers import Adam, InputWhitening, Muon, fan_in_rates
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
-LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0}
+LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0}
 # Flags that say how to run, not what: they may differ between the calls that work on one model directory, though a run
 # that is resumed keeps its log_steps and no_cuda unless they are given.
 RUN_FLAGS = {"model_dir", "model_id", "log_steps", "evaluate", "no_cuda", "load_args", "resume", "overwrite"}
