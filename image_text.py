@@ -87,8 +87,8 @@ def image_text_recipes(paper_steps, **fast):
       take away what pulls an image to its own: a few places become compact at a τ near 1 alone, so τ ends at 1.
     - text_lr_factor: a text encoder that moves more slowly does not give up what the image encoder has not found yet. With
       the captions of Causal3DIdent it is the other way: at a tenth of the rate both encoders find the shape later.
-    - optimiser, spare_dimensions: for Causal3DIdent, where the shape among places and colours is what both encoders find last and
-      give up first, see Muon and `spare_dimensions`. On MPI3D-Complex Adam finds all there is.
+    - optimiser, spare_dimensions, first_batch_size: for Causal3DIdent, where the shape is what both encoders find last and give
+      up first: places and colours alone tell most pairs of a small batch apart. See Muon and `spare_dimensions`.
     - norm_penalty: lengths, which the cosine does not see, forget what images alone show.
     """
     return {
@@ -183,6 +183,12 @@ def make_parser(documentation, recipes, datapath, smallest):
     return parser
 
 
+def batch_sizes(args):
+    """Pairs of a batch in words, from the first steps to the last."""
+    sizes = (args.first_batch_size, args.batch_size, args.final_batch_size)
+    return " to ".join(str(size) for size in sizes if size)
+
+
 def check_setting(experiment, args):
     """Raise InputError for a --bias-id that is none."""
     ids = experiment.bias_ids
@@ -208,11 +214,13 @@ def spare_dimensions(args):
 def open_pairs(experiment, args, device):
     """(pairs, setting) of the flags; InputError if the data do not serve."""
     pairs, setting = experiment.load(args.datapath, args.bias_type, args.bias_id, device, args.workers)
-    largest = max(args.batch_size, args.final_batch_size, args.first_batch_size)
     available = len(pairs.splits["train"])
-    if not args.evaluate and largest > available:
+    sizes = {flag: getattr(args, flag) for flag in ("batch_size", "first_batch_size", "final_batch_size")}
+    largest = max(sizes, key=sizes.get)
+    if not args.evaluate and sizes[largest] > available:
         raise InputError(
-            f"a batch of {largest} pairs, and {args.datapath} has {available} to train with; lower --batch-size"
+            f"a batch of {sizes[largest]} pairs, and {args.datapath} has {available} to train with; lower "
+            f"--{largest.replace('_', '-')}"
         )
     fit, test = (len(rows) for _, rows in probe_parts(pairs))
     if min(fit, test) < 2:
@@ -432,7 +440,7 @@ def describe_setting(experiment, args, pairs, setting, encoders, device):
         "unbiased": f"I_θ \\ I_ρ = {names_of(setting.unbiased)}: what the theory says is learned",
         "encoders": f"ResNet-18 and text CNN → R^{size}{f' and {spare} dimensions at first' if spare else ''}, "
         f"{parameters:,} parameters",
-        "training": f"{args.recipe} recipe: {args.train_steps} steps of {args.batch_size} pairs, lr {args.lr:g} "
+        "training": f"{args.recipe} recipe: {args.train_steps} steps of {batch_sizes(args)} pairs, lr {args.lr:g} "
         f"{args.lr_schedule}, {args.init} initialisation, negatives of {NEGATIVES[args.protocol]} modalities"
         f" ({args.protocol} protocol)",
         "device": f"{device}, {args.precision}",

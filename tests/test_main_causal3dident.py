@@ -168,6 +168,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
         **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam", "spare_dimensions": 0},
+        **{"first_batch_size": 0},
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 

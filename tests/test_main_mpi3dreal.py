@@ -21,6 +21,7 @@ import encoders
 import image_text
 import main_mpi3dreal
 import probes
+import training
 from command_line import run_script
 from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_setting
 from losses import image_text_contrastive_loss
@@ -139,6 +140,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
         **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam", "spare_dimensions": 0},
+        **{"first_batch_size": 0},
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 
@@ -159,7 +161,7 @@ def test_the_size_of_the_encodings(flags, size):
     ["--tau 0.5", "--encoding-size 2", "--protocol paper", "--init he", "--lr 0.02", "--batch-size 13", "--bias-id 2",
      "--bias-type perturbation", "--precision bf16", "--lr-schedule onecycle", "--final-batch-size 20", "--layer-lr fan-in",
      "--train-steps 6", "--seed 2", "--text-lr-factor 0.5", "--first-tau 0.1", "--norm-penalty 0.5",
-     "--whitening-pairs 16", "--spare-dimensions 4", "--optimiser muon"],
+     "--whitening-pairs 16", "--spare-dimensions 4", "--optimiser muon", "--first-batch-size 20"],
 )  # fmt: skip
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
@@ -201,6 +203,21 @@ def test_the_temperature_goes_to_tau_between_two_shares_of_the_steps():
     assert temperatures == pytest.approx([0.2, 0.2, 0.6, 1.0, 1.0])
     constant = Namespace(tau=0.3, first_tau=0)
     assert [image_text.temperature_at(constant, share) for share in (0, 0.37, 1)] == [0.3] * 3
+
+
+@pytest.mark.parametrize(("flags", "sizes"), [("--first-batch-size 20", [20, 20, 16, 16, 16]),
+                                              ("--first-batch-size 20 --final-batch-size 64", [20, 20, 28, 34, 56]),
+                                              ("", [16] * 5)])  # fmt: skip
+def test_the_first_batches_have_a_size_of_their_own(mpi3d, flags, sizes):
+    args, given = main_mpi3dreal.parse_flags([*f"--no-cuda --batch-size 16 {flags}".split(), "--datapath", str(mpi3d)])
+    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
+    pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, torch.device("cpu"))
+    both = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, torch.device("cpu"))
+    drawn = []
+    order = Namespace(next=lambda count: drawn.append(count) or torch.arange(4))
+    for share in (0, 0.399, 0.4, 0.55, 0.9):
+        image_text.batch_loss(both, pairs, order, args, share)
+    assert drawn == sizes
 
 
 def test_spare_dimensions_count_in_the_loss_until_they_are_cut_off(mpi3d):
@@ -293,7 +310,7 @@ def outcome(directory):
         "",
         "--recipe fast --bias-type perturbation --train-steps 40",
         "--final-batch-size 40",
-        "--optimiser muon --spare-dimensions 4",
+        "--optimiser muon --spare-dimensions 4 --first-batch-size 20",
     ],
 )
 def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch, flags):
@@ -389,7 +406,7 @@ def test_evaluation_again_probes_the_same_encodings(run, trained):
 def test_a_model_of_an_earlier_version_with_fewer_flags_is_evaluated(run, trained):
     before = contents(trained)["results.csv"]
     args = json.loads((trained / "args.json").read_text())
-    earlier = {name: value for name, value in args.items() if name not in ("optimiser", "spare_dimensions")}
+    earlier = {name: value for name, value in args.items() if name not in training.LATER_FLAGS}
     (trained / "args.json").write_text(json.dumps(earlier))
     assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
     assert contents(trained)["results.csv"] == before
@@ -513,6 +530,7 @@ def short_captions(folder):
         ("--whitening-pairs 1", None, "1 is too small, expected an integer of at least 2, or 0"),
         ("--batch-size 289", None, "a batch of 289 pairs"),
         ("--final-batch-size 300", None, "a batch of 300 pairs"),
+        ("--first-batch-size 310", None, "lower --first-batch-size"),
         ("--datapath nowhere", None, "nowhere is no folder"),
         ("", no_data, "is no folder"),
         ("", no_images, "is missing: get it from"),
