@@ -281,6 +281,14 @@ def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake
             assert call("run slow --scale tiny --seeds 2")[0] == 0
 
 
+def test_the_published_models_are_of_the_settings_as_they_are_now():
+    folder = REPOSITORY / "results/standin/models"
+    needed = grids.needed_models(grids.chosen_figures(["causal3dident"]), "tiny", 1, folder)
+    published = {model: model.missing(files) for model, files in needed.items() if model.directory.exists()}
+    assert len(published) == len(list(folder.glob("*/*"))) > 0
+    assert not any(published.values()), published
+
+
 @pytest.mark.parametrize("broken", [("other.csv", (), "get it from its authors"), ("other.csv", (("break.py",),), "")])
 def test_models_whose_data_set_cannot_be_had_are_left_out_and_the_others_trained(
     fake, call, tmp_path, monkeypatch, broken
