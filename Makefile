@@ -48,7 +48,7 @@ demo-mpi3d: $(INSTALLED)
 	$(BIN)/python rendering_data/MPI3D/show_pairs.py --datapath $(STANDIN) --output models/demo_mpi3d_pairs.png
 
 CAUSAL_STANDIN := data/demo-causal3dident
-CAUSAL_DEMO := main_causal3dident.py --datapath $(CAUSAL_STANDIN) --recipe fast --no-cuda --batch-size 64 --train-steps 300 --text-lr-factor 1 --log-steps 100 --seed 0 --overwrite
+CAUSAL_DEMO := main_causal3dident.py --datapath $(CAUSAL_STANDIN) --recipe fast --optimiser adam --spare-dimensions 0 --first-batch-size 0 --no-cuda --train-steps 300 --log-steps 100 --seed 0 --overwrite
 
 demo-causal3dident: $(INSTALLED) $(BLENDER_INSTALLED)
 	$(BIN)/python $(CAUSAL3DIDENT)/generate_latents.py --output-folder $(CAUSAL_STANDIN) --n-points 900 --seed 0
