@@ -70,7 +70,7 @@ def prepare_data(work, dry_run):
                     raise InputError(f"{script} ended with exit code {code}: the data set is not complete")
         except InputError as error:
             models = [model for model in work if model.setting.data == data_set]
-            left_out[str(error)] = models
+            left_out.setdefault(str(error), []).extend(models)
             print(f"{len(models)} models are left out: {error}", flush=True)
             for model in models:
                 del work[model]
