@@ -113,7 +113,7 @@ def measure(experiment, recipe, seed, flags, minutes, models):
     directory = Path(models) / name
     try:
         log = pd.read_csv(directory / "train_log.csv")
-    except FileNotFoundError:
+    except (FileNotFoundError, pd.errors.EmptyDataError):
         sys.exit(f"{script} did not come to a line of its log")
     unbiased = [experiment.prefix + factor for factor in experiment.unbiased(experiment.script.parse_flags(flags)[0])]
     # s_inv is the mean over the unbiased ones
