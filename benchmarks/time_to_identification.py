@@ -5,8 +5,8 @@
     python benchmarks/time_to_identification.py --experiment mpi3d --datapath data/mpi3d_standin --bias-id 2
     OMP_NUM_THREADS=1 python benchmarks/time_to_identification.py --jobs 2            # both recipes at once, each on one core
 
-Runs the training script itself, each recipe alone on the machine or --jobs of them side by side, stops it after --minutes as
-Ctrl-C would, and reads the curve from its train_log.csv: linear scores of the image encoding on held-out samples. Every other
+Runs the training script itself, each recipe alone on the machine or --jobs of them side by side, stops it after --minutes with
+SIGTERM, and reads the curve from its train_log.csv: linear scores of the image encoding on held-out samples. Every other
 flag goes to the script.
 Writes benchmarks/time_to_identification.csv and .png, and prints when the worst unbiased factor passed some levels.
 """
@@ -14,7 +14,6 @@ Writes benchmarks/time_to_identification.csv and .png, and prints when the worst
 import argparse
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ import matplotlib.pyplot as plt
 import main_causal3dident
 import main_mpi3dreal
 import main_numeric
+from command_line import InputError, run_script
 from datasets import causal_setting, mpi3d_setting
 from figures import save_figure
 from files import write_csv
@@ -59,7 +59,8 @@ class Experiment:
 
 
 def selected(args):
-    """Names of the selected semantics of the numeric experiment."""
+    """Names of the selected semantics of the numeric experiment; InputError for a number that is no subset."""
+    main_numeric.check_subsets(args)
     return [f"s_{i}" for i in subset_from_index(args.theta_value, args.semantics_n)]
 
 
@@ -108,13 +109,15 @@ def measure(experiment, recipe, seed, flags, minutes, models):
     try:
         process.wait(timeout=minutes * 60)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # a script in the background of a shell ignores SIGINT, and so would its children
         process.wait()
     directory = Path(models) / name
     try:
         log = pd.read_csv(directory / "train_log.csv")
     except (FileNotFoundError, pd.errors.EmptyDataError):
-        sys.exit(f"{script} did not come to a line of its log")
+        raise InputError(
+            f"{script} --recipe {recipe} did not come to a line of its log in {minutes:g} minutes; give it more --minutes"
+        ) from None
     unbiased = [experiment.prefix + factor for factor in experiment.unbiased(experiment.script.parse_flags(flags)[0])]
     # s_inv is the mean over the unbiased ones
     others = [c for c in log.columns if c.startswith(experiment.prefix) and c not in (*unbiased, "hz_x_s_inv")]
@@ -170,4 +173,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
