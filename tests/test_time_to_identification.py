@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ SMALL = (
 def measure(tmp_path, *flags):
     """CompletedProcess of the benchmark, started as a shell starts a script in the background: SIGINT is ignored."""
     command = [sys.executable, BENCHMARK, *flags, "--output", tmp_path / "curve"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300,
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # fmt: skip
 
 
