@@ -555,11 +555,15 @@ class Model:
 
 @functools.cache
 def expected_args(setting):
-    """Dict of what args.json of a model of this setting holds: every flag that says what is trained, and its value."""
+    """Dict of what args.json of a model of this setting holds: every flag that says what is trained, and its value.
+
+    How many processes read the data and when checkpoints are written is free: no result depends on it.
+    """
     script = importlib.import_module(Path(setting.script).stem)
     args, given = script.parse_flags(list(setting.flags))
     script.apply_recipe(args, given, script.RECIPES)
-    free = importlib.import_module("training").RUN_FLAGS | {"seed"}
+    own = {"seed", "workers", "checkpoint_steps", "save_all_checkpoints"}
+    free = importlib.import_module("training").RUN_FLAGS | own
     return {name: value for name, value in vars(args).items() if name not in free and value != "auto"}
 
 

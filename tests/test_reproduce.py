@@ -546,6 +546,19 @@ def write_model(models, setting, seed, results, file=grids.RESULTS, **changed):
     return model.directory
 
 
+def test_a_model_counts_whatever_its_checkpoints_and_workers_but_not_with_other_steps(tmp_path):
+    [cell] = itertools.islice(grids.FIGURES["fig6"].cells("tiny"), 1)
+    row = [(0, "image", "object_shape", "discrete", None, None, 0.5, 0.6)]
+    for changed in ({"checkpoint_steps": 7, "workers": 3, "save_all_checkpoints": True}, {"train_steps": 7}):
+        write_model(tmp_path, cell.setting, 1, row, grids.CAUSAL_RESULTS, **changed)
+        model = grids.Model(cell.setting, 1, tmp_path)
+        if "train_steps" in changed:
+            with pytest.raises(grids.InputError, match="--train-steps 7, but"):
+                model.missing([grids.CAUSAL_RESULTS])
+        else:
+            assert model.missing([grids.CAUSAL_RESULTS]) == []
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """No pictures: what is tested are the numbers."""
