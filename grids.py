@@ -361,8 +361,8 @@ CAUSAL_STANDIN_DATA = DataSet(
 CAUSAL_FLAGS = {
     "paper": (),
     "fast": ("--recipe", "fast"),
-    "tiny": ("--recipe", "fast", "--datapath", CAUSAL_STANDIN, "--train-steps", "1000", "--log-steps", "250"),
-}  # fmt: skip
+    "tiny": ("--recipe", "fast", "--datapath", CAUSAL_STANDIN, "--log-steps", "250", "--checkpoint-steps", "500"),
+}
 CAUSAL_SCORES = ("r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp")
 CAUSAL_RESULTS = ResultFile("results.csv", ("ix", "modality", "factor_name", "factor_type", *CAUSAL_SCORES),
                             "main_causal3dident.py", CAUSAL_FLAGS, gaps=True)  # fmt: skip
