@@ -104,8 +104,8 @@ def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None):
     (N, k), (M, k) under the same names; generator: a torch.Generator, of which one number is drawn. One hidden layer of
     100 ReLU units and scikit-learn's defaults for MLPRegressor, in float32; with `steps`, that many steps instead of its
     rule to stop. All networks of one shape train as one batch, and a network leaves it when its own training loss stops
-    improving. They share their initial weights and the order of the minibatches, so the R² of a target does not depend on
-    what other targets there are. Raises ValueError for shapes or names that do not fit, for values that are not finite and
+    improving. They share their initial weights and the order of the minibatches, so other targets change the R² of a target by
+    rounding alone. Raises ValueError for shapes or names that do not fit, for values that are not finite and
     where the training diverges.
     """
     groups = {}

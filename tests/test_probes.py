@@ -365,7 +365,8 @@ def test_mlp_classifiers_agree_with_scikit_learn():
         assert scores["x", name] == pytest.approx(expected, abs=0.03), name
     for encoding in encodings:
         assert scores[encoding, "constant"] == 0.0 and abs(scores[encoding, "unseen"]) < 0.1
-        assert scores[encoding, "numbered from 5"] == scores[encoding, "three"]
+        # the same network at another place of the batch, whose products a processor may round otherwise
+        assert scores[encoding, "numbered from 5"] == pytest.approx(scores[encoding, "three"], abs=0.02)
     assert scores["x", "three"] > probes.logistic_mcc(fit_h, fit, test_h, test)["three"] + 0.1
 
 
