@@ -43,8 +43,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from command_line import InputError
-from files import locked, read_csv, read_json, read_table, replaced, write_bytes
+from running.command_line import InputError
+from running.files import locked, read_csv, read_json, read_table, replaced, write_bytes
 
 MPI3D_GRID = {
     "OBJ_COLOR": 4,

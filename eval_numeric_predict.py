@@ -34,11 +34,11 @@ from tqdm import trange
 
 import main_numeric
 import probes
-from command_line import InputError, Parser, integer, run_script
-from figures import plot_downstream_scores
-from files import replaced, write_csv, write_json
 from latent_spaces import seeded_generator
-from training import (
+from running.command_line import InputError, Parser, integer, run_script
+from running.files import replaced, write_csv, write_json
+from running.pictures import plot_downstream_scores
+from running.training import (
     autocast,
     check_writable,
     describe_device,

@@ -12,13 +12,13 @@ import pandas as pd
 import torch
 
 import probes
-from command_line import InputError, Parser, integer, number
 from datasets import EpochOrder
 from encoders import ImageEncoder, TextEncoder, initialise, narrowed
-from files import write_csv, write_json
 from latent_spaces import seeded_generator
 from losses import image_text_contrastive_loss
-from training import (
+from running.command_line import InputError, Parser, integer, number
+from running.files import write_csv, write_json
+from running.training import (
     add_training_flags,
     after_training,
     apply_recipe,

@@ -13,7 +13,6 @@ The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoi
 
 import pandas as pd
 
-from command_line import run_script
 from datasets import (
     CAUSAL_BIAS_IDS,
     CAUSAL_BIAS_TYPES,
@@ -22,9 +21,10 @@ from datasets import (
     causal_text_factor,
     load_causal3dident,
 )
-from figures import plot_factor_scores
 from image_text import MODALITIES, SCORES, Experiment, image_text_recipes, make_parser, names_of, run_experiment
-from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
+from running.command_line import run_script
+from running.pictures import plot_factor_scores
+from running.training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
 RECIPES = image_text_recipes(paper_steps=100_001, optimiser="muon", spare_dimensions=25, first_batch_size=128)
 ENCODING_SIZES = (3, 3, 4, 5, 5, 6, 7)  # dimensions for 1 … 7 unbiased semantics

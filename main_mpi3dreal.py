@@ -13,11 +13,11 @@ The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoi
 
 import pandas as pd
 
-from command_line import run_script
 from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, load_mpi3d
-from figures import plot_factor_scores
 from image_text import MODALITIES, Experiment, image_text_recipes, make_parser, names_of, run_experiment
-from training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
+from running.command_line import run_script
+from running.pictures import plot_factor_scores
+from running.training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
 RECIPES = image_text_recipes(paper_steps=200_001, text_lr_factor=0.1)
 SMALLEST_ENCODING = 3  # dimensions, where fewer semantics are unbiased

@@ -19,13 +19,13 @@ import pandas as pd
 import torch
 
 import probes
-from command_line import InputError, Parser, integer, number, run_script
 from encoders import MLPEncoder, initialise
-from figures import plot_factor_scores
-from files import write_csv, write_json
 from latent_spaces import MisalignedLatents, MixingNetwork, seed_sequence, seeded_generator, subset_count
 from losses import multimodal_contrastive_loss
-from training import (
+from running.command_line import InputError, Parser, integer, number, run_script
+from running.files import write_csv, write_json
+from running.pictures import plot_factor_scores
+from running.training import (
     add_training_flags,
     after_training,
     apply_recipe,

@@ -25,11 +25,11 @@ import sys
 import time
 from pathlib import Path
 
-import grids
-from command_line import InputError, Parser, integer, number, run_script
-from grids import SCALES, chosen_figures, needed_models
-from jobs import run_here, run_on_slurm
-from report import write_report
+from grids import figures as grids
+from grids.figures import SCALES, chosen_figures, needed_models
+from grids.jobs import run_here, run_on_slurm
+from grids.report import write_report
+from running.command_line import InputError, Parser, integer, number, run_script
 
 
 def last_line(log):

@@ -23,7 +23,7 @@ from sklearn.neural_network import MLPClassifier
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import probes
 from datasets import MPI3D_GRID
-from training import describe_device
+from running.training import describe_device
 
 SIZE = 5  # dimensions of the encodings
 

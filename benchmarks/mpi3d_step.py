@@ -27,8 +27,8 @@ import image_text
 import main_mpi3dreal
 from datasets import EpochOrder
 from latent_spaces import seeded_generator
-from optimisers import Adam
-from training import GRADIENT_NORM, autocast, describe_device, matrix_precision, select_device
+from running.optimisation import Adam
+from running.training import GRADIENT_NORM, autocast, describe_device, matrix_precision, select_device
 
 FORMS = {"cpu": ["plain", "fp32", "bf16"], "cuda": ["plain", "fp32", "tf32", "bf16"]}
 

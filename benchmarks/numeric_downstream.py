@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_numeric_predict
 import probes
 from eval_numeric_predict import LEARNING_RATE, class_labels, initial_network, regression_targets, score_tasks, shift
-from training import describe_device
+from running.training import describe_device
 
 
 def synthetic_samples(samples, dims, seed, device):

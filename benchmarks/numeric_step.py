@@ -26,8 +26,8 @@ from torch import nn
 import main_numeric
 from encoders import initialise
 from latent_spaces import MisalignedLatents, seeded_generator
-from optimisers import Adam
-from training import GRADIENT_NORM, autocast, describe_device, matrix_precision, select_device
+from running.optimisation import Adam
+from running.training import GRADIENT_NORM, autocast, describe_device, matrix_precision, select_device
 
 FORMS = {"cpu": ["plain", "fp32", "bf16"], "cuda": ["plain", "fp32", "tf32", "bf16"]}
 
@@ -222,7 +222,7 @@ def main():
 
 
 def _cpu_has_bf16():
-    from training import has_fast_bf16
+    from running.training import has_fast_bf16
 
     return has_fast_bf16(torch.device("cpu"))
 

@@ -32,11 +32,11 @@ import matplotlib.pyplot as plt
 import main_causal3dident
 import main_mpi3dreal
 import main_numeric
-from command_line import InputError, run_script
 from datasets import causal_setting, mpi3d_setting
-from figures import save_figure
-from files import write_csv
 from latent_spaces import subset_from_index
+from running.command_line import InputError, run_script
+from running.files import write_csv
+from running.pictures import save_figure
 
 HERE = Path(__file__).parent
 LEVELS = (0.5, 0.8, 0.9, 0.95)

@@ -11,11 +11,11 @@ from PIL import Image
 import latent_spaces
 import main_numeric
 import probes
-from command_line import run_script
 from datasets import MPI3D_GRID
 from rendering_data.Causal3DIdent import generate_latents, generate_text
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
 from rendering_data.MPI3D.render_standin_images import MPI3D_FILE, write_images
+from running.command_line import run_script
 
 # a shell starts background jobs with SIGINT ignored, and children would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from command_line import run_script
+from running.command_line import run_script
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
 import contact_sheet

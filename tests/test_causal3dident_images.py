@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from command_line import InputError, run_script
+from running.command_line import InputError, run_script
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
 import generate_images

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, to_rgb
 from scipy import stats
 
-from command_line import run_script
+from running.command_line import run_script
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
 import generate_latents

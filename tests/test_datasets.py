@@ -12,9 +12,9 @@ import torch
 from matplotlib import colors
 
 import datasets
-from command_line import InputError
 from datasets import MPI3D_FILE, EpochOrder, Images, load_mpi3d, mpi3d_setting, open_npz_images, tokenise
 from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table
+from running.command_line import InputError
 
 
 def replace(path, content):

@@ -14,10 +14,10 @@ import torch
 from sklearn.cluster import KMeans
 
 import eval_numeric_predict as downstream
-import figures
 import main_numeric
 from benchmarks.numeric_downstream import plain_prediction, plain_scores, synthetic_samples, train_plain
-from command_line import run_script
+from running import pictures
+from running.command_line import run_script
 
 ROOT = Path(main_numeric.__file__).parent
 RESULTS = ["downstream.png", "results_classify.csv", "results_predict.csv"]
@@ -193,10 +193,10 @@ def test_a_training_that_diverges_is_an_error():
 def test_the_picture_shows_the_scores(tmp_path):
     sizes = []
     for score in (0.1, 0.9):
-        figures.plot_downstream_scores(
+        pictures.plot_downstream_scores(
             {"y1": score, "y2": -3.0}, {"iid": score, "ood": 2.0}, tmp_path / "p.png", "title"
         )
-        pixels = figures.plt.imread(tmp_path / "p.png")[..., :3]
+        pixels = pictures.plt.imread(tmp_path / "p.png")[..., :3]
         sizes.append((np.abs(pixels - [31 / 255, 119 / 255, 180 / 255]).max(axis=2) < 0.05).sum())
     assert sizes[1] > 1.5 * sizes[0] > 0
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import datasets
-from command_line import InputError
 from datasets import load_causal3dident, tokenise
 from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED, PHRASINGS, SELECTED, SHAPES
+from running.command_line import InputError
 from tests.test_datasets import replace
 
 

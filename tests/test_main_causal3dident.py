@@ -15,7 +15,7 @@ import encoders
 import image_text
 import main_causal3dident
 import probes
-from command_line import run_script
+from running.command_line import run_script
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
 FILES = [

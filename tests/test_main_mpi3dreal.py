@@ -21,10 +21,10 @@ import encoders
 import image_text
 import main_mpi3dreal
 import probes
-import training
-from command_line import run_script
 from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_setting
 from losses import image_text_contrastive_loss
+from running import training
+from running.command_line import run_script
 
 ROOT = Path(main_mpi3dreal.__file__).parent
 FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import main_numeric
-import training
 from latent_spaces import MisalignedLatents, seeded_generator
+from running import training
 from tests.conftest import TINY
 from tests.test_losses import written_out_symmetric
 

@@ -11,9 +11,9 @@ import pytest
 from scipy.stats import chisquare
 
 import datasets
-from command_line import run_script
 from rendering_data.MPI3D import render_multimodal_mpi3d as captions
 from rendering_data.MPI3D import render_standin_images as standin
+from running.command_line import run_script
 
 SIZES = dict(zip(datasets.MPI3D_GRID, (4, 4, 2, 3, 3, 8, 8), strict=True))
 COUNT = 18_432

@@ -16,13 +16,12 @@ import pandas as pd
 import pytest
 
 import eval_numeric_predict
-import grids
-import jobs
 import main_numeric
-import report
 import reproduce
-from command_line import run_script
+from grids import figures as grids
+from grids import jobs, report
 from latent_spaces import index_from_subset
+from running.command_line import run_script
 
 REPOSITORY = Path(__file__).parent.parent
 NUMERIC = ["fig3", "fig4", "fig7", "fig8", "fig9", "fig10", "table4", "table5"]

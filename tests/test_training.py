@@ -17,14 +17,13 @@ import pytest
 import torch
 from torch import nn
 
-import files
 import latent_spaces
 import main_numeric
-import training
-from command_line import InputError
+from running import files, training
+from running.command_line import InputError
 from tests.conftest import TINY
 
-ROOT = Path(training.__file__).parent
+ROOT = Path(training.__file__).parents[1]
 SEED = "--seed 3"
 
 

@@ -19,10 +19,10 @@ from PIL import Image, UnidentifiedImageError
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from command_line import InputError, Parser, integer, run_script
 from datasets import check_rendered_latents
-from figures import check_picture
-from files import replaced
+from running.command_line import InputError, Parser, integer, run_script
+from running.files import replaced
+from running.pictures import check_picture
 
 SETTINGS = [f"{bias_type}_{bias_id}" for bias_type in ("selections", "perturbations") for bias_id in range(7)]
 LINE = 42  # characters of a caption's line

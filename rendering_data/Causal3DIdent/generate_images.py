@@ -43,7 +43,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from command_line import InputError, Parser, integer, run_script
+from running.command_line import InputError, Parser, integer, run_script
 
 SHAPES = ("Teapot", "Hare", "Dragon", "Cow", "Armadillo", "Horse", "Head")  # by object_shape; assets' names
 STANDINS = ("ring", "cone", "coil", "star", "jack", "arch", "monkey")

@@ -25,8 +25,8 @@ import pandas as pd
 from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, hsv_to_rgb, to_rgb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from command_line import InputError, Parser, integer, run_script
-from files import replaced
+from running.command_line import InputError, Parser, integer, run_script
+from running.files import replaced
 
 SHAPES = 7  # teapot, hare, dragon, cow, armadillo, horse, head
 PHRASINGS = 5

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from command_line import InputError, Parser, integer, run_script
-from files import replaced
+from running.command_line import InputError, Parser, integer, run_script
+from running.files import replaced
 
 SHAPES = ("teapot", "hare", "dragon", "cow", "armadillo", "horse", "head")
 XPOS = ("left", "center", "right")

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from command_line import InputError, Parser, integer, number, run_script
 from datasets import (
     BIAS_IDS,
     BIAS_TYPES,
@@ -31,7 +30,8 @@ from datasets import (
     mpi3d_setting,
     tokenise,
 )
-from files import write_bytes, write_json
+from running.command_line import InputError, Parser, integer, number, run_script
+from running.files import write_bytes, write_json
 
 REPLACED = 0.9  # probability that a perturbable value is drawn anew; it may come out the same
 

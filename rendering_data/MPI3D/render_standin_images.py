@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from command_line import InputError, Parser, integer, run_script
 from datasets import MPI3D_FILE, MPI3D_GRID
-from files import replaced
 from rendering_data.MPI3D.render_multimodal_mpi3d import grid_of
+from running.command_line import InputError, Parser, integer, run_script
+from running.files import replaced
 
 SIZE, SAMPLES = 64, 128  # of an image along each side: pixels, unless others are asked for, and samples
 

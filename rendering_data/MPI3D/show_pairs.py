@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from command_line import Parser, integer, run_script
 from datasets import BIAS_IDS, BIAS_TYPES, load_mpi3d, read_lines
-from figures import check_picture, plot_captioned_images
+from running.command_line import Parser, integer, run_script
+from running.pictures import check_picture, plot_captioned_images
 
 
 def main(argv=None):

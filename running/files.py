@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from command_line import InputError
+from running.command_line import InputError
 
 
 @contextlib.contextmanager

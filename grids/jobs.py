@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import cloudpickle
 import submitit
 
-from command_line import InputError
+from running.command_line import InputError
 
 # A job shall not need to import this module, wherever it runs.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -5,7 +5,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from figures import difference_heatmap, plot_beside_paper, plot_factor_scores, plot_score_curves, plt, score_heatmap
+from running.pictures import (
+    difference_heatmap,
+    plot_beside_paper,
+    plot_factor_scores,
+    plot_score_curves,
+    plt,
+    score_heatmap,
+)
 
 SCORES = pd.DataFrame([[0.99, 0.01, -0.2], [0.5, np.nan, 1.3]], index=["hz_x", "hz_t"], columns=["s_0", "s_1", "m_x"])
 
@@ -63,7 +70,7 @@ def test_long_names_are_slanted(axes):
 def drawn_axes(monkeypatch, plot, *arguments):
     """The axes of a picture that is not written."""
     kept = []
-    monkeypatch.setattr("figures.save_figure", lambda figure, *_, **__: kept.append(figure))
+    monkeypatch.setattr("running.pictures.save_figure", lambda figure, *_, **__: kept.append(figure))
     plot(*arguments)
     plt.close(kept[0])
     return kept[0].axes

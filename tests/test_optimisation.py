@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-import optimisers
-from optimisers import Adam, InputWhitening, Muon, fan_in_rates, orthogonalised
+from running import optimisation
+from running.optimisation import Adam, InputWhitening, Muon, fan_in_rates, orthogonalised
 
 
 def test_adam_is_torch_s():
@@ -67,9 +67,9 @@ def test_orthogonalising_keeps_the_directions_and_evens_the_singular_values(shap
             assert ((inner.diagonal() > 0.6) & (inner.diagonal() < 1.3)).all(), inner.diagonal()
             assert (inner - inner.diagonal().diag()).abs().max() < 1e-4
         assert inner.diagonal().abs().max() < 1.3
-        a, b, c = optimisers.NEWTON_SCHULZ
+        a, b, c = optimisation.NEWTON_SCHULZ
         plain = matrix / matrix.norm()
-        for _ in range(optimisers.NEWTON_SCHULZ_STEPS):
+        for _ in range(optimisation.NEWTON_SCHULZ_STEPS):
             square = plain @ plain.T
             plain = a * plain + (b * square + c * square @ square) @ plain
         torch.testing.assert_close(result.double(), plain, rtol=0, atol=1e-3)
@@ -77,13 +77,13 @@ def test_orthogonalising_keeps_the_directions_and_evens_the_singular_values(shap
 
 def test_muon_is_torch_s_for_filters_and_adam_for_all_else(monkeypatch):
     """In two orders of memory, with the state taken over half-way; torch's Muon takes matrices alone."""
-    monkeypatch.setattr(optimisers, "LARGEST_FILTERS", 300)
+    monkeypatch.setattr(optimisation, "LARGEST_FILTERS", 300)
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4, 2, 2), (30, 2, 2, 2), (20, 4, 2, 2), (5, 4), (7,)]  # the third is too large
     start = [torch.randn(shape, generator=generator) for shape in shapes]
     filters = [weight.flatten(1).clone().requires_grad_() for weight in start[:2]]
     others = [weight.clone().requires_grad_() for weight in start[2:]]
-    momentum, rate = optimisers.MUON_MOMENTUM, optimisers.MUON_RATE
+    momentum, rate = optimisation.MUON_MOMENTUM, optimisation.MUON_RATE
     muon = torch.optim.Muon(filters, weight_decay=0, momentum=momentum, nesterov=True, adjust_lr_fn="original")
     adam = torch.optim.Adam(others, foreach=False)
 

@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.backend_bases import FigureCanvasBase
 
-from command_line import InputError
-from files import replaced
+from running.command_line import InputError
+from running.files import replaced
 
 
 def check_picture(path):

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from command_line import InputError
 from datasets import (
     BIAS_IDS,
     BIAS_TYPES,
@@ -28,10 +27,11 @@ from datasets import (
     causal_text_factor,
     mpi3d_setting,
 )
-from files import read_csv, read_json
-from training import LATER_FLAGS
+from running.command_line import InputError
+from running.files import read_csv, read_json
+from running.training import LATER_FLAGS
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 SCALES = {
     "paper": "the paper's protocol to the letter",
     "fast": "the paper's dimensions and settings, trained with the fast recipe",
@@ -563,7 +563,7 @@ def expected_args(setting):
     args, given = script.parse_flags(list(setting.flags))
     script.apply_recipe(args, given, script.RECIPES)
     own = {"seed", "workers", "checkpoint_steps", "save_all_checkpoints"}
-    free = importlib.import_module("training").RUN_FLAGS | own
+    free = importlib.import_module("running.training").RUN_FLAGS | own
     return {name: value for name, value in vars(args).items() if name not in free and value != "auto"}
 
 

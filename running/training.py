@@ -30,9 +30,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from command_line import InputError, integer, number
-from files import read_json, write_bytes, write_csv, write_json
-from optimisers import Adam, InputWhitening, Muon, fan_in_rates
+from running.command_line import InputError, integer, number
+from running.files import read_json, write_bytes, write_csv, write_json
+from running.optimisation import Adam, InputWhitening, Muon, fan_in_rates
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
 LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0}
@@ -104,19 +104,19 @@ def add_training_flags(parser, recipes, default_log_steps=1000):
     group.add_argument(
         "--optimiser",
         choices=("adam", "muon"),
-        help="muon takes the filters of convolutions, and Adam all else, see optimisers.py "
+        help="muon takes the filters of convolutions, and Adam all else, see optimisation.py "
         f"({recipe_values(recipes, 'optimiser')})",
     )
     group.add_argument(
         "--layer-lr",
         choices=("uniform", "fan-in"),
-        help="learning rate of all layers alike, or larger where the fan-in is smaller, see optimisers.py "
+        help="learning rate of all layers alike, or larger where the fan-in is smaller, see optimisation.py "
         f"({recipe_values(recipes, 'layer_lr')})",
     )
     group.add_argument(
         "--preconditioner",
         choices=("none", "inputs"),
-        help="of Adam's gradients; inputs: whiten by each layer's inputs, see optimisers.py "
+        help="of Adam's gradients; inputs: whiten by each layer's inputs, see optimisation.py "
         f"({recipe_values(recipes, 'preconditioner')})",
     )
     group.add_argument(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from command_line import InputError
-from figures import plot_beside_paper, plot_score_curves, plot_score_grid
-from files import write_bytes, write_csv
-from grids import COMPARED, ROOT, SCALES, Model, chosen_figures
+from grids.figures import COMPARED, ROOT, SCALES, Model, chosen_figures
+from running.command_line import InputError
+from running.files import write_bytes, write_csv
+from running.pictures import plot_beside_paper, plot_score_curves, plot_score_grid
 
 HIDDEN = ["panel_row", "panel_column", "row", "column", "learned", "setting", "source", "runs"]
 CLOSE, NEAR = 0.05, 0.1

@@ -1,0 +1,1 @@
+"""What every run needs: flags, devices, the model directory, schedules, one training step, the loop, the order of a run."""
