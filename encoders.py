@@ -1,6 +1,5 @@
 """The encoders that contrastive learning trains."""
 
-import copy
 import math
 from itertools import pairwise
 
@@ -54,11 +53,8 @@ class SmallOutputConv2d(nn.Conv2d):
 class ImageEncoder(nn.Module):
     """f: images → R^D: ResNet-18 (He et al., 2016) without pretrained weights → LeakyReLU(0.01) → linear."""
 
-    def __init__(self, encoding_size, mean, std, hidden_size=100, spare=0):
-        """Encoder of images whose channels, scaled to [0, 1], have that mean and standard deviation.
-
-        spare: dimensions that its encodings have more while it is in training mode, see `narrowed`.
-        """
+    def __init__(self, encoding_size, mean, std, hidden_size=100):
+        """Encoder of images whose channels, scaled to [0, 1], have that mean and standard deviation."""
         from torchvision.models import resnet18  # a slow import, which numeric experiments need not wait for
 
         super().__init__()
@@ -66,17 +62,16 @@ class ImageEncoder(nn.Module):
         for layer in self.resnet.modules():  # the last four make 2 × 2 from images of 64 × 64
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
                 layer.__class__ = SmallOutputConv2d
-        self.encoding_size, self.linear = encoding_size, nn.Linear(hidden_size, encoding_size + spare)
+        self.linear = nn.Linear(hidden_size, encoding_size)
         self.register_buffer("mean", 255 * torch.tensor(mean), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std), persistent=False)
         # the images' own order in memory, and the faster one for convolutions
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
-        """(B, H, W, 3) uint8 images → (B, D), in training mode (B, D + spare)."""
+        """(B, H, W, 3) uint8 images → (B, D)."""
         x = ((images - self.mean) / self.std).permute(0, 3, 1, 2)
-        encodings = self.linear(nn.functional.leaky_relu(self.resnet(x), 0.01))
-        return encodings if self.training else encodings[:, : self.encoding_size]
+        return self.linear(nn.functional.leaky_relu(self.resnet(x), 0.01))
 
 
 class TextEncoder(nn.Module):
@@ -87,11 +82,8 @@ class TextEncoder(nn.Module):
 
     WIDTH, CHANNELS = 128, (25, 50, 100, 200)  # the last number of channels goes on
 
-    def __init__(self, vocabulary_size, length, encoding_size, spare=0):
-        """Encoder of captions of `length` tokens; ValueError unless it is one of CAPTION_LENGTHS.
-
-        spare: dimensions that its encodings have more while it is in training mode, see `narrowed`.
-        """
+    def __init__(self, vocabulary_size, length, encoding_size):
+        """Encoder of captions of `length` tokens; ValueError unless it is one of CAPTION_LENGTHS."""
         if length not in CAPTION_LENGTHS:
             raise ValueError(
                 f"captions of {length} tokens, expected {CAPTION_LENGTHS[0]} to {CAPTION_LENGTHS[-1]} with {{eos}}"
@@ -106,25 +98,13 @@ class TextEncoder(nn.Module):
             layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
             channels, height, width = out_channels, height // 2, width // 2
         self.convolutions = nn.Sequential(*layers)
-        self.encoding_size = encoding_size
-        self.linear = nn.Linear(channels * height * width, encoding_size + spare)
+        self.linear = nn.Linear(channels * height * width, encoding_size)
 
     def forward(self, tokens):
-        """(B, L) int64 token numbers → (B, D), in training mode (B, D + spare)."""
+        """(B, L) int64 token numbers → (B, D)."""
         # one-hot vectors times a matrix are a look-up of its columns
         x = nn.functional.embedding(tokens, self.embedding.weight.T) + self.embedding.bias
-        encodings = self.linear(self.convolutions(x.unsqueeze(1)).flatten(1))
-        return encodings if self.training else encodings[:, : self.encoding_size]
-
-
-@torch.no_grad()
-def narrowed(encoder):
-    """Copy of an image or text encoder without spare dimensions: its last layer gives D, in training mode too."""
-    encoder = copy.deepcopy(encoder)
-    layer, size = encoder.linear, encoder.encoding_size
-    layer.weight, layer.bias = (nn.Parameter(part[:size].clone()) for part in (layer.weight, layer.bias))
-    layer.out_features = size
-    return encoder
+        return self.linear(self.convolutions(x.unsqueeze(1)).flatten(1))
 
 
 @torch.no_grad()

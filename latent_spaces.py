@@ -17,17 +17,7 @@ import torch
 from torch import nn
 
 # Streams of random numbers that one seed gives. Latents' covariances and the mixing depend on the training seed alone.
-STREAMS = {
-    "covariance": 0,
-    "mixing": 1,
-    "init": 2,
-    "train": 3,
-    "monitor": 4,
-    "evaluate": 5,
-    "probe": 6,
-    "downstream": 7,
-    "order": 8,
-}
+STREAMS = dict(covariance=0, mixing=1, init=2, train=3, monitor=4, evaluate=5, probe=6, downstream=7, order=8)
 
 
 def seed_sequence(seed, stream, substream=0):
@@ -96,6 +86,22 @@ def index_from_subset(subset, n):
     return index
 
 
+def biased_blocks(theta, beta, n):
+    """(selected, perturbed, unbiased): I_θ, I_ρ ∩ I_θ and I_θ \\ I_ρ of subset numbers theta and beta, as sorted tuples.
+
+    Raises ValueError for numbers that are out of range or leave no unbiased semantics.
+    """
+    selected, perturbable = subset_from_index(theta, n), subset_from_index(beta, n)
+    perturbed = tuple(i for i in selected if i in perturbable)
+    unbiased = tuple(i for i in selected if i not in perturbable)
+    if not unbiased:
+        raise ValueError(
+            f"theta {theta} selects {set(selected) or '∅'} and beta {beta} perturbs {set(perturbable) or '∅'}: "
+            "no unbiased semantics are left to learn; choose beta so that it does not cover theta"
+        )
+    return selected, perturbed, unbiased
+
+
 # --------------------------------------------------------------------------------------------------------------
 # latents
 
@@ -136,15 +142,7 @@ class MisalignedLatents:
     def __init__(self, semantics_n, modality_n, theta, beta, seed, *, change_prob=0.75, causal_dependence=False,
                  margin_param=1.0, cond_param=1.0, protocol="code", device="cpu"):  # fmt: skip
         self.semantics_n, self.modality_n = semantics_n, modality_n
-        self.selected = subset_from_index(theta, semantics_n)
-        perturbable = subset_from_index(beta, semantics_n)
-        self.perturbed = tuple(i for i in self.selected if i in perturbable)
-        self.unbiased = tuple(i for i in self.selected if i not in perturbable)
-        if not self.unbiased:
-            raise ValueError(
-                f"theta {theta} selects {set(self.selected) or '∅'} and beta {beta} perturbs {set(perturbable) or '∅'}: "
-                "no unbiased semantics are left to learn; choose beta so that it does not cover theta"
-            )
+        self.selected, self.perturbed, self.unbiased = biased_blocks(theta, beta, semantics_n)
         self.change_prob = change_prob
         self.device = torch.device(device)
         self.covariances = self._covariances(seed, causal_dependence, margin_param, cond_param, protocol)

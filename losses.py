@@ -1,19 +1,54 @@
-"""The contrastive objectives: pure functions of encodings."""
+"""The contrastive objectives: pure functions of encodings. Each in the paper's form first, then the same, in blocks."""
 
 import math
 
 import torch
+from torch import nn
 
 # Distances held at once, in elements: 8 MiB in float64 stay in a CPU's cache, a GPU wants larger blocks.
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 SMALLEST_NORM = 1e-8  # an encoding shorter than this is similar to none (as torch's cosine_similarity)
 
 
-def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0):
-    """Symmetric multimodal contrastive loss, Eq. 2 of the paper as it is estimated; a scalar tensor.
+def textbook_multimodal_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0):
+    """Eq. 2 of the paper as it is estimated, with the B × M × D tensor of differences; arguments as below, unchecked.
 
-        ℓ(a, p; n) = mean_i [ d(a_i, p_i) + log( (exp(−d(a_i, p_i)) + Σ_j exp(−d(a_i, n_j))) / (M + 1) ) ]
-        L = ½ [ ℓ(h_x, h_t; negatives_x) + ℓ(h_t, h_x; negatives_t) ],      d(u, v) = Σ_k |u_k − v_k|^p / τ
+    ℓ(a, p; n) = mean_i [ d(a_i, p_i) + log( (exp(−d(a_i, p_i)) + Σ_j exp(−d(a_i, n_j))) / (M + 1) ) ]
+    L = ½ [ ℓ(h_x, h_t; negatives_x) + ℓ(h_t, h_x; negatives_t) ],      d(u, v) = Σ_k |u_k − v_k|^p / τ
+    """
+
+    def one_way(anchors, positives, negatives):
+        in_batch = negatives is None  # an anchor's negatives are the others
+        positive = (anchors - positives).abs().pow(p).sum(dim=1) / tau
+        negative = (anchors[:, None] - (anchors if in_batch else negatives)).abs().pow(p).sum(dim=2) / tau
+        if in_batch:
+            negative.fill_diagonal_(math.inf)
+        candidates = torch.cat((positive[:, None], negative), dim=1)
+        return (positive + (-candidates).logsumexp(dim=1)).mean() - math.log(negative.shape[1] + (not in_batch))
+
+    return (one_way(h_x, h_t, negatives_x) + one_way(h_t, h_x, negatives_t)) / 2
+
+
+def textbook_image_text_loss(h_x, h_t, tau=1.0, negatives="both"):
+    """Cross-entropy of all 2B encodings against their partners, by a 2B × 2B × D product; arguments as below, unchecked.
+
+    negatives "cross" is Eq. 1 of the paper, "both" the loss of its runs (Chen et al., 2020).
+    """
+    h, pairs = torch.cat((h_x, h_t)), len(h_x)
+    similarities = nn.functional.cosine_similarity(h[:, None], h[None], dim=2) / tau
+    modality = torch.arange(2 * pairs, device=h.device) // pairs
+    excluded = torch.eye(2 * pairs, dtype=torch.bool, device=h.device)
+    if negatives == "cross":
+        excluded = modality[:, None] == modality
+    partner = torch.arange(2 * pairs, device=h.device).roll(pairs)
+    return nn.functional.cross_entropy(similarities.masked_fill(excluded, -math.inf), partner)
+
+
+# The same, in blocks
+
+
+def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0):
+    """`textbook_multimodal_loss`, a scalar tensor.
 
     h_x, h_t: (B, D) float encodings of B pairs. negatives_x, negatives_t: (M, D) encodings of independent draws of the
     anchor's own modality; left out, an anchor's negatives are the M = B − 1 other anchors of the batch. The B × M

@@ -13,111 +13,96 @@ The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoi
 
 import pandas as pd
 
-from datasets import (
-    CAUSAL_BIAS_IDS,
-    CAUSAL_BIAS_TYPES,
-    CAUSAL_MEAN,
-    CAUSAL_STD,
-    causal_text_factor,
-    load_causal3dident,
-)
-from image_text import MODALITIES, SCORES, Experiment, image_text_recipes, make_parser, names_of, run_experiment
+import datasets
+from image_text import MODALITIES, SCORES, ImageTextExperiment, names_of
+from probes import ABSENT, FOUND
 from running.command_line import run_script
+from running.experiment import run_experiment
 from running.pictures import plot_factor_scores
-from running.training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)
 
-RECIPES = image_text_recipes(paper_steps=100_001, optimiser="muon", spare_dimensions=25, first_batch_size=128)
+# "paper": exactly the paper's training. "fast": few steps with few pairs, at a rate that falls from a larger one.
+RECIPES = {
+    "paper": dict(init="default", lr=1e-5, text_lr_factor=1.0, lr_schedule="constant", layer_lr="uniform", optimiser="adam",
+                  preconditioner="none", batch_size=256, final_batch_size=0, train_steps=100_001, precision="fp32", first_tau=0,
+                  first_batch_size=0, spare_dimensions=0, whitening_pairs=0, norm_penalty=0),
+    "fast": dict(
+        init="he", lr=1e-3, lr_schedule="onecycle", layer_lr="uniform", preconditioner="none", batch_size=64,
+        final_batch_size=0, train_steps=3_000, precision="auto",
+        text_lr_factor=1.0,  # at a tenth of it both encoders find the shape later
+        optimiser="muon",  # its steps follow weak directions as far as strong ones: the shape beside places and colours
+        first_tau=0.06,  # at τ = 1 few places on the sphere are as good as many; it must end there, see docs/fast-recipe.md
+        first_batch_size=128,  # places and colours alone tell the pairs of a small batch apart
+        spare_dimensions=25,  # both encoders find the shape before places and colours fill the space
+        whitening_pairs=256,  # drawn weights send all encodings into a narrow cone; whitened ones use every dimension
+        norm_penalty=1.0,  # lengths, which the cosine does not see, forget what images alone show
+    ),
+}  # fmt: skip
 ENCODING_SIZES = (3, 3, 4, 5, 5, 6, 7)  # dimensions for 1 … 7 unbiased semantics
-ROTATIONS = (
-    "object_alpharot",
-    "object_betarot",
-    "object_gammarot",
-)  # no caption speaks of them, nothing depends on them
+ROTATIONS = ["object_alpharot", "object_betarot", "object_gammarot"]  # no caption speaks of them
 
 
-def parse_flags(argv):
-    """(args, given) of the command line; the recipe's values are not filled in yet."""
+class Causal3dIdentExperiment(ImageTextExperiment):
+    """One model of Causal3DIdent; image encodings are probed for what images show, text encodings for what captions state."""
+
+    name, recipes, datapath = "causal3dident", RECIPES, "data/Causal3DIDent"
+    bias_types, bias_ids = datasets.CAUSAL_BIAS_TYPES, datasets.CAUSAL_BIAS_IDS
+    bias, open = staticmethod(datasets.causal_setting), staticmethod(datasets.load_causal3dident)
+    bias_help = ("selections: 0 shape alone, + 1 xpos, + 2 ypos, + 3 spotlight_pos, colours of + 4 object, + 5 spotlight, "
+                 "+ 6 background; perturbations: how many are stated wrongly, from background_color to xpos")  # fmt: skip
     smallest = f"{', '.join(map(str, ENCODING_SIZES))} for 1 … {len(ENCODING_SIZES)} unbiased semantics"
-    parser = make_parser(__doc__, RECIPES, "data/Causal3DIDent", smallest)
-    group = parser.add_argument_group("setting: what the caption says of the image")
-    group.add_argument(
-        "--bias-type", choices=CAUSAL_BIAS_TYPES, default="selections",
-        help="captions leave factors out, or state them wrongly (%(default)s)")  # fmt: skip
-    group.add_argument(
-        "--bias-id", type=int, default=0,
-        help="selections: 0 shape alone, + 1 xpos, + 2 ypos, + 3 spotlight_pos, colours of + 4 object, + 5 spotlight, "
-        "+ 6 background; perturbations: the number of factors stated wrongly, from the background's colour back to xpos "
-        "(%(default)s)")  # fmt: skip
-    return parser.parse(argv)
+    default_encoding_size = staticmethod(lambda unbiased: ENCODING_SIZES[unbiased - 1])
+    mean, std, own_text_factors = datasets.CAUSAL_MEAN, datasets.CAUSAL_STD, True
+    perturbing = "drawn anew for the caption"
+    columns = tuple((name, name) for name in ("ix", "modality", "factor_name", "factor_type", *SCORES))
 
+    @classmethod
+    def factors(cls, bias, modality):
+        """All of the image; of the caption what it states, and its phrasing."""
+        stated = [*map(datasets.causal_text_factor, bias.selected), "text_phrasing"]
+        return list(datasets.CAUSAL_IMAGE) if modality == "image" else stated
 
-def unbiased_names(setting):
-    """Set of the names of the unbiased semantics, as image and as text factors."""
-    return {*setting.unbiased, *map(causal_text_factor, setting.unbiased)}
+    def show(self, results, path):
+        """Print both tables and the verdict, and draw them: R² of continuous factors, MCC of discrete ones."""
+        unbiased = {*self.setting.unbiased, *map(datasets.causal_text_factor, self.setting.unbiased)}
+        for title, scores in (tables := score_tables(results)).items():
+            types = results.set_index(["modality", "factor_name"]).factor_type[title.split()[0]]
+            printed = scores.T.clip(lower=0).round(3)
+            printed.insert(0, "score", types.map({"continuous": "R²", "discrete": "MCC"}))
+            printed.index = [f"{name} *" if name in unbiased else name for name in printed.index]
+            print(title, printed.to_string(), sep="\n")
+        print("(* unbiased)")
+        title = f"{self.args.bias_type}, setting {self.args.bias_id}: R² of continuous factors, MCC of discrete ones"
+        plot_factor_scores(tables, path, title, unbiased)
+        print(verdict(results, self.setting))
 
 
 def score_tables(results):
     """Dict title → DataFrame (linear, nonlinear × factors) of both encodings: R² of continuous factors, MCC of discrete ones."""
-    scores = pd.DataFrame({"linear": results[SCORES[0]].fillna(results[SCORES[2]]),
-                           "nonlinear": results[SCORES[1]].fillna(results[SCORES[3]])})  # fmt: skip
-    tables = {}
-    for modality in MODALITIES:
-        own = results.modality == modality
-        tables[f"{modality} encoding"] = scores[own].set_axis(results.factor_name[own]).T
-    return tables
+    scores = pd.DataFrame({"linear": results.r2_linreg.fillna(results.mcc_logreg),
+                           "nonlinear": results.r2_krreg.fillna(results.mcc_mlp)})  # fmt: skip
+    own = {modality: results.modality == modality for modality in MODALITIES}
+    return {f"{m} encoding": scores[rows].set_axis(results.factor_name[rows]).T for m, rows in own.items()}
 
 
-def verdict(results, setting):
+def verdict(results, bias):
     """One sentence: which unbiased discrete factors of the image are found, and whether its rotations stay out."""
     image = results[results.modality == "image"].set_index("factor_name")
-    unbiased = [name for name in setting.unbiased if image.factor_type.get(name) == "discrete"]
-    found = [name for name in unbiased if image.mcc_mlp[name] >= 0.8]
+    unbiased = [name for name in bias.unbiased if image.factor_type.get(name) == "discrete"]
+    found = [name for name in unbiased if image.mcc_mlp[name] >= FOUND]
     missed = [name for name in unbiased if name not in found]
-    lowest = image.mcc_mlp[found or unbiased].min()
-    highest = max(image.r2_krreg[list(ROTATIONS)].max(), 0)
+    lowest, highest = image.mcc_mlp[found or unbiased].min(), max(image.r2_krreg[ROTATIONS].max(), 0)
     scores = f"nonlinear MCC of at least {lowest:.2f} in the image encoding, the rotations R² of at most {highest:.2f}"
-    if not found or highest > 0.1:
+    if not found or highest > ABSENT:
         return f"Not (yet) the pattern of the theory: {names_of(unbiased)} has {scores}."
-    what, rest = "What is unbiased", ""
-    if missed:
-        what = "Part of what is unbiased"
-        rest = f"; not (yet) {names_of(missed)}, with at most {image.mcc_mlp[missed].max():.2f}"
-    return f"{what} is found, and what is the image's own is not: {names_of(found)} has {scores}{rest}."
-
-
-def show_results(results, setting, args, path):
-    """Print the tables and the verdict, and draw results.png."""
-    tables, unbiased = score_tables(results), unbiased_names(setting)
-    for title, scores in tables.items():
-        types = results.set_index(["modality", "factor_name"]).factor_type[title.split()[0]]
-        printed = scores.T.clip(lower=0).round(3)
-        printed.insert(0, "score", types.map({"continuous": "R²", "discrete": "MCC"}))
-        printed.index = [f"{name} *" if name in unbiased else name for name in printed.index]
-        print(title, printed.to_string(), sep="\n")
-    print("(* unbiased)")
-    title = f"{args.bias_type}, setting {args.bias_id}: R² of continuous factors, MCC of discrete ones"
-    plot_factor_scores(tables, path, title, unbiased)
-    print(verdict(results, setting))
-
-
-EXPERIMENT = Experiment(
-    name="causal3dident",
-    recipes=RECIPES,
-    bias_ids=CAUSAL_BIAS_IDS,
-    load=load_causal3dident,
-    mean=CAUSAL_MEAN,
-    std=CAUSAL_STD,
-    encoding_size=lambda unbiased: ENCODING_SIZES[unbiased - 1],
-    perturbing="drawn anew for the caption",
-    own_text_factors=True,
-    columns={name: name for name in ("ix", "modality", "factor_name", "factor_type", *SCORES)},
-    show=show_results,
-)
+    if not missed:
+        return f"What is unbiased is found, and what is the image's own is not: {names_of(found)} has {scores}."
+    return (f"Part of what is unbiased is found, and what is the image's own is not: {names_of(found)} has {scores}; not (yet) "
+            f"{names_of(missed)}, with at most {image.mcc_mlp[missed].max():.2f}.")  # fmt: skip
 
 
 def main(argv=None):
     """Train and evaluate, or with --evaluate evaluate again; returns the exit code."""
-    return run_experiment(EXPERIMENT, parse_flags, argv)
+    return run_experiment(Causal3dIdentExperiment, argv)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ import torch
 from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
+LEARNED, ABSENT = 0.9, 0.1  # the score from which a factor counts as learned, and up to which as absent
+FOUND = 0.8  # of Causal3DIdent, where shapes are small: the score from which one counts as found
+
 HIDDEN_UNITS, LEARNING_RATE, BATCH_SIZE, WEIGHT_DECAY, MAX_EPOCHS = 100, 1e-3, 200, 1e-4, 200
 TOLERANCE, PATIENCE = 1e-4, 10  # stop once more than PATIENCE epochs running have not improved the loss by TOLERANCE
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8

@@ -4,8 +4,8 @@
     python benchmarks/mpi3d_step.py --device cuda         # on a GPU, batches of 256 as in the paper
     python benchmarks/mpi3d_step.py --device cuda --workers 8    # ... and the plain pipeline with 8 processes
 
-A step is what main_mpi3dreal.py runs: images and tokens of a batch, both encoders, loss, gradients, clipping, Adam. The plain
-form is a DataLoader of single items, normalised one by one and one-hot, and a loss computed once for each modality. Each form
+A step is `training_step`, which main_mpi3dreal.py runs: images and tokens of a batch, both encoders, loss, gradients, clipping,
+Adam. The plain form is a DataLoader of single items, normalised one by one and one-hot, and the textbook's loss. Each form
 runs in a process of its own, in turn, so that a machine whose speed drifts is fair to all.
 """
 
@@ -23,27 +23,12 @@ from mpi3d_data import PlainDataset
 from torch import nn
 from torchvision.models import resnet18
 
-import image_text
-import main_mpi3dreal
-from datasets import EpochOrder
-from latent_spaces import seeded_generator
-from running.optimisation import Adam
-from running.training import GRADIENT_NORM, autocast, describe_device, matrix_precision, select_device
+from losses import textbook_image_text_loss
+from main_mpi3dreal import Mpi3dExperiment
+from running.devices import describe_device, select_device
+from running.optimisation import GRADIENT_NORM, make_optimiser, training_step
 
 FORMS = {"cpu": ["plain", "fp32", "bf16"], "cuda": ["plain", "fp32", "tf32", "bf16"]}
-
-
-def plain_loss(h_x, h_t, tau):
-    """The loss once with the images first and once with the captions first, by the similarities of all with all."""
-
-    def one_way(h_a, h_b):
-        h = torch.cat((h_a, h_b))
-        logits = nn.functional.cosine_similarity(h[:, None], h[None], dim=2) / tau
-        logits = logits.masked_fill(torch.eye(len(h), dtype=torch.bool, device=h.device), float("-inf"))
-        partner = torch.arange(len(h), device=h.device).roll(len(h_a))
-        return nn.functional.cross_entropy(logits, partner)
-
-    return (one_way(h_x, h_t) + one_way(h_t, h_x)) / 2
 
 
 class PlainImages(nn.Module):
@@ -85,46 +70,36 @@ def time_form(form, options):
     """Images a second over the steps after two of warm-up."""
     flags = ["--datapath", options.datapath, "--precision", "fp32" if form == "plain" else form, "--seed", "0"]
     flags += ["--bias-id", "4", "--batch-size", str(options.batch_size)] + ["--no-cuda"] * (options.device == "cpu")
-    args, given = main_mpi3dreal.parse_flags(flags)
-    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
-    device = select_device(args)
-    pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, device)
-    encoders = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, device)
-    image_text.set_weights(encoders, pairs, args)
+    args, _ = Mpi3dExperiment.parse_flags(flags)
+    model = Mpi3dExperiment(args, select_device(args.no_cuda))
+    model.draw(None)
+    optimiser = make_optimiser(model.modules, args, model.rates)
     if form == "plain":
-        batches = plain_batches(args, options.workers, device)
-        encoders = {
-            "encoder_img": PlainImages(encoders["encoder_img"]),
-            "encoder_txt": OneHotText(encoders["encoder_txt"]),
-        }
-    parameters = [parameter for encoder in encoders.values() for parameter in encoder.parameters()]
-    if form == "plain":
+        batches = plain_batches(args, options.workers, model.device)
+        image, text = PlainImages(model.modules["encoder_img"]), OneHotText(model.modules["encoder_txt"])
+        parameters = [*image.parameters(), *text.parameters()]
         optimiser = torch.optim.Adam(parameters, lr=args.lr)
-    else:
-        order = EpochOrder(len(pairs.splits["train"]), seeded_generator(0, "order"), pairs.images.index_device)
-        optimiser = Adam(parameters)
 
-    def synchronise():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def plain_step():
+        optimiser.zero_grad()
+        images, captions = next(batches)
+        textbook_image_text_loss(image(images), text(captions), args.tau).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+        optimiser.step()
 
-    with matrix_precision(args.precision):
-        for step in range(options.steps + 2):
-            if step == 2:
-                synchronise()
-                started = time.perf_counter()
-            optimiser.zero_grad()
-            with autocast(device, args.precision):
-                if form == "plain":
-                    images, captions = next(batches)
-                    loss = plain_loss(encoders["encoder_img"](images), encoders["encoder_txt"](captions), args.tau)
-                else:
-                    loss = image_text.batch_loss(encoders, pairs, order, args)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
-            optimiser.step(*(() if form == "plain" else (args.lr,)))
-    synchronise()
+    for step in range(options.steps + 2):
+        if step == 2:
+            synchronise(model.device)
+            started = time.perf_counter()
+        plain_step() if form == "plain" else training_step(model, optimiser, 0.0)
+    synchronise(model.device)
     return options.steps * args.batch_size / (time.perf_counter() - started)
+
+
+def synchronise(device):
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def main():
@@ -146,14 +121,8 @@ def main():
     rates = {}
     for form in FORMS[options.device]:
         command = [sys.executable, __file__, "--form", form, "--device", options.device, "--datapath", options.datapath]
-        command += [
-            "--batch-size",
-            str(options.batch_size),
-            "--steps",
-            str(options.steps),
-            "--workers",
-            str(options.workers),
-        ]
+        command += ["--batch-size", str(options.batch_size), "--steps", str(options.steps)]
+        command += ["--workers", str(options.workers)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{form:6} failed with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")

@@ -29,11 +29,10 @@ import pandas as pd
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import main_causal3dident
-import main_mpi3dreal
-import main_numeric
-from datasets import causal_setting, mpi3d_setting
-from latent_spaces import subset_from_index
+from latent_spaces import biased_blocks
+from main_causal3dident import Causal3dIdentExperiment
+from main_mpi3dreal import Mpi3dExperiment
+from main_numeric import NumericExperiment
 from running.command_line import InputError, run_script
 from running.files import write_csv
 from running.pictures import save_figure
@@ -43,13 +42,14 @@ LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What is measured: a script, its score, log_steps of each recipe, prefix of the image encoding's columns in the log.
+class Curve:
+    """What is measured: a script, its experiment, a score, log_steps of each recipe, prefix of the image encoding's columns.
 
     unbiased(args): names of the semantics to be identified; describe(args): the setting in words.
     """
 
-    script: object
+    script: str
+    experiment: type
     flags: tuple
     score: str
     log_steps: dict
@@ -57,54 +57,44 @@ class Experiment:
     unbiased: Callable
     describe: Callable
 
-
-def selected(args):
-    """Names of the selected semantics of the numeric experiment; InputError for a number that is no subset."""
-    main_numeric.check_subsets(args)
-    return [f"s_{i}" for i in subset_from_index(args.theta_value, args.semantics_n)]
-
-
-def describe_bias(args):
-    """The setting of an experiment on images and captions in words."""
-    return f"{args.bias_type} {args.bias_id}"
+    def args(self, flags):
+        """Namespace of the script's flags; InputError for those that do not fit."""
+        args, _ = self.experiment.parse_flags(flags)
+        self.experiment.settle(args)
+        return args
 
 
-EXPERIMENTS = {
-    "numeric": Experiment(
-        main_numeric,
-        ("--theta-value", "385"),
-        "linear R²",
-        {"paper": 20, "fast": 200},  # a few lines a minute on two cores
-        "hz_x_",
-        selected,
-        lambda args: f"{len(selected(args))} of {args.semantics_n} semantics selected",
-    ),
-    "mpi3d": Experiment(
-        main_mpi3dreal,
-        (),
-        "linear MCC",
-        {"paper": 10, "fast": 100},
-        "image_",
-        lambda args: mpi3d_setting(args.bias_type, args.bias_id).unbiased,
-        describe_bias,
-    ),
-    "causal3dident": Experiment(
-        main_causal3dident,
-        (),
-        "linear MCC or R²",
-        {"paper": 10, "fast": 100},
-        "image_",
-        lambda args: causal_setting(args.bias_type, args.bias_id).unbiased,
-        describe_bias,
-    ),
-}
+def unbiased_semantics(args):
+    """Names of the unbiased semantics of the numeric experiment."""
+    return [f"s_{i}" for i in biased_blocks(args.theta_value, args.beta_value, args.semantics_n)[2]]
 
 
-def measure(experiment, recipe, seed, flags, minutes, models):
+def describe_semantics(args):
+    """The setting of the numeric experiment in words."""
+    return f"{len(biased_blocks(args.theta_value, -1, args.semantics_n)[0])} of {args.semantics_n} semantics selected"
+
+
+def image_curve(script, experiment, score):
+    """Curve of an experiment on images and captions."""
+    return Curve(script, experiment, (), score, {"paper": 10, "fast": 100}, "image_",
+                 lambda args: experiment.bias(args.bias_type, args.bias_id).unbiased,
+                 lambda args: f"{args.bias_type} {args.bias_id}")  # fmt: skip
+
+
+NUMERIC_STEPS = {"paper": 20, "fast": 200}  # a few lines a minute on two cores
+CURVES = {
+    "numeric": Curve("main_numeric.py", NumericExperiment, ("--theta-value", "385"), "linear R²", NUMERIC_STEPS, "hz_x_",
+                     unbiased_semantics, describe_semantics),
+    "mpi3d": image_curve("main_mpi3dreal.py", Mpi3dExperiment, "linear MCC"),
+    "causal3dident": image_curve("main_causal3dident.py", Causal3dIdentExperiment, "linear MCC or R²"),
+}  # fmt: skip
+
+
+def measure(curve, recipe, seed, flags, minutes, models):
     """DataFrame of one run: recipe, seed, seconds, step, and worst, mean (unbiased) and largest other score of the images."""
-    name, script = f"{recipe}_{seed}", Path(experiment.script.__file__).name
+    name, script = f"{recipe}_{seed}", curve.script
     command = [sys.executable, script, *flags, "--recipe", recipe, "--seed", str(seed)]
-    command += ["--log-steps", str(experiment.log_steps[recipe]), "--model-dir", models, "--model-id", name]
+    command += ["--log-steps", str(curve.log_steps[recipe]), "--model-dir", models, "--model-id", name]
     process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.DEVNULL)
     try:
         process.wait(timeout=minutes * 60)
@@ -118,14 +108,14 @@ def measure(experiment, recipe, seed, flags, minutes, models):
         raise InputError(
             f"{script} --recipe {recipe} did not come to a line of its log in {minutes:g} minutes; give it more --minutes"
         ) from None
-    unbiased = [experiment.prefix + factor for factor in experiment.unbiased(experiment.script.parse_flags(flags)[0])]
+    unbiased = [curve.prefix + factor for factor in curve.unbiased(curve.args(flags))]
     # s_inv is the mean over the unbiased ones
-    others = [c for c in log.columns if c.startswith(experiment.prefix) and c not in (*unbiased, "hz_x_s_inv")]
+    others = [c for c in log.columns if c.startswith(curve.prefix) and c not in (*unbiased, "hz_x_s_inv")]
     device = json.loads((directory / "args.json").read_text())["device"]
-    curve = log[["seconds", "step"]].assign(
+    scores = log[["seconds", "step"]].assign(
         worst=log[unbiased].min(axis=1), mean=log[unbiased].mean(axis=1), other=log[others].max(axis=1)
     )
-    return curve.assign(recipe=recipe, seed=seed, device=device)
+    return scores.assign(recipe=recipe, seed=seed, device=device)
 
 
 def draw(curves, score, setting, path):
@@ -145,7 +135,7 @@ def draw(curves, score, setting, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--experiment", choices=tuple(EXPERIMENTS), default="numeric", help="(%(default)s)")
+    parser.add_argument("--experiment", choices=tuple(CURVES), default="numeric", help="(%(default)s)")
     parser.add_argument("--minutes", type=float, default=15, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
@@ -154,20 +144,20 @@ def main():
     )
     parser.add_argument("--output", type=Path, default=HERE / "time_to_identification", help="without suffix")
     args, flags = parser.parse_known_args()
-    experiment = EXPERIMENTS[args.experiment]
-    flags = [*experiment.flags, *flags]
-    setting = experiment.describe(experiment.script.parse_flags(flags)[0])
+    curve = CURVES[args.experiment]
+    flags = [*curve.flags, *flags]
+    setting = curve.describe(curve.args(flags))
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
         models = str(args.models.resolve() if args.models else temporary)
         runs = [(recipe, seed) for seed in args.seeds for recipe in ("fast", "paper")]
-        curves = pd.concat(pool.map(lambda run: measure(experiment, *run, flags, args.minutes, models), runs))
+        curves = pd.concat(pool.map(lambda run: measure(curve, *run, flags, args.minutes, models), runs))
     write_csv(curves, args.output.with_suffix(".csv"))
-    draw(curves, experiment.score, setting, args.output.with_suffix(".png"))
+    draw(curves, curve.score, setting, args.output.with_suffix(".png"))
     print(f"{setting}; {curves.device.iloc[0]}")
-    for (recipe, seed), curve in curves.groupby(["recipe", "seed"]):
-        passed = {level: curve[curve.worst >= level].seconds.min() / 60 for level in LEVELS}
+    for (recipe, seed), run in curves.groupby(["recipe", "seed"]):
+        passed = {level: run[run.worst >= level].seconds.min() / 60 for level in LEVELS}
         times = ", ".join(f"{level}: " + (f"{t:.1f} min" if t == t else "not reached") for level, t in passed.items())
-        last = curve.iloc[-1]
+        last = run.iloc[-1]
         print(f"{recipe:>5} seed {seed}: worst unbiased {last.worst:.2f}, largest other {last.other:.2f} after "
               f"{last.seconds / 60:.1f} min, {last.step} steps; {times}")  # fmt: skip
 

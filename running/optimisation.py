@@ -1,8 +1,16 @@
-"""Adam, and what learns in a fraction of its steps: for deep MLPs rates by layer and a preconditioner, for CNNs Muon."""
+"""One training step, and the optimisers behind it.
+
+Adam, and what learns in a fraction of its steps: for deep MLPs rates by layer and a preconditioner, for CNNs Muon.
+"""
 
 import torch
 from torch import nn
 from torch.optim.adam import adam
+
+from running.devices import autocast, matrix_precision
+from running.schedules import learning_rate
+
+GRADIENT_NORM = 2.0  # to which larger gradients are clipped
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 REFERENCE_FAN_IN = 750  # of the wide layers at the paper's size
@@ -15,34 +23,78 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of X ← a X + b (X Xᵀ) X + c (X 
 NEWTON_SCHULZ_STEPS = 5
 
 
+def training_step(experiment, optimiser, share_done):
+    """One step of a run: forward, backward, whitening, clipping, update; returns (loss, norm of the gradient), 0-d tensors.
+
+    experiment: has `args`, `device` and loss(share_done), a scalar tensor of one fresh batch.
+    """
+    args = experiment.args
+    optimiser.zero_grad()
+    with matrix_precision(args.precision):
+        with autocast(experiment.device, args.precision):
+            loss = experiment.loss(share_done)
+        loss.backward()
+    # the graph is freed now: its nodes would lie between the next step's activations and scatter the heap
+    loss = loss.detach()
+    return loss, optimiser.step(learning_rate(args, share_done))
+
+
+def make_optimiser(modules, args, rates=None):
+    """The optimiser of the flags for `modules`, a dict name → nn.Module; rates: dict name → factor of its learning rate."""
+    by_layer, by_module = fan_in_rates(modules) if args.layer_lr == "fan-in" else {}, rates or {}
+    factors = {
+        parameter: by_layer.get(id(parameter), 1.0) * by_module.get(name, 1.0)
+        for name, module in modules.items()
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    whitening = InputWhitening(modules) if args.preconditioner == "inputs" else None
+    return (Muon if args.optimiser == "muon" else Adam)(list(factors), list(factors.values()), whitening)
+
+
 class Adam:
     """Adam (Kingma & Ba, 2015) by torch's functional form, fused.
 
     The class torch.optim.Adam is the same arithmetic, but making one imports torch's compiler: seconds, and 140 MB.
     """
 
-    def __init__(self, parameters, rates=None):
-        """Optimise `parameters`, a list of float tensors that require gradients; `rates` are factors of the learning rate."""
-        self.parameters = parameters
+    def __init__(self, parameters, rates=None, whitening=None):
+        """Optimise `parameters`, a list of float tensors that require gradients.
+
+        rates: factors of the learning rate; whitening: an InputWhitening of their gradients.
+        """
+        self.parameters, self.whitening = parameters, whitening
+        self.count = 0  # steps done
         self.rates = rates or [1.0] * len(parameters)
         self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
         self.variance = [torch.zeros_like(parameter) for parameter in parameters]
         self.steps = [torch.zeros((), device=parameter.device) for parameter in parameters]
 
     def zero_grad(self):
-        """Free the gradients."""
+        """Free the gradients, before the forward pass of a step."""
         for parameter in self.parameters:
             parameter.grad = None
+        if self.whitening:
+            self.whitening.before_forward(self.count)
+
+    def step(self, lr):
+        """Whiten and clip the gradients and update, with learning rate `lr`; returns the norm before the clipping, 0-d."""
+        if self.whitening:
+            self.whitening.precondition()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
+        self.update(lr)
+        self.count += 1
+        return norm
 
     def _states(self):
         return list(zip(self.parameters, self.momentum, self.variance, self.steps, self.rates, strict=True))
 
-    def step(self, lr):
-        """One step with learning rate `lr`, in place; a parameter without a gradient stays."""
-        self._step_adam(self._states(), lr)
+    def update(self, lr):
+        """Move the parameters by their gradients, with learning rate `lr`, in place; one without a gradient stays."""
+        self._update_adam(self._states(), lr)
 
     @torch.no_grad()
-    def _step_adam(self, states, lr):
+    def _update_adam(self, states, lr):
         for rate in sorted(set(self.rates)):
             moving = [state for state in states if state[4] == rate and state[0].grad is not None]
             if not moving:
@@ -74,8 +126,8 @@ class Muon(Adam):
     """
 
     @torch.no_grad()
-    def step(self, lr):
-        """One step, with learning rate `lr` for Adam and MUON_RATE times that for filters."""
+    def update(self, lr):
+        """As Adam's, with learning rate `lr` for Adam and MUON_RATE times that for filters."""
         others = []
         for state in self._states():
             parameter, momentum, _, _, rate = state
@@ -88,7 +140,7 @@ class Muon(Adam):
             stretch = max(1, direction.shape[0] / direction.shape[1]) ** 0.5
             update = orthogonalised(direction).view(parameter.shape)
             parameter.add_(update, alpha=-lr * MUON_RATE * rate * stretch)
-        self._step_adam(others, lr)
+        self._update_adam(others, lr)
 
 
 def orthogonalised(matrix):

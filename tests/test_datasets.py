@@ -422,8 +422,7 @@ def swapped_with_table(folder, name, other):
     swapped(folder, name, other)
     for split in ("train", "test"):
         replace(
-            folder / split / f"text_semantics_{name}.csv",
-            (folder / split / f"text_semantics_{other}.csv").read_bytes(),
+            folder / split / f"text_semantics_{name}.csv", (folder / split / f"text_semantics_{other}.csv").read_bytes()
         )
 
 

@@ -8,16 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from encoders import (
-    CAPTION_LENGTHS,
-    TINY_OUTPUT,
-    ImageEncoder,
-    MLPEncoder,
-    SmallOutputConv2d,
-    TextEncoder,
-    initialise,
-    narrowed,
-)
+from encoders import CAPTION_LENGTHS, TINY_OUTPUT, ImageEncoder, MLPEncoder, SmallOutputConv2d, TextEncoder, initialise
 
 
 @pytest.mark.parametrize("d, size", [(15, 10), (6, 1), (10, 5)])
@@ -185,24 +176,3 @@ def test_captions_of_other_lengths_are_refused(length):
 def test_all_lengths_leave_something_to_flatten():
     for length in CAPTION_LENGTHS:
         assert TextEncoder(3, length, 1).linear.in_features >= 1
-
-
-@pytest.mark.parametrize("kind", ["image", "text"])
-def test_spare_dimensions_come_last_in_training_and_are_gone_in_a_narrowed_copy(kind):
-    generator = torch.Generator().manual_seed(0)
-    if kind == "image":
-        encoder = ImageEncoder(3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), 20, spare=4)
-        inputs = torch.randint(256, (4, 16, 16, 3), generator=generator, dtype=torch.uint8)
-    else:
-        encoder, inputs = TextEncoder(9, 12, 3, spare=4), torch.randint(9, (4, 12), generator=generator)
-    initialise(encoder, "he", generator)
-    assert encoder(inputs).shape == (4, 7)
-    narrow = narrowed(encoder)
-    encoder.eval()
-    narrow.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(encoder(inputs), narrow(inputs))
-        assert encoder(inputs).shape == narrow.train()(inputs).shape == (4, 3)
-        before = encoder(inputs)
-        narrow.linear.weight.zero_()
-        assert torch.equal(encoder(inputs), before)  # a copy

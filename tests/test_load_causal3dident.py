@@ -28,8 +28,7 @@ def as_jpg(folder):
 
 
 @pytest.mark.parametrize(
-    "bias_type, bias_id, change",
-    [("selections", 0, None), ("selections", 5, as_jpg), ("perturbations", 4, None)],
+    "bias_type, bias_id, change", [("selections", 0, None), ("selections", 5, as_jpg), ("perturbations", 4, None)]
 )
 def test_pairs_are_those_of_a_plain_loop_over_the_files(causal3dident, bias_type, bias_id, change):
     if change:

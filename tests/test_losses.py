@@ -5,20 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import image_text_contrastive_loss, multimodal_contrastive_loss
-
-
-def written_out(a, positive, negatives, p=2.0, tau=1.0):
-    """ℓ(a, p; n) of Eq. 2 as a textbook writes it, with the B × M × D tensor of differences."""
-    d_positive = (a - positive).abs().pow(p).sum(dim=1) / tau
-    d_negative = (a[:, None] - negatives[None]).abs().pow(p).sum(dim=2) / tau
-    logits = torch.cat((-d_positive[:, None], -d_negative), dim=1)
-    count = torch.tensor(len(negatives) + 1.0, dtype=torch.float64)
-    return (d_positive + torch.logsumexp(logits, dim=1) - count.log()).mean()
-
-
-def written_out_symmetric(h_x, h_t, n_x, n_t, p=2.0, tau=1.0):
-    return (written_out(h_x, h_t, n_x, p, tau) + written_out(h_t, h_x, n_t, p, tau)) / 2
+from losses import (
+    image_text_contrastive_loss,
+    multimodal_contrastive_loss,
+    textbook_image_text_loss,
+    textbook_multimodal_loss,
+)
 
 
 def value_and_gradients(loss, tensors, dtype, **options):
@@ -44,7 +36,7 @@ def test_value_and_gradients_in_float64(p, tau, pairs, negatives, dimensions, mo
     monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 150)  # several blocks, the last one short
     tensors = encodings((pairs, pairs, negatives, negatives), dimensions)
     value, gradients = value_and_gradients(multimodal_contrastive_loss, tensors, torch.float64, p=p, tau=tau)
-    expected, expected_gradients = value_and_gradients(written_out_symmetric, tensors, torch.float64, p=p, tau=tau)
+    expected, expected_gradients = value_and_gradients(textbook_multimodal_loss, tensors, torch.float64, p=p, tau=tau)
     assert abs(value - expected) <= 1e-12 * max(1, abs(expected))
     for found, wanted in zip(gradients, expected_gradients, strict=True):
         assert relative(found, wanted) < 1e-10
@@ -60,7 +52,7 @@ def test_float32_is_within_1e_5_also_at_extremes(scale, offset):
     h_t = (h_x + 0.1 * (noise - offset)).float().double()
     tensors = (h_x, h_t, n_x, n_t)
     value, gradients = value_and_gradients(multimodal_contrastive_loss, tensors, torch.float32)
-    expected, expected_gradients = value_and_gradients(written_out_symmetric, tensors, torch.float64)
+    expected, expected_gradients = value_and_gradients(textbook_multimodal_loss, tensors, torch.float64)
     assert torch.isfinite(value) and abs(value - expected) <= 1e-5 * max(1, abs(expected))
     for found, wanted in zip(gradients, expected_gradients, strict=True):
         assert torch.isfinite(found).all()
@@ -74,16 +66,18 @@ def test_negatives_from_the_batch_leave_the_anchor_out(monkeypatch):
     def one_by_one(h_x, h_t, p):
         others = [torch.arange(23) != i for i in range(23)]
         rows = [
-            written_out_symmetric(h_x[i : i + 1], h_t[i : i + 1], h_x[others[i]], h_t[others[i]], p) for i in range(23)
+            textbook_multimodal_loss(h_x[i : i + 1], h_t[i : i + 1], h_x[others[i]], h_t[others[i]], p)
+            for i in range(23)
         ]
         return torch.stack(rows).mean()
 
     for p in (2.0, 1.0):
         value, gradients = value_and_gradients(multimodal_contrastive_loss, (h_x, h_t), torch.float64, p=p)
-        expected, expected_gradients = value_and_gradients(one_by_one, (h_x, h_t), torch.float64, p=p)
-        assert abs(value - expected) < 1e-12
-        for found, wanted in zip(gradients, expected_gradients, strict=True):
-            assert relative(found, wanted) < 1e-10
+        for reference in (one_by_one, textbook_multimodal_loss):
+            expected, expected_gradients = value_and_gradients(reference, (h_x, h_t), torch.float64, p=p)
+            assert abs(value - expected) < 1e-12
+            for found, wanted in zip(gradients, expected_gradients, strict=True):
+                assert relative(found, wanted) < 1e-10
 
 
 class LargestTensor(TorchDispatchMode):
@@ -175,10 +169,11 @@ def test_image_text_value_and_gradients_in_float64(pairs, dimensions, tau, negat
     tensors = encodings((pairs, pairs), dimensions)
     options = {"tau": tau, "negatives": negatives}
     value, gradients = value_and_gradients(image_text_contrastive_loss, tensors, torch.float64, **options)
-    expected, expected_gradients = value_and_gradients(written_out_image_text, tensors, torch.float64, **options)
-    assert abs(value - expected) <= 1e-12 * max(1, abs(expected))
-    for found, wanted in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-14)
+    for reference in (written_out_image_text, textbook_image_text_loss):
+        expected, expected_gradients = value_and_gradients(reference, tensors, torch.float64, **options)
+        assert abs(value - expected) <= 1e-12 * max(1, abs(expected))
+        for found, wanted in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-14)
 
 
 def test_image_text_loss_is_symmetric_and_independent_of_scale():

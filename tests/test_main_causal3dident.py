@@ -15,6 +15,9 @@ import encoders
 import image_text
 import main_causal3dident
 import probes
+from image_text import ImageTextExperiment
+from main_causal3dident import Causal3dIdentExperiment
+from running import experiment
 from running.command_line import run_script
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
@@ -37,15 +40,14 @@ TEXT = [*DISCRETE, "spotlight_pos", "text_phrasing"]  # of selections 3
 class SmallImageEncoder(nn.Module):
     """Stands for the ResNet-18, with its batch normalisation: seconds instead of minutes."""
 
-    def __init__(self, encoding_size, mean, std, hidden_size=100, spare=0):
+    def __init__(self, encoding_size, mean, std, hidden_size=100):
         super().__init__()
         self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
-        self.encoding_size, self.linear = encoding_size, nn.Linear(4 * 9, encoding_size + spare)
+        self.linear = nn.Linear(4 * 9, encoding_size)
 
     def forward(self, images):
         x = images.permute(0, 3, 1, 2).float() / 255
-        h = self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
-        return h if self.training else h[:, : self.encoding_size]
+        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
 
 
 @pytest.fixture
@@ -158,8 +160,7 @@ def test_each_factor_has_the_nonlinear_score_of_its_own_encoding_and_kind(run, t
 
 
 def test_the_defaults_are_the_specified_ones():
-    args, given = main_causal3dident.parse_flags([])
-    main_causal3dident.apply_recipe(args, given, main_causal3dident.RECIPES)
+    args, _ = Causal3dIdentExperiment.parse_flags([])
     defaults = {
         **{"datapath": "data/Causal3DIDent", "model_dir": "models", "model_id": None, "bias_type": "selections"},
         **{"bias_id": 0, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
@@ -176,26 +177,23 @@ def test_the_defaults_are_the_specified_ones():
 def test_the_size_of_the_encodings():
     sizes = {}
     for bias_type, bias_id in itertools.product(("selections", "perturbations"), range(7)):
-        args, _ = main_causal3dident.parse_flags(["--bias-type", bias_type, "--bias-id", str(bias_id)])
-        setting = datasets.causal_setting(bias_type, bias_id)
-        sizes.setdefault(bias_type, []).append(image_text.encoding_size(main_causal3dident.EXPERIMENT, args, setting))
+        unbiased = datasets.causal_setting(bias_type, bias_id).unbiased
+        sizes.setdefault(bias_type, []).append(Causal3dIdentExperiment.default_encoding_size(len(unbiased)))
     assert sizes == {"selections": [3, 3, 4, 5, 5, 6, 7], "perturbations": [7, 6, 5, 5, 4, 3, 3]}
-    args, _ = main_causal3dident.parse_flags(["--encoding-size", "2"])
-    assert image_text.encoding_size(main_causal3dident.EXPERIMENT, args, setting) == 2
 
 
 def test_pixels_are_normalised_as_specified(run, monkeypatch):
     seen = []
 
-    def noted(size, mean, std, hidden_size, spare):
-        seen.append((size, mean, std, hidden_size, spare))
-        return SmallImageEncoder(size, mean, std, hidden_size, spare)
+    def noted(size, mean, std, hidden_size):
+        seen.append((size, mean, std, hidden_size))
+        return SmallImageEncoder(size, mean, std, hidden_size)
 
     monkeypatch.setattr(image_text, "ImageEncoder", noted)
-    monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
-    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
+    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
     assert run("--seed 1 --train-steps 1 --hidden-size 20")[0] == 0
-    assert seen == [(5, (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082), 20, 0)]
+    assert seen == [(5, (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082), 20)]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -208,10 +206,10 @@ class Killed(BaseException):
 
 def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch):
     """13 batches make an epoch, so the kills and the checkpoints fall into several of them."""
-    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
+    monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
     flags = "--seed 3 --train-steps 20 --recipe fast --bias-id 1"
     assert run(flags, "whole")[0] == 0
-    rng, real = random.Random(flags), image_text.batch_loss
+    rng, real = random.Random(flags), ImageTextExperiment.loss
     for _ in range(2):
         count, last = itertools.count(), rng.randrange(6, 13)
 
@@ -221,7 +219,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
             return real(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(image_text, "batch_loss", dying)
+            patch.setattr(ImageTextExperiment, "loss", dying)
             with pytest.raises(Killed):
                 run(f"{flags} --resume", "killed")
     code, out, err = run("--resume --log-steps 5", "killed", base="--no-cuda")
@@ -331,7 +329,7 @@ def test_the_picture_has_both_encodings_with_their_own_factors(tmp_path, monkeyp
 
 def test_the_script_explains_itself(capsys):
     with pytest.raises(SystemExit):
-        main_causal3dident.parse_flags(["--help"])
+        Causal3dIdentExperiment.parse_flags(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for words in (
         "its setting k is --bias-id 7 − k",

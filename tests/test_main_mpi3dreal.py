@@ -22,9 +22,13 @@ import image_text
 import main_mpi3dreal
 import probes
 from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_setting
+from image_text import ImageTextExperiment
 from losses import image_text_contrastive_loss
-from running import training
+from main_mpi3dreal import Mpi3dExperiment
+from running import experiment
 from running.command_line import run_script
+from running.directory import LATER_FLAGS
+from running.schedules import temperature
 
 ROOT = Path(main_mpi3dreal.__file__).parent
 FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
@@ -42,15 +46,14 @@ FILES = [
 class SmallImageEncoder(nn.Module):
     """Stands for the ResNet-18, with its batch normalisation: seconds instead of minutes."""
 
-    def __init__(self, encoding_size, mean, std, hidden_size=100, spare=0):
+    def __init__(self, encoding_size, mean, std, hidden_size=100):
         super().__init__()
         self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
-        self.encoding_size, self.linear = encoding_size, nn.Linear(4 * 64, encoding_size + spare)
+        self.linear = nn.Linear(4 * 64, encoding_size)
 
     def forward(self, images):
         x = images.permute(0, 3, 1, 2).float() / 255
-        h = self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
-        return h if self.training else h[:, : self.encoding_size]
+        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
 
 
 @pytest.fixture
@@ -130,8 +133,7 @@ def test_results_are_the_probes_of_the_two_halves_of_test(run, tmp_path, mpi3d):
 
 
 def test_the_defaults_are_the_specified_ones():
-    args, given = main_mpi3dreal.parse_flags([])
-    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
+    args, _ = Mpi3dExperiment.parse_flags([])
     defaults = {
         **{"datapath": "data/MPI3d_real_complex", "model_dir": "models", "model_id": None, "bias_type": "selection"},
         **{"bias_id": 0, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
@@ -151,9 +153,9 @@ def test_the_defaults_are_the_specified_ones():
      ("--bias-type perturbation --bias-id 1", 4), ("--bias-type perturbation --bias-id 4", 3), ("--encoding-size 1", 1)],
 )  # fmt: skip
 def test_the_size_of_the_encodings(flags, size):
-    args, _ = main_mpi3dreal.parse_flags(flags.split())
-    setting = mpi3d_setting(args.bias_type, args.bias_id)
-    assert image_text.encoding_size(main_mpi3dreal.EXPERIMENT, args, setting) == size
+    args, _ = Mpi3dExperiment.parse_flags(flags.split())
+    unbiased = mpi3d_setting(args.bias_type, args.bias_id).unbiased
+    assert (args.encoding_size or Mpi3dExperiment.default_encoding_size(len(unbiased))) == size
 
 
 @pytest.mark.parametrize(
@@ -164,8 +166,8 @@ def test_the_size_of_the_encodings(flags, size):
      "--whitening-pairs 16", "--spare-dimensions 4", "--optimiser muon", "--first-batch-size 20"],
 )  # fmt: skip
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
-    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
+    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
     for model, extra in (("plain", ""), ("changed", flags)):
         code, _, err = run(f"--seed 1 --train-steps 5 {extra}", model)
         assert code == 0, err
@@ -178,11 +180,10 @@ def test_whitened_encodings_have_mean_zero_and_covariance_one(mpi3d, size):
     flags = (
         f"--datapath {mpi3d} --no-cuda --seed 1 --batch-size 16 --bias-id 2 --encoding-size {size} --whitening-pairs 40"
     )
-    args, given = main_mpi3dreal.parse_flags(flags.split())
-    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
-    pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, torch.device("cpu"))
-    encoders = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, torch.device("cpu"))
-    image_text.set_weights(encoders, pairs, args)
+    args, _ = Mpi3dExperiment.parse_flags(flags.split())
+    model = Mpi3dExperiment(args, torch.device("cpu"))
+    model.draw(None)
+    encoders, pairs = model.modules, model.pairs
     rows = torch.randperm(len(pairs.splits["train"]), generator=torch.Generator().manual_seed(3))[:40]
     for encoder, inputs in (("encoder_img", pairs.images_of), ("encoder_txt", pairs.tokens_of)):
         image_text.whiten(encoders[encoder], inputs("train", rows))
@@ -199,35 +200,32 @@ def test_whitened_encodings_have_mean_zero_and_covariance_one(mpi3d, size):
 
 def test_the_temperature_goes_to_tau_between_two_shares_of_the_steps():
     args = Namespace(tau=1.0, first_tau=0.2)
-    temperatures = [image_text.temperature_at(args, share) for share in (0, 0.4, 0.55, 0.7, 1)]
+    temperatures = [temperature(args, share) for share in (0, 0.4, 0.55, 0.7, 1)]
     assert temperatures == pytest.approx([0.2, 0.2, 0.6, 1.0, 1.0])
     constant = Namespace(tau=0.3, first_tau=0)
-    assert [image_text.temperature_at(constant, share) for share in (0, 0.37, 1)] == [0.3] * 3
+    assert [temperature(constant, share) for share in (0, 0.37, 1)] == [0.3] * 3
 
 
 @pytest.mark.parametrize(("flags", "sizes"), [("--first-batch-size 20", [20, 20, 16, 16, 16]),
                                               ("--first-batch-size 20 --final-batch-size 64", [20, 20, 28, 34, 56]),
                                               ("", [16] * 5)])  # fmt: skip
 def test_the_first_batches_have_a_size_of_their_own(mpi3d, flags, sizes):
-    args, given = main_mpi3dreal.parse_flags([*f"--no-cuda --batch-size 16 {flags}".split(), "--datapath", str(mpi3d)])
-    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
-    pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, torch.device("cpu"))
-    both = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, torch.device("cpu"))
-    drawn = []
-    order = Namespace(next=lambda count: drawn.append(count) or torch.arange(4))
+    args, _ = Mpi3dExperiment.parse_flags(
+        [*f"--no-cuda --seed 1 --batch-size 16 {flags}".split(), "--datapath", str(mpi3d)]
+    )
+    model, drawn = Mpi3dExperiment(args, torch.device("cpu")), []
+    model.order = Namespace(next=lambda count: drawn.append(count) or torch.arange(4))
     for share in (0, 0.399, 0.4, 0.55, 0.9):
-        image_text.batch_loss(both, pairs, order, args, share)
+        model.loss(share)
     assert drawn == sizes
 
 
 def test_spare_dimensions_count_in_the_loss_until_they_are_cut_off(mpi3d):
     flags = "--no-cuda --seed 1 --batch-size 16 --bias-id 2 --encoding-size 2 --spare-dimensions 3"
-    args, given = main_mpi3dreal.parse_flags([*flags.split(), "--datapath", str(mpi3d)])
-    main_mpi3dreal.apply_recipe(args, given, main_mpi3dreal.RECIPES)
-    pairs, setting = image_text.open_pairs(main_mpi3dreal.EXPERIMENT, args, torch.device("cpu"))
-    both = image_text.build_encoders(main_mpi3dreal.EXPERIMENT, args, pairs, setting, torch.device("cpu"))
-    image_text.set_weights(both, pairs, args)
-    rows = torch.arange(16)
+    args, _ = Mpi3dExperiment.parse_flags([*flags.split(), "--datapath", str(mpi3d)])
+    model = Mpi3dExperiment(args, torch.device("cpu"))
+    model.draw(None)
+    both, pairs, rows = model.modules, model.pairs, torch.arange(16)
     h_x = both["encoder_img"](pairs.images_of("train", rows)).detach().double()
     h_t = both["encoder_txt"](pairs.tokens_of("train", rows)).detach().double()
     assert h_x.shape == h_t.shape == (16, 5)
@@ -235,14 +233,14 @@ def test_spare_dimensions_count_in_the_loss_until_they_are_cut_off(mpi3d):
     for share, left in ((0, 1), (0.149, 1), (0.15, 0), (0.9, 0)):
         scale = torch.tensor([1, 1, left, left, left], dtype=torch.float64)
         expected = image_text_contrastive_loss(h_x * scale, h_t * scale, 1.0, "both")
-        order = Namespace(next=lambda count: rows[:count])
-        losses[share] = image_text.batch_loss(both, pairs, order, args, share).item()
+        model.order = Namespace(next=lambda count: rows[:count])
+        losses[share] = model.loss(share).item()
         assert losses[share] == pytest.approx(expected.item(), abs=1e-5), share
     assert losses[0] == losses[0.149] != losses[0.15] == losses[0.9]
 
 
 def test_the_encoders_that_are_kept_have_no_spare_dimensions(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
+    monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
     flags = (
         "--seed 1 --train-steps 5 --encoding-size 2 --spare-dimensions 3 --checkpoint-steps 2 --save-all-checkpoints"
     )
@@ -267,7 +265,7 @@ def test_the_penalty_is_of_relative_lengths_alone():
 
 
 def test_how_often_is_logged_saved_and_read_by_how_many_changes_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
     for model, flags in (("a", ""), ("b", "--log-steps 3 --checkpoint-steps 5 --save-all-checkpoints --workers 3")):
         assert run(f"--seed 1 {flags}", model)[0] == 0
     a, b = (contents(tmp_path / "models" / model) for model in "ab")
@@ -278,14 +276,14 @@ def test_how_often_is_logged_saved_and_read_by_how_many_changes_nothing(run, tmp
 
 def test_encoders_are_saved_while_training_goes_on(run, tmp_path, monkeypatch):
     seen = {}
-    real = image_text.batch_loss
+    real = ImageTextExperiment.loss
 
     def noted(*arguments):
         seen[len(seen)] = (tmp_path / "models/m/encoder_txt.pt").exists()
         return real(*arguments)
 
-    monkeypatch.setattr(image_text, "batch_loss", noted)
-    monkeypatch.setattr(image_text, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(ImageTextExperiment, "loss", noted)
+    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
     assert run("--seed 1")[0] == 0
     assert [seen[step] for step in range(12)] == [False] * 4 + [True] * 8
 
@@ -317,7 +315,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
     """24 batches make an epoch, so the kills and the checkpoints fall into several of them."""
     flags = f"--seed 3 --train-steps 60 {flags}"
     assert run(flags, "whole")[0] == 0
-    rng, real = random.Random(flags), image_text.batch_loss
+    rng, real = random.Random(flags), ImageTextExperiment.loss
     for _ in range(3):
         count, last = itertools.count(), rng.randrange(6, 13)
 
@@ -327,7 +325,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
             return real(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(image_text, "batch_loss", dying)
+            patch.setattr(ImageTextExperiment, "loss", dying)
             with pytest.raises(Killed):
                 run(f"{flags} --resume", "killed")
     code, out, err = run("--resume", "killed", base="--no-cuda")
@@ -337,7 +335,7 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
 
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path, monkeypatch):
     assert run("--seed 3", "whole")[0] == 0
-    real, count = image_text.batch_loss, itertools.count()
+    real, count = ImageTextExperiment.loss, itertools.count()
 
     def signalled(*arguments):
         if next(count) == 6:
@@ -345,7 +343,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path,
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_text, "batch_loss", signalled)
+        patch.setattr(ImageTextExperiment, "loss", signalled)
         code, _, err = run("--seed 3", "stopped")
     assert code == 128 + signal.SIGTERM and "after step 7 of 12" in err and "--model-id stopped --resume" in err
     assert run("--resume", "stopped", base="--no-cuda")[0] == 0
@@ -355,11 +353,11 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path,
 def test_the_real_encoders_train_resume_and_are_evaluated_again(run, tmp_path, monkeypatch, capsys):
     """Once with the ResNet-18 itself, a few pairs and steps."""
     monkeypatch.setattr(image_text, "ImageEncoder", encoders.ImageEncoder)
-    monkeypatch.setattr(image_text, "make_monitor", lambda *_: None)
+    monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
     flags = "--seed 1 --batch-size 4 --train-steps 3 --log-steps 2 --hidden-size 20"
-    real, count = image_text.batch_loss, itertools.count()
+    real, count = ImageTextExperiment.loss, itertools.count()
     with monkeypatch.context() as patch:
-        patch.setattr(image_text, "write_evaluation", lambda *_: {})
+        patch.setattr(experiment, "write_evaluation", lambda *_: {})
         assert run(flags, "whole")[0] == 0
 
         def dying(*arguments):
@@ -368,7 +366,7 @@ def test_the_real_encoders_train_resume_and_are_evaluated_again(run, tmp_path, m
             return real(*arguments)
 
         with monkeypatch.context() as inner:
-            inner.setattr(image_text, "batch_loss", dying)
+            inner.setattr(ImageTextExperiment, "loss", dying)
             with pytest.raises(Killed):
                 run(flags, "killed")
         assert run("--resume", "killed", base="--no-cuda")[0] == 0
@@ -406,14 +404,14 @@ def test_evaluation_again_probes_the_same_encodings(run, trained):
 def test_a_model_of_an_earlier_version_with_fewer_flags_is_evaluated(run, trained):
     before = contents(trained)["results.csv"]
     args = json.loads((trained / "args.json").read_text())
-    earlier = {name: value for name, value in args.items() if name not in training.LATER_FLAGS}
+    earlier = {name: value for name, value in args.items() if name not in LATER_FLAGS}
     (trained / "args.json").write_text(json.dumps(earlier))
     assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
     assert contents(trained)["results.csv"] == before
 
 
 def test_a_run_that_is_not_trained_to_its_end_is_not_evaluated_but_resumed(run, tmp_path, monkeypatch):
-    real, count = image_text.batch_loss, itertools.count()
+    real, count = ImageTextExperiment.loss, itertools.count()
 
     def dying(*arguments):
         if next(count) == 7:  # the encoders of step 4 and the checkpoint of step 5 are there
@@ -421,7 +419,7 @@ def test_a_run_that_is_not_trained_to_its_end_is_not_evaluated_but_resumed(run, 
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_text, "batch_loss", dying)
+        patch.setattr(ImageTextExperiment, "loss", dying)
         with pytest.raises(Killed):
             run("--seed 1")
     before = contents(tmp_path / "models/m")
@@ -429,7 +427,7 @@ def test_a_run_that_is_not_trained_to_its_end_is_not_evaluated_but_resumed(run, 
     assert code == 2 and "is trained for 5 of 12 steps; --resume continues it" in err
     assert contents(tmp_path / "models/m") == before
     with monkeypatch.context() as patch:  # a run that only lacks its evaluation may be evaluated
-        patch.setattr(image_text, "evaluate", lambda *_: (_ for _ in ()).throw(Killed()))
+        patch.setattr(ImageTextExperiment, "evaluate", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             run("--resume", base="--no-cuda")
     assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0
@@ -559,7 +557,7 @@ def test_a_damaged_encoder_is_named(run, trained):
 
 def test_training_may_not_go_on_without_its_data(run, tmp_path, mpi3d, monkeypatch):
     monkeypatch.setattr(
-        image_text, "batch_loss", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        ImageTextExperiment, "loss", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     assert run("--seed 1")[0] == 2
     before = contents(tmp_path / "models")

@@ -15,9 +15,11 @@ import torch
 
 import main_numeric
 from latent_spaces import MisalignedLatents, seeded_generator
-from running import training
+from losses import textbook_multimodal_loss
+from main_numeric import NumericExperiment
+from running import directory as model_directory
+from running import experiment
 from tests.conftest import TINY
-from tests.test_losses import written_out_symmetric
 
 ROOT = Path(main_numeric.__file__).parent
 FILES = [
@@ -124,7 +126,7 @@ def test_how_often_progress_is_logged_changes_nothing(run, tmp_path):
 )
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     base = "--seed 1" + (" --beta-value 0" if "beta" in flags else "")
-    monkeypatch.setattr(main_numeric, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
     for model, extra in (("plain", ""), ("changed", flags)):
         code, _, err = run(f"{base} {extra} --model-id {model}")
         assert code == 0, err
@@ -134,14 +136,12 @@ def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
 
 def test_the_recipe_sets_what_is_not_given(run, tmp_path):
     argv = "--recipe fast --no-cuda --seed 1 --lr 0.002 --model-dir x"
-    args, given = main_numeric.parse_flags(argv.split())
-    main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
+    args, _ = NumericExperiment.parse_flags(argv.split())
     fast = main_numeric.RECIPES["fast"]
     assert (
         args.lr == 0.002 and args.init == "he" and args.batch_size == fast["batch_size"] and args.negatives == "batch"
     )
-    args, given = main_numeric.parse_flags([])
-    main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
+    args, _ = NumericExperiment.parse_flags([])
     defaults = {
         **{"model_dir": "models", "model_id": None, "encoding_size": 0, "semantics_n": 10, "modality_n": 5},
         **{"theta_value": 1022, "beta_value": -1, "change_prob": 0.75, "causal_dependence": False, "margin_param": 1.0},
@@ -202,36 +202,37 @@ def test_kernel_ridge_is_the_nonlinear_probe_without_mlp_eval(run, tmp_path, tra
 # the parts, one by one
 
 
-def drawn_networks(flags, tmp_path):
-    """(args, latents, networks) of command line flags, all weights drawn."""
-    args, given = main_numeric.parse_flags([*TINY.split(), "--seed", "1", *flags.split()])
-    main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
-    latents = main_numeric.build_latents(args, 1, torch.device("cpu"))
-    networks = main_numeric.build_networks(args, latents)
-    main_numeric.set_weights(networks, args, tmp_path)
-    return args, latents, networks
+def drawn_model(flags, tmp_path):
+    """NumericExperiment of command line flags, all weights drawn."""
+    args, _ = NumericExperiment.parse_flags([*TINY.split(), "--seed", "1", *flags.split()])
+    NumericExperiment.settle(args)
+    model = NumericExperiment(args, torch.device("cpu"))
+    model.draw(tmp_path)
+    return model
 
 
 @torch.no_grad()
 def test_negatives_are_encodings_of_independent_latents(run, tmp_path):
-    _, latents, networks = drawn_networks("--beta-value 0 --init he", tmp_path)
+    model = drawn_model("--beta-value 0 --init he --batch-size 30", tmp_path)
+    networks, latents = model.networks, model.latents
     z = latents.sample(60, seeded_generator(4, "train"))
     h_x, h_t = networks["f_x"](networks["g_x"](z.z_x)), networks["f_t"](networks["g_t"](z.z_t))
-    expected = written_out_symmetric(*(h.double() for h in (h_x[:30], h_t[:30], h_x[30:], h_t[30:])))
-    loss = main_numeric.batch_loss(networks, latents, 30, "independent", seeded_generator(4, "train"))
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    expected = textbook_multimodal_loss(*(h.double() for h in (h_x[:30], h_t[:30], h_x[30:], h_t[30:])))
+    model.generators["train"] = seeded_generator(4, "train")
+    assert model.loss(0.0).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_image_and_text_are_mixed_by_networks_of_their_own(run, tmp_path):
-    _, _, networks = drawn_networks("--theta-value 6", tmp_path)
+    networks = drawn_model("--theta-value 6", tmp_path).networks
     mixings, encoders = ([networks[name].state_dict() for name in names] for names in (("g_x", "g_t"), ("f_x", "f_t")))
     for image, text in (mixings, encoders):
         assert all(not torch.equal(image[name], text[name]) for name in image)
 
 
 def test_targets_are_the_latents_behind_the_encodings(run, tmp_path):
-    _, latents, networks = drawn_networks("--theta-value 6 --beta-value 2 --encoding-size 5", tmp_path)
-    encodings, targets = main_numeric.encode(networks, latents, 2, seeded_generator(4, "evaluate"))
+    model = drawn_model("--theta-value 6 --beta-value 2 --encoding-size 5", tmp_path)
+    networks, latents = model.networks, model.latents
+    encodings, targets = model.encode(2, seeded_generator(4, "evaluate"))
     generator = seeded_generator(4, "evaluate")
     batches = [latents.sample(main_numeric.EVAL_BATCH, generator) for _ in range(2)]
     s, s_tilde, m_x, m_t = (torch.cat([getattr(z, name) for z in batches]) for name in ("s", "s_tilde", "m_x", "m_t"))
@@ -246,10 +247,10 @@ def test_targets_are_the_latents_behind_the_encodings(run, tmp_path):
 
 
 def test_probes_are_scored_on_other_samples_than_they_are_fitted_on(run, tmp_path, monkeypatch):
-    _, latents, networks = drawn_networks("", tmp_path)
+    model = drawn_model("--num-eval-batches 2", tmp_path)
     seen, real = [], main_numeric.probes.linear_r2
     monkeypatch.setattr(main_numeric.probes, "linear_r2", lambda *data: seen.append(data) or real(*data))
-    main_numeric.evaluate(networks, latents, 2, 7, mlp_eval=True)
+    model.evaluate(7)
     for fit_h, fit_targets, test_h, test_targets in seen:
         assert fit_h.shape == test_h.shape == (600, 2)
         assert not set(fit_targets["s_0"].flatten().tolist()) & set(test_targets["s_0"].flatten().tolist())
@@ -301,13 +302,13 @@ def test_evaluation_again_has_the_same_model_and_latents_but_other_samples(run, 
 def test_dependent_latents_are_evaluated_with_the_covariances_of_the_training(run, tmp_path, monkeypatch):
     assert run("--seed 1 --causal-dependence")[0] == 0
     seen = []
-    real = main_numeric.evaluate
+    real = NumericExperiment.evaluate
 
-    def noted(networks, latents, *arguments):
-        seen.append(latents.sample(5, seeded_generator(0, "train")).s)
-        return real(networks, latents, *arguments)
+    def noted(model, seed):
+        seen.append(model.latents.sample(5, seeded_generator(0, "train")).s)
+        return real(model, seed)
 
-    monkeypatch.setattr(main_numeric, "evaluate", noted)
+    monkeypatch.setattr(NumericExperiment, "evaluate", noted)
     assert run("--evaluate --seed 9", base="--no-cuda")[0] == 0
     expected = MisalignedLatents(3, 1, 3, -1, 1, causal_dependence=True).sample(5, seeded_generator(0, "train")).s
     assert torch.equal(seen[0], expected)
@@ -321,7 +322,7 @@ def test_an_evaluation_killed_before_its_end_is_not_taken_for_another(run, train
         def dying(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(main_numeric, "write_json", dying)
+        patch.setattr(experiment, "write_json", dying)
         assert run("--evaluate --seed 7", base="--no-cuda")[0] == 130
     of_seed_7 = (directory / "results.csv").read_bytes()
     assert run("--evaluate --seed 8", base="--no-cuda")[0] == 0
@@ -335,7 +336,7 @@ def test_a_signal_in_the_evaluation_says_how_to_resume(run, tmp_path, monkeypatc
     assert run("--seed 1", "whole")[0] == 0
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        patch.setattr(main_numeric, "evaluate", lambda *_: os.kill(os.getpid(), number))
+        patch.setattr(NumericExperiment, "evaluate", lambda *_: os.kill(os.getpid(), number))
         code, _, err = run("--seed 1", "stopped")
     assert code == 128 + number and len(err.splitlines()) == 1
     assert f"stopped by {number.name} in the evaluation" in err and "--model-id stopped --resume" in err
@@ -375,7 +376,7 @@ def test_evaluation_needs_no_device_that_has_the_precision_of_the_training(run, 
 def test_evaluation_without_a_seed_draws_one_that_is_not_the_training_s(run, trained, monkeypatch):
     directory, _ = trained
     drawn = iter([1, 1, 77])
-    monkeypatch.setattr(training, "drawn_seed", lambda: next(drawn))
+    monkeypatch.setattr(model_directory, "drawn_seed", lambda: next(drawn))
     assert run("--evaluate", base="--no-cuda")[0] == 0
     assert json.loads(contents(directory)["args.json"])["eval_seed"] == 77
 
@@ -409,7 +410,7 @@ def test_load_args_alone_overwrites_nothing(run, trained, finished):
 def test_an_unfinished_run_is_not_overwritten_either(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            main_numeric, "evaluate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            NumericExperiment, "evaluate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
         assert run("--seed 1")[0] == 2
     before = contents(tmp_path / "models/m")
@@ -437,7 +438,7 @@ def test_a_run_killed_while_it_overwrites_is_the_earlier_one(run, trained, monke
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", dying)
         assert run("--seed 2 --overwrite")[0] == 130
-    monkeypatch.setattr(main_numeric, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
     assert run("--resume", base="--no-cuda")[0] == 0
     after = contents(directory)
     assert all(after[name] == before[name] for name in ("f_x.pt", "f_t.pt", "g_x.pt", "g_t.pt"))
@@ -564,8 +565,7 @@ def test_damaged_model_directories(run, trained, name, damage, words):
 def test_args_json_with_a_value_that_no_flag_has(run, tmp_path, name, value):
     directory = tmp_path / "models/m"
     directory.mkdir(parents=True)
-    args, given = main_numeric.parse_flags([*TINY.split(), "--seed", "1"])
-    main_numeric.apply_recipe(args, given, main_numeric.RECIPES)
+    args, _ = NumericExperiment.parse_flags([*TINY.split(), "--seed", "1"])
     (directory / "args.json").write_text(json.dumps({**vars(args), name: value}))
     for flags in ("--evaluate --seed 5", "--resume"):
         fails(run, flags, "args.json is damaged", base="--no-cuda")
@@ -583,8 +583,8 @@ def test_a_truncated_weight_file_and_one_of_another_shape(run, trained):
 
 def test_weights_that_are_not_finite(run, trained):
     directory, _ = trained
-    state = training.load_torch(directory / "f_x.pt")
-    training.save_torch({name: value * float("nan") for name, value in state.items()}, directory / "f_x.pt")
+    state = model_directory.load_torch(directory / "f_x.pt")
+    model_directory.save_torch({name: value * float("nan") for name, value in state.items()}, directory / "f_x.pt")
     before = contents(directory)
     fails(run, "--evaluate --seed 5", "cannot be evaluated: the fitting encoding holds values", base="--no-cuda")
     assert contents(directory) == before
@@ -602,7 +602,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(run, tmp_path, trained):
         after = contents(directory)
         assert {**before, "args.json": 0} == {**after, "args.json": 0}
     for other in ({"progress": {}}, [1, 2], {"modules": {"f_x": {"0.weight": 1}}}):
-        training.save_torch(other, directory / "checkpoint.pt")
+        model_directory.save_torch(other, directory / "checkpoint.pt")
         fails(run, "--resume", "checkpoint.pt is not a checkpoint of this run", base="--no-cuda")
 
 
@@ -619,14 +619,12 @@ def test_places_that_cannot_be_written(run, tmp_path):
 
 
 def test_of_two_runs_that_begin_in_one_directory_the_second_gives_way(run, tmp_path, monkeypatch):
-    real = main_numeric.build_networks
-
-    def meanwhile(*arguments):
+    def meanwhile(model):
         (tmp_path / "models/m").mkdir(parents=True)
         (tmp_path / "models/m/args.json").write_text("{}")
-        return real(*arguments)
+        return {}
 
-    monkeypatch.setattr(main_numeric, "build_networks", meanwhile)
+    monkeypatch.setattr(NumericExperiment, "details", meanwhile)
     fails(run, "--seed 1", "another run has just begun")
     assert contents(tmp_path / "models/m") == {"args.json": b"{}"}
 

@@ -21,7 +21,7 @@ def test_adam_is_torch_s():
             state, own = own.state_dict(), Adam(ours)
             own.load_state_dict(state)
         reference.param_groups[0]["lr"] = 0.1 / (step + 1)
-        own.step(0.1 / (step + 1))
+        own.update(0.1 / (step + 1))
         reference.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=1e-6) and not torch.equal(a, torch.ones_like(a))
@@ -46,7 +46,7 @@ def test_adam_is_torch_s_whatever_the_order_in_memory():
             network.zero_grad()
             h = nn.functional.embedding(tokens, network["text"].weight.T) + network["text"].bias
             (network["image"](images).square().sum() + h.square().sum()).backward()
-        own.step(0.1)
+        own.update(0.1)
         reference.step()
     for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
         torch.testing.assert_close(a, b)
@@ -100,7 +100,7 @@ def test_muon_is_torch_s_for_filters_and_adam_for_all_else(monkeypatch):
             if step == 3:
                 state, own = own.state_dict(), Muon(ours, [0.5] * 5)
                 own.load_state_dict(state)
-            own.step(0.02 / (step + 1))
+            own.update(0.02 / (step + 1))
             if layout == torch.contiguous_format:
                 for reference, parameters, factor in ((muon, filters, rate), (adam, others, 1)):
                     for parameter in parameters:
@@ -119,7 +119,7 @@ def test_rates_are_larger_where_the_fan_in_is_smaller():
     parameters = [torch.zeros(1, requires_grad=True) for _ in range(2)]
     for parameter in parameters:
         parameter.grad = torch.ones(1)
-    Adam(parameters, [1.0, 5.0]).step(0.01)
+    Adam(parameters, [1.0, 5.0]).update(0.01)
     assert [p.item() for p in parameters] == pytest.approx([-0.01, -0.05])
 
 
@@ -127,7 +127,7 @@ def test_a_parameter_without_a_gradient_stays():
     used, unused = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     used.grad = torch.ones(2)
     optimiser = Adam([unused, used])
-    optimiser.step(0.1)
+    optimiser.update(0.1)
     assert torch.equal(unused, torch.ones(2)) and torch.allclose(used, torch.full((2,), 0.9))
     optimiser.zero_grad()
     assert used.grad is None

@@ -19,8 +19,10 @@ from torch import nn
 
 import latent_spaces
 import main_numeric
-from running import files, training
+from main_numeric import NumericExperiment
+from running import experiment, files, schedules, training
 from running.command_line import InputError
+from running.directory import load_torch, load_weights, save_weights
 from tests.conftest import TINY
 
 ROOT = Path(training.__file__).parents[1]
@@ -68,32 +70,28 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
 def test_tf32_is_for_the_training_alone(run, monkeypatch):
     """Probes are computed in full, whatever the training was."""
 
-    def cpu_with_tf32(args):
-        args.precision = "tf32"
-        return torch.device("cpu")
-
     flags = {}
 
     def noting(name):
-        function = getattr(main_numeric, name)
+        function = getattr(NumericExperiment, name)
 
         def call(*arguments):
             flags.setdefault(name, set()).add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
             return function(*arguments)
 
-        monkeypatch.setattr(main_numeric, name, call)
+        monkeypatch.setattr(NumericExperiment, name, call)
 
-    monkeypatch.setattr(main_numeric, "select_device", cpu_with_tf32)
-    noting("batch_loss")
+    monkeypatch.setattr(experiment, "settled_precision", lambda *_: "tf32")
+    noting("loss")
     noting("evaluate")
     assert run(SEED)[0] == 0
-    assert flags == {"batch_loss": {(True, True)}, "evaluate": {(False, False)}}
+    assert flags == {"loss": {(True, True)}, "evaluate": {(False, False)}}
 
 
 def test_a_run_killed_while_it_evaluates_needs_no_training(run, tmp_path, monkeypatch):
     assert run(SEED, "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(main_numeric, "evaluate", lambda *_: (_ for _ in ()).throw(Killed()))
+        patch.setattr(NumericExperiment, "evaluate", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             run(SEED, "killed")
     killed_after(monkeypatch, 0)
@@ -125,7 +123,7 @@ def test_a_killed_process_ends_as_one_that_never_was(tmp_path, run, monkeypatch)
     wait_for(tmp_path / "models/killed/checkpoint.pt", process)
     process.kill()
     process.communicate()
-    assert training.load_torch(tmp_path / "models/killed/checkpoint.pt")["progress"]["step"] < 300
+    assert load_torch(tmp_path / "models/killed/checkpoint.pt")["progress"]["step"] < 300
     assert run(f"--resume {steps}", "killed")[0] == 0
     assert run(f"{SEED} {steps}", "whole")[0] == 0
     (weights, results, _), (expected_weights, expected_results, _) = (
@@ -143,7 +141,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(tmp_path, signum):
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
-    step = training.load_torch(tmp_path / "p/checkpoint.pt")["progress"]["step"]
+    step = load_torch(tmp_path / "p/checkpoint.pt")["progress"]["step"]
     assert f"stopped by {signal.Signals(signum).name} after step {step} of 100000" in err
     assert f"--model-dir {tmp_path} --model-id p --resume" in err and len(err.strip().splitlines()) == 1
     assert "Traceback" not in err + out
@@ -195,21 +193,33 @@ def toy_args(**changes):
     return Namespace(**{**flags, "model_dir": "models", "model_id": "toy", **changes})
 
 
-def toy_problem():
-    generator = torch.Generator().manual_seed(0)
-    module = nn.Linear(4, 3)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return module, generator, lambda share_done: 30 * module(torch.randn(8, 4, generator=generator)).square().sum()
+class Toy:
+    """What the loop needs of an Experiment: a linear layer whose outputs shall vanish."""
+
+    device, rates, keep_steps = torch.device("cpu"), None, 0
+
+    def __init__(self, **changes):
+        self.args, self.generator = toy_args(**changes), torch.Generator().manual_seed(0)
+        self.module = nn.Linear(4, 3)
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=self.generator))
+        self.modules, self.generators = {"m": self.module}, {"g": self.generator}
+
+    def loss(self, share_done):
+        return 30 * self.module(torch.randn(8, 4, generator=self.generator)).square().sum()
+
+    def monitor(self):
+        return {}, ""
 
 
 @pytest.mark.parametrize("schedule, rates", [("constant", None), ("onecycle", None), ("constant", {"m": 0.1, "n": 3})])
 def test_the_loop_is_adam_with_clipping_a_schedule_and_rates(tmp_path, schedule, rates):
-    module, generator, compute_loss = toy_problem()
-    args, rate = toy_args(lr_schedule=schedule), (rates or {"m": 1})["m"]
-    training.train({"m": module}, compute_loss, args, tmp_path, {"g": generator}, torch.device("cpu"), rates=rates)
-    plain, _, plain_loss = toy_problem()
+    toy, rate = Toy(lr_schedule=schedule), (rates or {"m": 1})["m"]
+    toy.rates = rates
+    training.train(toy, tmp_path)
+    reference = Toy()
+    plain, plain_loss = reference.module, reference.loss
     mean = [torch.zeros_like(p) for p in plain.parameters()]
     square = [torch.zeros_like(p) for p in plain.parameters()]
     for step in range(12):
@@ -226,12 +236,12 @@ def test_the_loop_is_adam_with_clipping_a_schedule_and_rates(tmp_path, schedule,
             m.mul_(0.9).add_(0.1 * g)
             v.mul_(0.999).add_(0.001 * g * g)
             p.data -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+    for ours, theirs in zip(toy.module.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_onecycle_warms_up_and_comes_down():
-    rate = [training.LR_SCHEDULES["onecycle"](step / 1000) for step in range(1001)]
+    rate = [schedules.LR_SCHEDULES["onecycle"](step / 1000) for step in range(1001)]
     assert (
         rate[0] == pytest.approx(0.04) and max(rate) == pytest.approx(1, abs=1e-3) and rate[-1] == pytest.approx(1e-4)
     )
@@ -241,27 +251,20 @@ def test_onecycle_warms_up_and_comes_down():
 
 def test_the_batch_grows_geometrically():
     args = Namespace(batch_size=100, final_batch_size=400)
-    assert [training.batch_size_at(args, share) for share in (0, 0.25, 0.5, 1)] == [100, 141, 200, 400]
-    assert training.batch_size_at(Namespace(batch_size=100, final_batch_size=0), 0.7) == 100
+    assert [schedules.batch_size(args, share) for share in (0, 0.25, 0.5, 1)] == [100, 141, 200, 400]
+    assert schedules.batch_size(Namespace(batch_size=100, final_batch_size=0), 0.7) == 100
 
 
 def test_the_log_holds_the_mean_loss_of_each_interval(tmp_path):
-    module, generator, compute_loss = toy_problem()
-    losses = []
+    toy, losses = Toy(), []
+    compute_loss = toy.loss
 
     def noted(share_done):
         losses.append(compute_loss(share_done))
         return losses[-1]
 
-    training.train(
-        {"m": module},
-        noted,
-        toy_args(),
-        tmp_path,
-        {"g": generator},
-        torch.device("cpu"),
-        monitor=lambda: ({"extra": 7}, ""),
-    )
+    toy.loss, toy.monitor = noted, lambda: ({"extra": 7}, "")
+    training.train(toy, tmp_path)
     log = pd.read_csv(tmp_path / "train_log.csv")
     assert log.step.tolist() == [5, 10, 12] and (log.extra == 7).all()
     values = np.array([loss.item() for loss in losses])
@@ -269,23 +272,20 @@ def test_the_log_holds_the_mean_loss_of_each_interval(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
-    module, generator, compute_loss = toy_problem()
-    count = iter(range(100))
-
-    def diverging(share_done):
-        return compute_loss(share_done) * (float("nan") if next(count) > 6 else 1)
-
+    toy, count = Toy(), iter(range(100))
+    compute_loss = toy.loss
+    toy.loss = lambda share_done: compute_loss(share_done) * (float("nan") if next(count) > 6 else 1)
     with pytest.raises(InputError, match="the loss is nan within the steps up to 10"):
-        training.train({"m": module}, diverging, toy_args(), tmp_path, {"g": generator}, torch.device("cpu"))
-    assert training.load_torch(tmp_path / "checkpoint.pt")["progress"]["step"] == 5
+        training.train(toy, tmp_path)
+    assert load_torch(tmp_path / "checkpoint.pt")["progress"]["step"] == 5
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("ending", ["every", "signal"])
+@pytest.mark.parametrize("ending", ["keep", "signal"])
 def test_weights_that_are_not_finite_take_nobody_s_place(tmp_path, what, ending):
-    """Neither those of `every`, which come between two lines of the log, nor a checkpoint that a signal asks for."""
-    module, generator, compute_loss = toy_problem()
-    count, saved = iter(range(100)), []
+    """Neither those of `keep`, which come between two lines of the log, nor a checkpoint that a signal asks for."""
+    toy, count, saved = Toy(), iter(range(100)), []
+    module, compute_loss = toy.module, toy.loss
 
     def diverging(share_done):
         step, loss = next(count) + 1, compute_loss(share_done)
@@ -296,33 +296,25 @@ def test_weights_that_are_not_finite_take_nobody_s_place(tmp_path, what, ending)
         # √x has no gradient at 0
         return loss * float("nan") if what == "loss" else loss + (module.weight - module.weight.detach()).norm().sqrt()
 
-    every = (4, lambda step: saved.append((step, module.weight.isfinite().all().item()))) if ending == "every" else None
+    toy.loss, toy.keep_steps = diverging, 4 if ending == "keep" else 0
+    toy.keep = lambda _, step: saved.append((step, module.weight.isfinite().all().item()))
     with pytest.raises(InputError, match=f"{what} is nan within the steps up to 8"):
-        training.train(
-            {"m": module}, diverging, toy_args(), tmp_path, {"g": generator}, torch.device("cpu"), every=every
-        )
-    assert saved == ([(4, True)] if every else [])
-    assert training.load_torch(tmp_path / "checkpoint.pt")["progress"]["step"] == 5
+        training.train(toy, tmp_path)
+    assert saved == ([(4, True)] if ending == "keep" else [])
+    assert load_torch(tmp_path / "checkpoint.pt")["progress"]["step"] == 5
 
 
 def test_bf16_is_used_where_it_is_asked_for(tmp_path):
-    module, generator, _ = toy_problem()
-    seen = []
+    toy, seen = Toy(precision="bf16", train_steps=1), []
 
     def compute_loss(share_done):
-        output = module(torch.randn(8, 4, generator=generator))
+        output = toy.module(torch.randn(8, 4, generator=toy.generator))
         seen.append(output.dtype)
         return output.float().square().sum()
 
-    training.train(
-        {"m": module},
-        compute_loss,
-        toy_args(precision="bf16", train_steps=1),
-        tmp_path,
-        {"g": generator},
-        torch.device("cpu"),
-    )
-    assert seen == [torch.bfloat16] and module.weight.dtype == torch.float32
+    toy.loss = compute_loss
+    training.train(toy, tmp_path)
+    assert seen == [torch.bfloat16] and toy.module.weight.dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -343,9 +335,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_weights_load_with_and_without_the_prefix_of_a_wrapper(tmp_path):
     module, other = nn.Linear(2, 3), nn.Linear(2, 3)
     torch.save({f"module.{name}": value for name, value in module.state_dict().items()}, tmp_path / "w.pt")
-    assert torch.equal(training.load_weights(other, tmp_path / "w.pt").weight, module.weight)
-    training.save_weights(nn.Sequential(module), tmp_path / "w.pt")
-    assert list(training.load_torch(tmp_path / "w.pt")) == ["0.weight", "0.bias"]
+    assert torch.equal(load_weights(other, tmp_path / "w.pt").weight, module.weight)
+    save_weights(nn.Sequential(module).state_dict(), tmp_path / "w.pt")
+    assert list(load_torch(tmp_path / "w.pt")) == ["0.weight", "0.bias"]
 
 
 @pytest.mark.parametrize(
@@ -366,7 +358,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, content, message):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(InputError, match=message) as caught:
-        training.load_weights(nn.Linear(2, 3), path)
+        load_weights(nn.Linear(2, 3), path)
     assert str(path) in str(caught.value)
 
 
@@ -377,7 +369,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
     torch.save(Evil(), tmp_path / "w.pt")
     with pytest.raises(InputError, match="is damaged"):
-        training.load_torch(tmp_path / "w.pt")
+        load_torch(tmp_path / "w.pt")
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,0 +1,78 @@
+"""Where a run computes, and in which precision."""
+
+import contextlib
+import platform
+from pathlib import Path
+
+import torch
+
+from running.command_line import InputError
+
+
+def select_device(no_cuda):
+    """torch.device of a run: a GPU if there is one, unless `no_cuda`."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
+    if device.type == "cpu":
+        _keep_freed_memory()
+    return device
+
+
+def settled_precision(precision, device):
+    """fp32, tf32 or bf16: the precision asked for, "auto" being bf16 where the device computes it fast, else fp32.
+
+    Raises InputError for a precision that the device does not have.
+    """
+    if precision == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError("--precision tf32 needs a CUDA device, and this run is on the CPU; use fp32 or bf16")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError(f"--precision bf16 is not known to {torch.cuda.get_device_name()}; use fp32")
+    return precision
+
+
+def has_fast_bf16(device):
+    """Whether the device computes bf16 itself, not by way of fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        return "amx_bf16" in flags or "avx512_bf16" in flags
+    return False
+
+
+def _keep_freed_memory():
+    """Have glibc keep the memory of freed tensors: returning it costs a page fault for every 4 KiB of every step."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def matrix_precision(precision):
+    """Context in which CUDA's products and convolutions may be computed in TF32, if `precision` is tf32; nowhere else."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def autocast(device, precision):
+    """Context in which matrix products are computed in `precision`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def describe_device(device):
+    """One line: the GPU's name, or the CPU's with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"CPU {model}, {torch.get_num_threads()} threads"

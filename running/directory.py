@@ -1,0 +1,280 @@
+"""The model directory: where a run lives, what it may overwrite, and its files.
+
+    args.json        every flag as it came out, seed, versions, device, durations; "finished": true is written last
+    checkpoint.pt    weights, optimiser, step, every random state, the log so far: all that --resume needs
+    train_log.csv    one row every --log-steps
+    *.pt             weights alone (state_dict), written when training ends
+
+Every file is written beside its place and renamed, so a run killed at any moment leaves a directory that resumes.
+"""
+
+import contextlib
+import datetime
+import io
+import itertools
+import platform
+import secrets
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from running.command_line import InputError
+from running.devices import describe_device
+from running.files import read_json, write_bytes, write_json
+
+# Flags that args.json of earlier versions does not name, and what these versions did.
+LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0}
+
+
+def drawn_seed():
+    """A seed for a run that was given none."""
+    return secrets.randbelow(2**31)
+
+
+def fresh_id(model_dir, name):
+    """`name`, or the first of name-2, name-3, … that is no file in `model_dir`."""
+    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if not (Path(model_dir) / candidate).exists())
+
+
+def find_directory(args, default_id):
+    """Path of the model directory that the flags name; args.model_id, where it was not given, is set to a fresh name.
+
+    Raises InputError for flags that exclude each other or need --model-id, and for a file in the directory's place.
+    """
+    if sum((args.resume, args.overwrite, args.evaluate)) > 1:
+        raise InputError("--resume, --overwrite and --evaluate exclude each other")
+    if args.model_id is None:
+        for flag in ("resume", "evaluate", "load_args"):
+            if getattr(args, flag):
+                raise InputError(
+                    f"--{flag.replace('_', '-')} needs --model-id, the folder of a model in {args.model_dir}"
+                )
+        args.model_id = fresh_id(args.model_dir, default_id)
+    directory = Path(args.model_dir) / args.model_id
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file, expected the folder of a model")
+    return directory
+
+
+def adopt_stored_flags(args, given, parser, directory):
+    """Set the flags of `args` that may not differ, or were not given, to what args.json of the directory has, in place.
+
+    Nothing is adopted where there is no args.json to go on from. Raises InputError if it lacks a flag or has a value that
+    the script's Parser would refuse, and if a flag given contradicts it and --load-args was not.
+    """
+    args_file = directory / "args.json"
+    if not (args.evaluate or args.load_args or (args.resume and args_file.exists())):
+        return
+    stored = LATER_FLAGS | stored_args(directory)
+    own = parser.names("call") | (given & parser.names("freely", "again"))
+    if args.evaluate:
+        own |= {"seed", *parser.freely}  # of the evaluation
+    for name in [name for name in vars(args) if name not in own]:
+        if name not in stored:
+            raise InputError(f"{args_file} has no {name!r}: it is damaged, or another script's")
+        check_stored_value(name, stored[name], args_file, parser)
+        if name in given and getattr(args, name) != stored[name]:
+            flag = f"--{name.replace('_', '-')}"
+            if not args.load_args:
+                raise InputError(f"{flag} {getattr(args, name)} contradicts {stored[name]} in {args_file}; "
+                                 "leave the flag out, or take what is stored with --load-args")  # fmt: skip
+            print(f"{flag} {stored[name]} is taken from {args_file}, not {getattr(args, name)}")
+        setattr(args, name, stored[name])
+
+
+def check_stored_value(name, value, args_file, parser):
+    """Raise InputError unless `value` of args.json is one that the script's Parser gives the flag `name`."""
+    flag = f"--{name.replace('_', '-')}"
+    words = [] if value is False else [flag] if value is True else [f"{flag}={value}"]
+    try:
+        parsed = getattr(parser.parse(words)[0], name)
+    except InputError:
+        parsed = None
+    if parsed != value or value is None:
+        raise InputError(f"{args_file} is damaged: {value!r} is no value of {flag}")
+
+
+def refuse_to_overwrite(args, directory):
+    """Raise InputError if the directory holds a model or other files that the flags do not say to go on from."""
+    if (directory / "args.json").exists():
+        if not (args.resume or args.evaluate or args.overwrite):
+            if is_finished(directory):
+                raise InputError(
+                    f"{directory} holds a finished model; --evaluate evaluates it again, --overwrite trains it anew"
+                )
+            raise InputError(f"{directory} holds an unfinished run; --resume continues it, --overwrite starts it anew")
+    elif directory.exists() and _holds_files(directory):  # a run killed as it began leaves no more than a hidden file
+        raise InputError(f"{directory} holds files but no args.json: it is no model; choose another --model-id")
+
+
+def _holds_files(directory):
+    return any(directory.glob("[!.]*"))
+
+
+def stored_args(directory):
+    """Dict of args.json of a model directory; InputError if it is missing or damaged."""
+    stored = read_json(Path(directory) / "args.json")
+    seed = stored.get("seed")
+    if type(seed) is not int or seed < 0:
+        raise InputError(f"{Path(directory) / 'args.json'} is damaged: it has no seed")
+    return stored
+
+
+def is_finished(directory):
+    """Whether the run in `directory` has ended: trained, evaluated, all files written."""
+    return (Path(directory) / "args.json").exists() and bool(stored_args(directory).get("finished"))
+
+
+def start_directory(directory, args, details):
+    """Make the directory and write args.json: the flags, and `details` of the run. Removes what --overwrite gives up.
+
+    Raises OSError if no file can be made there, and InputError if another run has begun there since it was looked at.
+    """
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (args.resume or args.overwrite) and _holds_files(directory):
+        raise InputError(f"another run has just begun in {directory}; choose another --model-id")
+    try:
+        check_writable(directory)
+    except OSError:
+        if is_new:
+            directory.rmdir()
+        raise
+    given_up = [] if args.resume else ["*.pt", "*.csv", "*.png"]
+    if given_up:
+        with contextlib.suppress(InputError):
+            # killed from here on, this is the earlier run, which --resume ends once more
+            write_json(directory / "args.json", {**read_json(directory / "args.json"), "finished": False})
+    half_written = [".*.pt", ".*.csv", ".*.png", ".*.json"]  # by a process that was killed
+    for pattern in given_up + half_written:
+        for file in directory.glob(pattern):
+            file.unlink()
+    write_args(directory, args, {**details, "finished": False})
+
+
+def take_evaluation_seed(args, directory):
+    """(stored, seed): args.json of the model that --evaluate evaluates, and the evaluation's seed, drawn if not given.
+
+    Raises InputError if the seed is that of the training or the model is not trained to its end, and OSError if the results
+    could not be written.
+    """
+    stored, seed = stored_args(directory), args.seed
+    if not stored.get("finished") and (step := checkpoint_step(directory / "checkpoint.pt")) < args.train_steps:
+        raise InputError(f"{directory} is trained for {step} of {args.train_steps} steps; --resume continues it")
+    if seed is None:
+        seed = next(seed for seed in iter(drawn_seed, None) if seed != stored["seed"])
+    if seed == stored["seed"]:
+        raise InputError(f"--seed {seed} is the training seed of {directory}; evaluate with another one")
+    check_writable(directory)
+    return stored, seed
+
+
+def keep_results(directory, earlier_seed, seed):
+    """Rename the results of an earlier evaluation with another seed to results_seed{N}.csv and .png.
+
+    Then args.json says that the results are of `seed`: whenever a process is killed, none are taken for those of another.
+    """
+    for file in (directory / "results.csv", directory / "results.png"):
+        if earlier_seed not in (None, seed) and file.exists():
+            file.replace(file.with_stem(f"results_seed{earlier_seed}"))
+    write_json(directory / "args.json", {**read_json(directory / "args.json"), "eval_seed": seed})
+
+
+def check_writable(directory):
+    """Raise OSError if no file can be made in `directory`, or its disk is full."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(2**20))
+            file.flush()
+    except OSError as error:
+        error.filename = str(directory)
+        raise
+
+
+def write_args(directory, args, details):
+    """args.json: every flag that says what was trained and evaluated, then `details`."""
+    of_the_call = ("resume", "overwrite", "evaluate", "load_args")
+    flags = {name: value for name, value in vars(args).items() if name not in of_the_call}
+    write_json(directory / "args.json", {**flags, **details})
+
+
+def provenance(device):
+    """Dict of where and with what a run was made: versions, git commit, device, start time."""
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parent
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=here,
+                                capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    return {
+        "device": describe_device(device),
+        "git_commit": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------
+# tensors on disk
+
+
+def save_torch(content, path):
+    """torch.save, whole or not at all; a full disk is an OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def load_torch(path):
+    """What `save_torch` wrote, on the CPU; InputError that names a missing or damaged file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: the model is not trained, or the directory is incomplete") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a directory, expected a file of weights") from None
+    except Exception as error:  # torch raises half a dozen types for a damaged archive
+        raise InputError(f"{path} is damaged ({type(error).__name__}); restore it, or train the model anew") from None
+
+
+def checkpoint_step(path):
+    """Steps done in a checkpoint; InputError that names a missing or damaged one."""
+    content = load_torch(path)
+    try:
+        return int(content["progress"]["step"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged; train the model anew with --overwrite") from None
+
+
+def save_weights(state, path):
+    """Write a state_dict, without the prefix `module.` of wrappers."""
+    save_torch({name.removeprefix("module."): value.cpu() for name, value in state.items()}, path)
+
+
+def load_weights(module, path):
+    """Load a state_dict into `module`, with or without the prefix `module.`; returns the module.
+
+    Raises InputError naming the file if it is missing, damaged or of another shape.
+    """
+    state = load_torch(path)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path} does not hold weights, expected the state_dict of a {type(module).__name__}")
+    load_state(module, {name.removeprefix("module."): value for name, value in state.items()}, path)
+    return module
+
+
+def load_state(module, state, path):
+    """Load a state_dict that was read from `path` into `module`; InputError if it is of another setting."""
+    expected = module.state_dict()
+    for name, value in expected.items():
+        found = tuple(state[name].shape) if name in state else "nothing"
+        if found != tuple(value.shape):
+            raise InputError(
+                f"{path}: {name} is {found}, expected {tuple(value.shape)}: the weights are of another setting"
+            )
+    if extra := state.keys() - expected.keys():
+        raise InputError(f"{path}: {min(extra)} is not a weight of this setting")
+    module.load_state_dict(state)
