@@ -46,15 +46,7 @@ from PIL import Image
 from running.command_line import InputError
 from running.files import locked, read_csv, read_json, read_table, replaced, write_bytes
 
-MPI3D_GRID = {
-    "OBJ_COLOR": 4,
-    "OBJ_SHAPE": 4,
-    "OBJ_SIZE": 2,
-    "CAMERA": 3,
-    "BACKGROUND": 3,
-    "H_AXIS": 40,
-    "V_AXIS": 40,
-}
+MPI3D_GRID = {"OBJ_COLOR": 4, "OBJ_SHAPE": 4, "OBJ_SIZE": 2, "CAMERA": 3, "BACKGROUND": 3, "H_AXIS": 40, "V_AXIS": 40}
 MPI3D_SEMANTICS = tuple(MPI3D_GRID)[:5]  # what captions speak of; the positions of the axes are the image's own
 MPI3D_FILE = "real3d_complicated_shapes_ordered.npz"
 MPI3D_SOURCE = "https://github.com/rr-learning/disentanglement_dataset"

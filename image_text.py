@@ -193,8 +193,9 @@ class ImageTextExperiment(Experiment):
         """Contrastive loss of the next batch by the cosine, and the penalty of lengths, which the cosine does not see."""
         args, pairs, rows = self.args, self.pairs, self.order.next(batch_size(self.args, share_done))
         visible = visible_dimensions(args, self.encoding_size, share_done)
-        h_x = self.modules["encoder_img"](pairs.images_of("train", rows))[:, :visible]
-        h_t = self.modules["encoder_txt"](pairs.tokens_of("train", rows))[:, :visible]
+        with self.encoder_precision():
+            h_x = self.modules["encoder_img"](pairs.images_of("train", rows))[:, :visible]
+            h_t = self.modules["encoder_txt"](pairs.tokens_of("train", rows))[:, :visible]
         loss = image_text_contrastive_loss(h_x, h_t, temperature(args, share_done), NEGATIVES[args.protocol])
         if args.norm_penalty:
             loss = loss + share_done * args.norm_penalty * (length_variance(h_x) + length_variance(h_t))

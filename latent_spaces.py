@@ -110,14 +110,14 @@ def biased_blocks(theta, beta, n):
 class Latents:
     """One batch of latents, each tensor float32 on the sampler's device.
 
-    s, s_tilde: (B, semantics_n); m_x, m_t: (B, modality_n); selected: the indices I_θ that the text speaks of.
+    s, s_tilde: (B, semantics_n); m_x, m_t: (B, modality_n); selected: the indices I_θ that the text speaks of, (|I_θ|,) int64.
     """
 
     s: torch.Tensor
     s_tilde: torch.Tensor
     m_x: torch.Tensor
     m_t: torch.Tensor
-    selected: tuple
+    selected: torch.Tensor
 
     @cached_property
     def z_x(self):
@@ -127,7 +127,7 @@ class Latents:
     @cached_property
     def z_t(self):
         """(B, |I_θ| + modality_n): latents of the text."""
-        return torch.cat((self.s_tilde[:, list(self.selected)], self.m_t), dim=1)
+        return torch.cat((self.s_tilde.index_select(1, self.selected), self.m_t), dim=1)
 
 
 class MisalignedLatents:
@@ -152,6 +152,7 @@ class MisalignedLatents:
         }
         self._perturbs = torch.zeros(semantics_n, device=self.device)
         self._perturbs[list(self.perturbed)] = 1.0
+        self._selected = torch.tensor(self.selected, device=self.device)  # once: a list as an index is copied each time
 
     def _covariances(self, seed, causal_dependence, margin_param, cond_param, protocol):
         """The four covariance matrices as float64 arrays: s, epsilon, m_x, m_t."""
@@ -183,15 +184,12 @@ class MisalignedLatents:
         n, m = self.semantics_n, self.modality_n
         widths = (n, m, m, n) if self.perturbed else (n, m, m)
         normal = torch.randn(size, sum(widths), generator=generator, device=self.device).split(widths, dim=1)
-        with torch.autocast(self.device.type, enabled=False):  # whatever the precision of the training
-            s, m_x, m_t = (
-                unit @ self._factors[name].T for unit, name in zip(normal, ("s", "m_x", "m_t"), strict=False)
-            )
-            s_tilde = s
-            if self.perturbed:
-                changed = torch.rand(size, n, generator=generator, device=self.device) < self.change_prob
-                s_tilde = s + self._perturbs * changed * (normal[3] @ self._factors["epsilon"].T)
-        return Latents(s, s_tilde, m_x, m_t, self.selected)
+        s, m_x, m_t = (unit @ self._factors[name].T for unit, name in zip(normal, ("s", "m_x", "m_t"), strict=False))
+        s_tilde = s
+        if self.perturbed:
+            changed = torch.rand(size, n, generator=generator, device=self.device) < self.change_prob
+            s_tilde = s + self._perturbs * changed * (normal[3] @ self._factors["epsilon"].T)
+        return Latents(s, s_tilde, m_x, m_t, self._selected)
 
 
 # --------------------------------------------------------------------------------------------------------------

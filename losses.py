@@ -91,21 +91,40 @@ def image_text_contrastive_loss(h_x, h_t, tau=1.0, negatives="both"):
     """
     if h_x.ndim != 2 or h_x.shape != h_t.shape:
         raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
+    if negatives not in ("both", "cross"):
+        raise ValueError(f"negatives {negatives!r} are none of: both, cross")
     # half-precision encodings are compared in float32, whatever precision produced them
     h_x, h_t = (h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t))
-    with torch.autocast(h_x.device.type, enabled=False):
-        unit_x, unit_t = (h / h.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM) for h in (h_x, h_t))
-        if negatives == "cross":
-            similarities = unit_x @ unit_t.T / tau
-            log_sums = similarities.logsumexp(dim=1) + similarities.logsumexp(dim=0)
-            return (log_sums / 2 - similarities.diagonal()).mean()
-        if negatives != "both":
-            raise ValueError(f"negatives {negatives!r} are none of: both, cross")
-        units = torch.cat((unit_x, unit_t))
-        similarities = units @ units.T / tau
-        itself = torch.eye(len(units), dtype=torch.bool, device=units.device)
-        log_sums = similarities.masked_fill(itself, -math.inf).logsumexp(dim=1)
-        return log_sums.mean() - similarities.diagonal(offset=len(unit_x)).mean()
+    return _CosineLoss.apply(h_x, h_t, tau, negatives)
+
+
+class _CosineLoss(torch.autograd.Function):
+    """The loss with its gradients, which are formed at once: backward knows no precision but that of the encoders."""
+
+    @staticmethod
+    def forward(ctx, h_x, h_t, tau, negatives):
+        with torch.enable_grad(), torch.autocast(h_x.device.type, enabled=False):
+            h_x, h_t = (h.detach().requires_grad_() for h in (h_x, h_t))
+            loss = _cosine_loss(h_x, h_t, tau, negatives)
+            ctx.save_for_backward(*torch.autograd.grad(loss, (h_x, h_t)))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *(grad_output * gradient for gradient in ctx.saved_tensors), None, None
+
+
+def _cosine_loss(h_x, h_t, tau, negatives):
+    unit_x, unit_t = (h / h.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM) for h in (h_x, h_t))
+    if negatives == "cross":
+        similarities = unit_x @ unit_t.T / tau
+        log_sums = similarities.logsumexp(dim=1) + similarities.logsumexp(dim=0)
+        return (log_sums / 2 - similarities.diagonal()).mean()
+    units = torch.cat((unit_x, unit_t))
+    similarities = units @ units.T / tau
+    itself = torch.eye(len(units), dtype=torch.bool, device=units.device)
+    log_sums = similarities.masked_fill(itself, -math.inf).logsumexp(dim=1)
+    return log_sums.mean() - similarities.diagonal(offset=len(unit_x)).mean()
 
 
 class _AnchorLoss(torch.autograd.Function):

@@ -173,7 +173,9 @@ class NumericExperiment(Experiment):
         """`count` fresh Latents z, and the encodings (h_x, h_t) of their observations, (count, D)."""
         z = self.latents.sample(count, generator)
         g_x, g_t, f_x, f_t = (self.networks[name] for name in ("g_x", "g_t", "f_x", "f_t"))
-        return z, f_x(g_x(z.z_x)), f_t(g_t(z.z_t))
+        x, t = g_x(z.z_x), g_t(z.z_t)
+        with self.encoder_precision():
+            return z, f_x(x), f_t(t)
 
     def loss(self, share_done):
         """Eq. 2 of the paper on one fresh batch; with independent negatives a second batch comes in the same pass."""

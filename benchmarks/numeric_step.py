@@ -60,11 +60,13 @@ def set_up(form, options):
     model = (PlainExperiment if form == "plain" else NumericExperiment)(args, select_device(args.no_cuda))
     generator = seeded_generator(0, "init")
     for name, network in model.networks.items():
+        network.cpu()
         if name.startswith("f"):
-            initialise(network.cpu(), "he", generator).to(model.device)
+            initialise(network, "he", generator)
         else:  # any mixing serves for timing
             for layer in network.layers:
-                nn.init.orthogonal_(layer.weight.data.cpu(), generator=generator)
+                nn.init.orthogonal_(layer.weight, generator=generator)
+        network.to(model.device)
     if form == "plain":
         for encoder in model.modules.values():
             for layer in encoder:

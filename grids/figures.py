@@ -289,11 +289,7 @@ MPI3D_STANDIN_DATA = DataSet(
       "--grid", "4", "4", "2", "3", "3", "20", "20"),
      (_CAPTIONS, "--output-dir", MPI3D_STANDIN, "--overwrite")),
 )  # fmt: skip
-MPI3D_FLAGS = {
-    "paper": (),
-    "fast": ("--recipe", "fast"),
-    "tiny": ("--recipe", "fast", "--datapath", MPI3D_STANDIN),
-}
+MPI3D_FLAGS = {"paper": (), "fast": ("--recipe", "fast"), "tiny": ("--recipe", "fast", "--datapath", MPI3D_STANDIN)}
 MPI3D_RESULTS = ResultFile("results.csv", ("ix", "modality", "semantic_name", "mcc_logreg", "mcc_mlp"),
                            "main_mpi3dreal.py", MPI3D_FLAGS)  # fmt: skip
 MPI3D_ENCODING_SIZES = (1, 2, 3, 4)  # of Figure 13; 3 is that of every run with fewer unbiased semantics

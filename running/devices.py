@@ -62,9 +62,14 @@ def matrix_precision(precision):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def autocast(device, precision):
-    """Context in which matrix products are computed in `precision`."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+@contextlib.contextmanager
+def encoder_precision(device, precision):
+    """Context in which encoders compute their matrix products in `precision`: fp32, tf32 or bf16.
+
+    Sampling, mixing, losses, optimisers and probes stay outside.
+    """
+    with matrix_precision(precision), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        yield
 
 
 def describe_device(device):

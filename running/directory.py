@@ -211,10 +211,33 @@ def provenance(device):
                                 capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
     return {
         "device": describe_device(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "git_commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def check_machine(directory, stored, details, no_cuda_given):
+    """Dict of args.json's "machines", all that worked on a run that is resumed; says in one line what has changed since.
+
+    stored: args.json; details: `provenance` of this machine. Raises InputError if the run was on a GPU and this one is not,
+    unless --no-cuda was given.
+    """
+    now = {name: details[name] for name in ("device", "cpu_capability", "versions")}
+    machines = stored.get("machines") or [{name: stored.get(name) for name in now}]
+    last = machines[-1]
+    was_on_gpu = isinstance(last["device"], str) and not last["device"].startswith("CPU ")
+    if was_on_gpu and now["device"].startswith("CPU ") and not no_cuda_given:
+        raise InputError(
+            f"{directory} was trained on {last['device']}, and no CUDA device is found here; --no-cuda goes on with it on "
+            "the CPU"
+        )
+    changed = [f"{last[name]}, now {value}" for name, value in now.items() if last[name] not in (None, value)]
+    if changed:
+        print(f"another machine than before ({'; '.join(changed)}): results may differ in their last digits")
+        machines = [*machines, now]
+    return {"machines": machines}
 
 
 # --------------------------------------------------------------------------------------------------------------

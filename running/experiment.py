@@ -12,9 +12,10 @@ import time
 import torch
 
 from running.command_line import InputError, Parser, integer, number
-from running.devices import describe_device, select_device, settled_precision
+from running.devices import describe_device, encoder_precision, select_device, settled_precision
 from running.directory import (
     adopt_stored_flags,
+    check_machine,
     drawn_seed,
     find_directory,
     is_finished,
@@ -106,6 +107,10 @@ class Experiment(abc.ABC):
     def monitor(self):
         """(dict column → number, text) for a line of the log, from random numbers of its own."""
 
+    def encoder_precision(self):
+        """Context of the encoders' forward pass: in the precision of the flags while they are trained, else in fp32."""
+        return encoder_precision(self.device, self.args.precision if torch.is_grad_enabled() else "fp32")
+
     def weights(self):
         """Dict name of a file → state_dict of what was trained."""
         return {name: module.state_dict() for name, module in self.modules.items()}
@@ -187,9 +192,11 @@ def run_experiment(experiment_class, argv=None):
     if args.seed is None:
         args.seed = drawn_seed()
     experiment = experiment_class(args, device)
-    if args.resume and (directory / "args.json").exists():
-        experiment.check_stored(stored_args(directory))
     details = provenance(device) | experiment.details()
+    if args.resume and (directory / "args.json").exists():
+        stored = stored_args(directory)
+        experiment.check_stored(stored)
+        details |= check_machine(directory, stored, details, "no_cuda" in given)
     start_directory(directory, args, details)
     print(f"model        {directory}, seed {args.seed}")
     print_description(experiment)

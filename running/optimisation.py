@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.adam import adam
 
-from running.devices import autocast, matrix_precision
+from running.devices import matrix_precision
 from running.schedules import learning_rate
 
 GRADIENT_NORM = 2.0  # to which larger gradients are clipped
@@ -26,13 +26,13 @@ NEWTON_SCHULZ_STEPS = 5
 def training_step(experiment, optimiser, share_done):
     """One step of a run: forward, backward, whitening, clipping, update; returns (loss, norm of the gradient), 0-d tensors.
 
-    experiment: has `args`, `device` and loss(share_done), a scalar tensor of one fresh batch.
+    experiment: has `args` and loss(share_done), a scalar tensor of one fresh batch, whose own gradients are formed with it; so
+    what is left to backward is the encoders', in their precision.
     """
     args = experiment.args
     optimiser.zero_grad()
+    loss = experiment.loss(share_done)
     with matrix_precision(args.precision):
-        with autocast(experiment.device, args.precision):
-            loss = experiment.loss(share_done)
         loss.backward()
     # the graph is freed now: its nodes would lie between the next step's activations and scatter the heap
     loss = loss.detach()
@@ -214,7 +214,8 @@ class InputWhitening:
 
     def _watch(self, name, inputs):
         if self._step % self.interval == 0 and torch.is_grad_enabled():
-            self._inputs[name] = inputs.detach()
+            # an encoder may take its rows in blocks
+            self._inputs.setdefault(name, []).append(inputs.detach())
 
     def before_forward(self, step):
         """Tell which step comes next: the layers' inputs are noted where they are due."""
@@ -224,9 +225,9 @@ class InputWhitening:
     @torch.no_grad()
     def precondition(self):
         """Whiten the gradients in place, after the covariances and their inverses were updated where they are due."""
-        for name, inputs in self._inputs.items():
-            inputs = inputs.flatten(0, -2).float()
-            covariance = inputs.T @ inputs / len(inputs)
+        for name, blocks in self._inputs.items():
+            blocks = [block.flatten(0, -2).float() for block in blocks]
+            covariance = sum(block.T @ block for block in blocks) / sum(map(len, blocks))
             if name in self._covariances:
                 self._covariances[name].lerp_(covariance, 1 - COVARIANCE_DECAY)
             else:
@@ -241,7 +242,8 @@ class InputWhitening:
     def _damped_inverse(self, covariance):
         level = (self.damping * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
         damped = covariance / level + torch.eye(len(covariance), device=covariance.device)
-        return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        # without a check, for which the host would wait: the damping keeps it positive definite
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
 
     def state_dict(self):
         """Dict name of a layer → [covariance (in, in), damped inverse (in, in)]."""

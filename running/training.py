@@ -132,6 +132,7 @@ def _progress_line(progress, total, text):
 def _save_checkpoint(path, progress, experiment, optimiser):
     content = {
         "progress": dataclasses.asdict(progress),
+        "device": experiment.device.type,
         "modules": {name: module.state_dict() for name, module in experiment.modules.items()},
         "optimiser": optimiser.state_dict(),
         "preconditioner": optimiser.whitening.state_dict() if optimiser.whitening else None,
@@ -148,10 +149,15 @@ def _load_checkpoint(path, experiment, optimiser):
         optimiser.load_state_dict(content["optimiser"])
         if optimiser.whitening:
             optimiser.whitening.load_state_dict(content["preconditioner"])
-        for name, generator in experiment.generators.items():
-            generator.set_state(content["generators"][name])
         progress = Progress(**content["progress"])
         optimiser.count = progress.step
+        before, now = content.get("device", experiment.device.type), experiment.device.type
+        for name, generator in experiment.generators.items():
+            if before == now or not isinstance(generator, torch.Generator):
+                generator.set_state(content["generators"][name])
+            else:  # the states of generators on a CPU and on a GPU say nothing to each other
+                generator.manual_seed((generator.initial_seed() + progress.step) % 2**63)
+                print(f"the run was on {before} and is on {now}: it goes on with other random numbers")
         return progress
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(

@@ -182,15 +182,6 @@ def test_sampling_and_mixing_come_from_their_generators_alone():
     assert not any(parameter.requires_grad for parameter in one[1:])
 
 
-def test_latents_are_the_same_in_a_training_of_low_precision():
-    latents = MisalignedLatents(4, 2, 14, 0, 0, causal_dependence=True)
-    full = latents.sample(100, seeded_generator(9, "train"))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = latents.sample(100, seeded_generator(9, "train"))
-    for name in ("z_x", "z_t"):
-        assert getattr(low, name).dtype == torch.float32 and torch.equal(getattr(low, name), getattr(full, name))
-
-
 def test_streams_of_a_seed_differ():
     draws = [
         torch.randn(4, generator=seeded_generator(1, stream)) for stream in ("train", "monitor", "evaluate", "probe")

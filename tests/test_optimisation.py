@@ -177,6 +177,19 @@ def test_gradients_are_multiplied_by_the_damped_inverse_of_a_moving_average():
     assert (plain - found).norm() > 0.5 * plain.norm(), "there must be something to scale down"
 
 
+def test_all_rows_of_a_batch_count_in_blocks_too():
+    """An encoder on a CPU takes 1,100 rows in blocks, on a GPU at once: of both the covariance is that of all rows."""
+    layer, (inputs,) = nn.Linear(8, 5), batches_of(1, rows=1100)
+    inputs *= torch.linspace(0.1, 3, 1100)[:, None]  # the last block varies more than the first
+    preconditioner = InputWhitening({"m": layer})
+    preconditioner.before_forward(0)
+    torch.cat([layer(block) for block in inputs.chunk(3)]).square().sum().backward()
+    preconditioner.precondition()
+    (covariance, _) = preconditioner.state_dict()["m."]
+    expected = inputs.double().T @ inputs.double() / 1100
+    torch.testing.assert_close(covariance.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
 def test_directions_below_the_damping_stay_and_those_above_are_scaled_down():
     inputs = torch.diag(torch.tensor([30.0, 3.0, 0.01])).repeat(100, 1)
     layer = nn.Linear(3, 2, bias=False)

@@ -17,11 +17,14 @@ import pytest
 import torch
 from torch import nn
 
+import encoders
 import latent_spaces
+import losses
 import main_numeric
 from main_numeric import NumericExperiment
-from running import experiment, files, schedules, training
+from running import experiment, files, optimisation, schedules, training
 from running.command_line import InputError
+from running.devices import encoder_precision
 from running.directory import load_torch, load_weights, save_weights
 from tests.conftest import TINY
 
@@ -67,25 +70,42 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
     assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
 
 
-def test_tf32_is_for_the_training_alone(run, monkeypatch):
-    """Probes are computed in full, whatever the training was."""
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_lower_precision_is_the_training_encoders_alone(run, monkeypatch, precision):
+    """Sampling, mixing, losses, their gradients and probes are computed in full, whatever the training is."""
+    seen = {}
 
-    flags = {}
+    def noting(place, name):
+        function = getattr(place, name)
 
-    def noting(name):
-        function = getattr(NumericExperiment, name)
+        def call(*arguments, **options):
+            lower = torch.backends.cuda.matmul.allow_tf32 or torch.is_autocast_enabled("cpu")
+            seen.setdefault((place.__name__, torch.is_grad_enabled()), set()).add(lower)
+            return function(*arguments, **options)
 
-        def call(*arguments):
-            flags.setdefault(name, set()).add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
-            return function(*arguments)
+        monkeypatch.setattr(place, name, call)
 
-        monkeypatch.setattr(NumericExperiment, name, call)
-
-    monkeypatch.setattr(experiment, "settled_precision", lambda *_: "tf32")
-    noting("loss")
-    noting("evaluate")
+    monkeypatch.setattr(experiment, "settled_precision", lambda *_: precision)
+    noting(encoders.MLPEncoder, "forward")
+    noting(latent_spaces.MisalignedLatents, "sample")
+    noting(latent_spaces.MixingNetwork, "forward")
+    noting(losses._AnchorLoss, "forward")
+    noting(optimisation.Adam, "update")
+    noting(NumericExperiment, "evaluate")
     assert run(SEED)[0] == 0
-    assert flags == {"loss": {(True, True)}, "evaluate": {(False, False)}}
+    assert seen.pop(("MLPEncoder", True)) == {True}
+    assert len(seen) >= 6 and set().union(*seen.values()) == {False}
+
+
+@pytest.mark.parametrize("negatives", ["both", "cross"])
+def test_gradients_of_the_cosine_loss_are_formed_in_full(negatives):
+    """Backward of the loss, which runs where TF32 is allowed, has no matrix product left."""
+    h_x, h_t = (torch.randn(9, 3, generator=torch.Generator().manual_seed(seed), requires_grad=True) for seed in (0, 1))
+    loss = losses.image_text_contrastive_loss(h_x, h_t, negatives=negatives)
+    with torch.profiler.profile() as profile:
+        loss.backward()
+    assert not {event.name for event in profile.events()} & {"aten::mm", "aten::addmm", "aten::matmul"}
+    assert h_x.grad.isfinite().all() and h_t.grad.abs().sum() > 0
 
 
 def test_a_run_killed_while_it_evaluates_needs_no_training(run, tmp_path, monkeypatch):
@@ -308,7 +328,8 @@ def test_bf16_is_used_where_it_is_asked_for(tmp_path):
     toy, seen = Toy(precision="bf16", train_steps=1), []
 
     def compute_loss(share_done):
-        output = toy.module(torch.randn(8, 4, generator=toy.generator))
+        with encoder_precision(toy.device, toy.args.precision):
+            output = toy.module(torch.randn(8, 4, generator=toy.generator))
         seen.append(output.dtype)
         return output.float().square().sum()
 

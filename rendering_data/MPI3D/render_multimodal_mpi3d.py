@@ -18,18 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from datasets import (
-    BIAS_IDS,
-    BIAS_TYPES,
-    EOS,
-    MPI3D_FILE,
-    MPI3D_GRID,
-    PAD,
-    UNK,
-    mpi3d_images,
-    mpi3d_setting,
-    tokenise,
-)
+from datasets import BIAS_IDS, BIAS_TYPES, EOS, MPI3D_FILE, MPI3D_GRID, PAD, UNK, mpi3d_images, mpi3d_setting, tokenise
 from running.command_line import InputError, Parser, integer, number, run_script
 from running.files import write_bytes, write_json
 
