@@ -42,7 +42,7 @@ PROGRAMS = (
 )  # that a page may use, beside the shell's own
 TRAINING = {"numeric": "main_numeric.py", "mpi3d": "main_mpi3dreal.py", "causal3dident": "main_causal3dident.py"}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`([^`\n]+)`")
+INLINE = re.compile(r"`([^`]+)`")
 # Writes down how it was called. The first two words of taskset say which cores; what follows is the command.
 STAND_IN = """#!{shell}
 [ "${{0##*/}}" = taskset ] && shift 2 && exec "$@"
@@ -57,7 +57,7 @@ def blocks(page, language="sh"):
 
 def inline_code(page):
     """Pieces of code in a page's running text and tables."""
-    return INLINE.findall(FENCED.sub("", page.read_text()))
+    return [" ".join(piece.split()) for piece in INLINE.findall(FENCED.sub("", page.read_text()))]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -213,9 +213,11 @@ def wrong_commands(page, shell):
     A flag that stands in the text by itself must be one of any script's.
     """
     code = inline_code(page)
-    kinds = {kind for kind, _ in FENCED.findall(page.read_text())}
+    fenced = FENCED.findall(page.read_text())
+    kinds = {kind for kind, _ in fenced}
     faults = [f"nobody checks {kind!r} blocks" for kind in sorted(kinds - {"sh", "bibtex", ""})]
-    faults += ["a block has no end, or no line of its own"] * (page.read_text().count("```") % 2)
+    faults += ["a block has no end" for _, content in fenced if "```" in content]
+    faults += ["a piece of code has no end"] * (FENCED.sub("", page.read_text()).count("`") % 2)
     for piece in [*blocks(page), *(piece for piece in code if re.match(r"(\S*/)?(python|make|blender) ", piece))]:
         calls, complaints = shell(piece)
         faults += complaints
@@ -325,6 +327,8 @@ def test_a_broken_link_is_found(tmp_path, old, new, fault):
         ("make demo &&", "make dmeo &&", "make knows no dmeo"),
         ("`make demo`", "`make dmeo`", "make knows no dmeo"),
         ("`--resume`", "`--resmue`", "no script knows --resmue"),
+        ("`--resume`", "`python\nno_script.py`", "no_script.py: no such script"),
+        ("`--resume`", "`--resume", "a piece of code has no end"),
         ("taskset", "tasksel", "tasksel: command not found"),
         (".venv-blender/bin", ".venv-bender/bin", "No such file"),
         ("images.py --output-folder data/x\n", "images.py\n", "generate_images.py lacks --output-folder"),
