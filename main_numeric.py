@@ -229,7 +229,7 @@ class NumericExperiment(Experiment):
         for name, (fit, test) in encodings.items():
             linear = probes.linear_r2(fit, fit_targets, test, test_targets)
             if not self.args.mlp_eval:
-                scores = probes.kernel_ridge_r2(fit, fit_targets, test, test_targets)
+                scores = kernel_ridge_r2(fit, fit_targets, test, test_targets)
                 nonlinear = {(name, factor): score for factor, score in scores.items()}
             rows += [(name, factor, linear[factor], nonlinear[name, factor]) for factor in fit_targets]
         return pd.DataFrame(rows, columns=["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"])

@@ -1,4 +1,4 @@
-"""The evaluation of one model on MPI3D-Complex at full size: probes.py against scikit-learn, one factor at a time.
+"""The evaluation of one model on MPI3D-Complex at full size: the probes against scikit-learn, one factor at a time.
 
     python benchmarks/mpi3d_eval.py                       # 23,040 + 23,040 pairs, 7 factors, both modalities
     python benchmarks/mpi3d_eval.py --samples 2304        # a tenth of that
@@ -9,6 +9,7 @@ set OMP_NUM_THREADS and OPENBLAS_NUM_THREADS to their number.
 """
 
 import argparse
+import itertools
 import sys
 import time
 import warnings
@@ -23,7 +24,7 @@ from sklearn.neural_network import MLPClassifier
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import probes
 from datasets import MPI3D_GRID
-from running.training import describe_device
+from running.devices import describe_device
 
 SIZE = 5  # dimensions of the encodings
 
@@ -47,17 +48,14 @@ def synthetic_encodings(samples, seed):
 
 def our_evaluation(encodings, fit_targets, test_targets, seed):
     """(MCC by (probe, modality, factor), seconds by probe)."""
-    scores, seconds = {}, {}
-    started = time.perf_counter()
+    scores, times = {}, [time.perf_counter()]
     for modality, (fit_h, test_h) in encodings.items():
         found = probes.logistic_mcc(fit_h, fit_targets, test_h, test_targets)
         scores |= {("logistic", modality, factor): score for factor, score in found.items()}
-    seconds["logistic"] = time.perf_counter() - started
-    started = time.perf_counter()
+    times.append(time.perf_counter())
     found = probes.mlp_mcc(encodings, fit_targets, test_targets, torch.Generator().manual_seed(seed))
     scores |= {("mlp", *key): score for key, score in found.items()}
-    seconds["mlp"] = time.perf_counter() - started
-    return scores, seconds
+    return scores, {"logistic": times[1] - times[0], "mlp": time.perf_counter() - times[1]}
 
 
 def sklearn_evaluation(encodings, fit_targets, test_targets, seed):
@@ -89,12 +87,12 @@ def main():
     for probe in our_seconds:
         differences = {key: abs(ours[key] - plain[key]) for key in ours if key[0] == probe}
         worst = max(differences, key=differences.get)
-        print(f"{probe:8} {our_seconds[probe]:7.1f} s against {plain_seconds[probe]:7.1f} s, "
-              f"{plain_seconds[probe] / our_seconds[probe]:.1f}×; max |ΔMCC| {differences[worst]:.4f} at "
-              f"{' '.join(worst[1:])} ({ours[worst]:.4f}, {plain[worst]:.4f})")  # fmt: skip
-    for modality in data[0]:
-        print(f"{modality:5} mlp " + "  ".join(f"{factor} {ours['mlp', modality, factor]:.3f} "
-              f"{plain['mlp', modality, factor]:.3f}" for factor in data[1]))  # fmt: skip
+        own, other = our_seconds[probe], plain_seconds[probe]
+        print(f"{probe:8} {own:7.1f} s against {other:7.1f} s, {other / own:.1f}×; max |ΔMCC| {differences[worst]:.4f}")
+        print(f"         at {' '.join(worst[1:])} ({ours[worst]:.4f}, {plain[worst]:.4f})")
+    for modality, factor in itertools.product(data[0], data[1]):
+        key = "mlp", modality, factor
+        print(f"mlp      {modality:5} {factor:12} {ours[key]:.3f} {plain[key]:.3f}")
 
 
 if __name__ == "__main__":

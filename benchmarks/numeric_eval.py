@@ -1,4 +1,4 @@
-"""The evaluation of one numeric model at full size: probes.py against scikit-learn, one target at a time.
+"""The evaluation of one numeric model at full size: the probes against scikit-learn, one target at a time.
 
     python benchmarks/numeric_eval.py              # linear and MLP probes: 20,480 + 20,480 samples, 26 targets
     python benchmarks/numeric_eval.py --krr        # and kernel ridge regression against GridSearchCV, 2,000 samples
@@ -11,7 +11,6 @@ OPENBLAS_NUM_THREADS to their number. --repeats 0 leaves the linear and MLP prob
 
 import argparse
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -28,7 +27,9 @@ from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.neural_network import MLPRegressor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import kernel_ridge
 import probes
+from running.devices import describe_device
 
 
 def synthetic_encodings(samples, seed):
@@ -53,8 +54,9 @@ def our_evaluation(encodings, fit_targets, test_targets, seed, device):
     """R² by (probe, encoding, target) and seconds."""
     start = time.perf_counter()
     encodings = {name: tuple(h.to(device) for h in pair) for name, pair in encodings.items()}
-    fit_targets = {name: target.to(device) for name, target in fit_targets.items()}
-    test_targets = {name: target.to(device) for name, target in test_targets.items()}
+    fit_targets, test_targets = (
+        {name: target.to(device) for name, target in part.items()} for part in (fit_targets, test_targets)
+    )
     scores = {}
     for name, (fit_h, test_h) in encodings.items():
         linear = probes.linear_r2(fit_h, fit_targets, test_h, test_targets)
@@ -80,10 +82,17 @@ def krr_evaluation(encodings, fit_targets, test_targets):
     """R² and chosen (α, γ) by (encoding, target), and seconds."""
     start, scores, best = time.perf_counter(), {}, {}
     for name, (fit_h, test_h) in encodings.items():
-        results = probes.kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets, return_best=True)
+        results = kernel_ridge.kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets, return_best=True)
         for collected, result in zip((scores, best), results, strict=True):
             collected.update({(name, target): value for target, value in result.items()})
     return scores, best, time.perf_counter() - start
+
+
+def grid_search(fit_h, target):
+    """A fitted GridSearchCV of kernel ridge regression, over the probe's own α, γ and folds."""
+    grid = {"alpha": kernel_ridge.ALPHAS, "gamma": kernel_ridge.GAMMAS}
+    search = GridSearchCV(KernelRidge(kernel="rbf"), grid, cv=KFold(kernel_ridge.FOLDS))
+    return search.fit(fit_h.double().numpy(), target.double().numpy())
 
 
 def grid_search_evaluation(encodings, fit_targets, test_targets):
@@ -91,9 +100,7 @@ def grid_search_evaluation(encodings, fit_targets, test_targets):
     start, scores, best = time.perf_counter(), {}, {}
     for name, (fit_h, test_h) in encodings.items():
         for target in fit_targets:
-            grid = {"alpha": probes.ALPHAS, "gamma": probes.GAMMAS}
-            search = GridSearchCV(KernelRidge(kernel="rbf"), grid, cv=KFold(probes.FOLDS))
-            search.fit(fit_h.double().numpy(), fit_targets[target].double().numpy())
+            search = grid_search(fit_h, fit_targets[target])
             scores[name, target] = r2_score(test_targets[target].numpy(), search.predict(test_h.double().numpy()))
             best[name, target] = (search.best_params_["alpha"], search.best_params_["gamma"])
     return scores, best, time.perf_counter() - start
@@ -111,27 +118,26 @@ def largest_difference(scores, reference):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of probes.py")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of the linear and MLP probes")
     parser.add_argument("--baseline-repeats", type=int, default=1, help="timed runs of scikit-learn; 0 leaves it out")
     parser.add_argument("--samples", type=int, default=20_480, help="fitting samples, and as many test samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
-    parser.add_argument("--device", default="cpu", help="where probes.py runs; scikit-learn runs on the CPU")
+    parser.add_argument("--device", default="cpu", help="where the probes run; scikit-learn runs on the CPU")
     parser.add_argument("--krr", action="store_true", help="kernel ridge regression against GridSearchCV")
     parser.add_argument("--krr-full", action="store_true", help="kernel ridge regression at full size")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", ConvergenceWarning)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    on_cpu = torch.device(args.device).type == "cpu"
-    where = platform.processor() or platform.machine() if on_cpu else torch.cuda.get_device_name(args.device)
-    print(f"{where}, {cores} usable cores, {args.threads} torch threads, torch {torch.__version__}", flush=True)
+    where = describe_device(torch.device(args.device))
+    print(f"{where}, {cores} usable cores, torch {torch.__version__}", flush=True)
 
     if args.repeats > 0:
         data = synthetic_encodings(args.samples, args.seed)
         print(f"linear and MLP probes, {args.samples} + {args.samples} samples, {len(data[0]) * len(data[1])} targets")
         runs = [our_evaluation(*data, args.seed + run, args.device) for run in range(args.repeats)]
-        print(f"  probes.py     {times([seconds for _, seconds in runs])}", flush=True)
+        print(f"  ours          {times([seconds for _, seconds in runs])}", flush=True)
         if args.baseline_repeats > 0:
             baseline = [sklearn_evaluation(*data, args.seed + run) for run in range(args.baseline_repeats)]
             print(f"  scikit-learn  {times([seconds for _, seconds in baseline])}")
@@ -145,7 +151,7 @@ def main():
         scores, best, seconds = krr_evaluation(*data)
         reference, reference_best, reference_seconds = grid_search_evaluation(*data)
         print("kernel ridge regression, 2000 + 2000 samples")
-        print(f"  probes.py {seconds:.1f} s, GridSearchCV {reference_seconds:.1f} s")
+        print(f"  ours {seconds:.1f} s, GridSearchCV {reference_seconds:.1f} s")
         same = sum(best[key] == reference_best[key] for key in best)
         print(f"  same (α, γ) for {same} of {len(best)} targets; {largest_difference(scores, reference)}", flush=True)
 
@@ -154,7 +160,7 @@ def main():
         scores, best, seconds = krr_evaluation(*data)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"kernel ridge regression, {args.samples} + {args.samples} samples")
-        print(f"  probes.py {seconds / 60:.1f} min, peak memory {peak:.1f} GiB")
+        print(f"  {seconds / 60:.1f} min, peak memory {peak:.1f} GiB")
         for key, score in scores.items():
             print(f"  {' '.join(key):12s} R² {score:7.4f}   α {best[key][0]:g}, γ {best[key][1]:.4g}")
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import latent_spaces
 import main_numeric
-import probes
+import mlp_probes
 from datasets import MPI3D_GRID
 from rendering_data.Causal3DIdent import generate_latents, generate_text
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
@@ -40,7 +40,7 @@ def run(tmp_path, capsys, monkeypatch):
     """
     monkeypatch.setattr(main_numeric, "EVAL_BATCH", 300)
     monkeypatch.setattr(latent_spaces, "CONDITION_DRAWS", 1000)
-    monkeypatch.setattr(probes, "MAX_EPOCHS", 20)
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 20)
     monkeypatch.setattr(main_numeric, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
 
     def call(flags="", model="m", base=TINY, model_dir=tmp_path / "models"):

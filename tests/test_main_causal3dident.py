@@ -14,6 +14,7 @@ import datasets
 import encoders
 import image_text
 import main_causal3dident
+import mlp_probes
 import probes
 from image_text import ImageTextExperiment
 from main_causal3dident import Causal3dIdentExperiment
@@ -54,7 +55,7 @@ class SmallImageEncoder(nn.Module):
 def run(tmp_path, causal3dident, capsys, monkeypatch):
     """run(flags) → (exit code, stdout, stderr) of the script with a small encoder, short probes and no drawing."""
     monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
-    monkeypatch.setattr(probes, "MAX_EPOCHS", 8)
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 8)
     monkeypatch.setattr(main_causal3dident, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
 
     def call(flags="", model="m", base=FLAGS):

@@ -20,6 +20,7 @@ from torch import nn
 import encoders
 import image_text
 import main_mpi3dreal
+import mlp_probes
 import probes
 from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_setting
 from image_text import ImageTextExperiment
@@ -60,7 +61,7 @@ class SmallImageEncoder(nn.Module):
 def run(tmp_path, mpi3d, capsys, monkeypatch):
     """run(flags) → (exit code, stdout, stderr) of main_mpi3dreal.py with a small encoder, short probes and no drawing."""
     monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
-    monkeypatch.setattr(probes, "MAX_EPOCHS", 8)
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 8)
     monkeypatch.setattr(main_mpi3dreal, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
 
     def call(flags="", model="m", base=FLAGS):
