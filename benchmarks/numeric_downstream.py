@@ -4,7 +4,7 @@
     taskset -c 0,1 python benchmarks/numeric_downstream.py --steps 200    # the ratio alone; the scores are unfinished
     taskset -c 0,1 python benchmarks/numeric_downstream.py --steps 200 --chunk 256 --repeats 5
 
-The baseline is what the specification says in PyTorch's words: torch.nn, autograd and torch.optim.Adam, from the same
+The baseline is what Section 5.1 of the paper says in PyTorch's words: torch.nn, autograd and torch.optim.Adam, from the same
 initial weights. The encoding is synthetic: a smooth nonlinear mixture of the first --dims of ten semantics with a little
 noise. Times are of everything that leads from encodings to scores; set OMP_NUM_THREADS to the number of cores.
 """
@@ -22,9 +22,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_numeric_predict
+import mlp_probes
 import probes
-from eval_numeric_predict import LEARNING_RATE, class_labels, initial_network, regression_targets, score_tasks, shift
-from running.training import describe_device
+from eval_numeric_predict import class_labels, regression_targets, score_tasks, shift
+from running.devices import describe_device
 
 
 def synthetic_samples(samples, dims, seed, device):
@@ -43,6 +44,11 @@ def synthetic_samples(samples, dims, seed, device):
     return sets
 
 
+def initial_networks(size, generator):
+    """Initial weights of y1 … y5, (hidden, output) each, in the order in which `score_tasks` draws them."""
+    return [mlp_probes.initial_network(size, outputs, generator) for outputs in (1, 1, 1, 1, 2)]
+
+
 def train_plain(initial, h, target, steps):
     """A probe as an nn.Module, trained by autograd; initial: weights of `initial_network`, target: (N,)."""
     hidden, output = initial
@@ -54,7 +60,7 @@ def train_plain(initial, h, target, steps):
     network.to(h)
     loss = nn.MSELoss() if len(output) == 1 else nn.CrossEntropyLoss()
     target = target.to(h.dtype)[:, None] if len(output) == 1 else target.long()
-    optimiser = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    optimiser = torch.optim.Adam(network.parameters(), lr=mlp_probes.LEARNING_RATE)
     for _ in range(steps):
         optimiser.zero_grad()
         loss(network(h), target).backward()
@@ -74,7 +80,7 @@ def plain_scores(fit, test, shifted, protocol, generator, steps):
     fit_h, test_h = probes.standardise(fit[0], test[0])
     _, shifted_h = probes.standardise(fit[0], shifted[0])
     fit_y, test_y, shifted_y = (regression_targets(s, protocol) for _, s in (fit, test, shifted))
-    networks = [initial_network(fit_h.shape[1], outputs, generator) for outputs in (1, 1, 1, 1, 2)]
+    networks = initial_networks(fit_h.shape[1], generator)
     regression = {}
     for i, initial in enumerate(networks[:4]):
         network = train_plain(initial, fit_h, fit_y[:, i], steps)
@@ -99,19 +105,20 @@ def main():
     parser.add_argument("--steps", type=int, default=eval_numeric_predict.STEPS)
     parser.add_argument("--samples", type=int, default=20_480, help="fitting samples, as many test and shifted ones")
     parser.add_argument("--dims", type=int, default=5, help="dimensions of the encoding")
-    parser.add_argument("--chunk", type=int, default=eval_numeric_predict.CHUNK, help="samples of a chunk on a CPU")
+    parser.add_argument("--chunk", type=int, default=mlp_probes.CHUNK, help="samples of a chunk on a CPU")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of both, in turn")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and the initial weights of the first run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    eval_numeric_predict.STEPS, eval_numeric_predict.CHUNK = args.steps, args.chunk
+    eval_numeric_predict.STEPS, mlp_probes.CHUNK = args.steps, args.chunk
     device = torch.device(args.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{describe_device(device)}, {cores} usable cores, torch {torch.__version__}")
     print(f"{args.samples} samples, {args.dims} dimensions, {args.steps} steps, five probes", flush=True)
 
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # its first use imports torch's compiler: not what is timed
     ratios, cpu_ratios, differences = [], [], {}
     for run in range(args.repeats):
         samples = synthetic_samples(args.samples, args.dims, args.seed + run, device)

@@ -15,7 +15,14 @@ from sklearn.cluster import KMeans
 
 import eval_numeric_predict as downstream
 import main_numeric
-from benchmarks.numeric_downstream import plain_prediction, plain_scores, synthetic_samples, train_plain
+import mlp_probes
+from benchmarks.numeric_downstream import (
+    initial_networks,
+    plain_prediction,
+    plain_scores,
+    synthetic_samples,
+    train_plain,
+)
 from running import pictures
 from running.command_line import run_script
 
@@ -126,16 +133,14 @@ def test_the_shift():
 
 @pytest.mark.parametrize("size, samples, chunk", [(1, 300, 1024), (4, 300, 128), (10, 301, 100)])
 def test_training_together_takes_the_steps_of_plain_adam(monkeypatch, size, samples, chunk):
-    monkeypatch.setattr(downstream, "CHUNK", chunk)
+    monkeypatch.setattr(mlp_probes, "CHUNK", chunk)
     h = normal(samples, size)
     targets = torch.cat(
         (normal(samples, 4, seed=1) + h.sum(dim=1, keepdim=True).square(), (h[:, :1] > 0.3).float()), dim=1
     )
-    generator = torch.Generator().manual_seed(2)
-    networks = [downstream.initial_network(size, outputs, generator) for outputs in (1, 1, 1, 1, 2)]
-    together = downstream.Probes(size, networks, 1, "cpu")
+    together = mlp_probes.FullBatchProbes(size, 4, 1, torch.Generator().manual_seed(2), "cpu")
     together.train(h, targets, 100)
-    for i, initial in enumerate(networks):
+    for i, initial in enumerate(initial_networks(size, torch.Generator().manual_seed(2))):
         plain = train_plain(initial, h.double(), targets[:, i], 100)
         expected = plain_prediction(plain, h.double())
         start = plain_prediction(train_plain(initial, h, targets[:, i], 0), h)
@@ -144,14 +149,13 @@ def test_training_together_takes_the_steps_of_plain_adam(monkeypatch, size, samp
 
 
 def test_weights_are_xavier_uniform_and_biases_zero():
-    hidden, output = downstream.initial_network(10, 2, torch.Generator().manual_seed(0))
+    hidden, output = mlp_probes.initial_network(10, 2, torch.Generator().manual_seed(0))
     assert hidden.shape == (100, 10) and output.shape == (2, 100)
     for weight, bound in ((hidden, math.sqrt(6 / 110)), (output, math.sqrt(6 / 102))):
         assert 0.95 * bound < weight.abs().max() <= bound and weight.var() == pytest.approx(bound**2 / 3, rel=0.2)
-    probes = downstream.Probes(10, [(hidden, output)], 1, "cpu")
+    probes = mlp_probes.FullBatchProbes(10, 0, 1, torch.Generator().manual_seed(0), "cpu")
+    assert torch.equal(probes.hidden[:10, 0], hidden.T) and torch.equal(probes.output[0], (output[1] - output[0]) / 2)
     assert not probes.hidden[10].any() and not probes.bias.any()
-    with pytest.raises(ValueError, match="not those of"):
-        downstream.Probes(9, [(hidden, output)], 1, "cpu")
 
 
 def test_the_scores_are_those_of_networks_one_after_another(monkeypatch):
@@ -168,7 +172,7 @@ def test_the_scores_are_those_of_networks_one_after_another(monkeypatch):
 @pytest.mark.parametrize("protocol", ["code", "paper"])
 def test_semantics_score_near_one_and_noise_near_zero(monkeypatch, protocol):
     monkeypatch.setattr(downstream, "STEPS", 500)
-    monkeypatch.setattr(downstream, "LEARNING_RATE", 1e-2)
+    monkeypatch.setattr(mlp_probes, "LEARNING_RATE", 1e-2)
     # a whole batch: with fewer samples the 2-means of the sets differ, and so do their classes
     sets = [normal(4096, 4, seed=1 + seed) for seed in range(3)]
     sets[2] = downstream.shift(sets[2], protocol, torch.Generator().manual_seed(0))
@@ -178,14 +182,14 @@ def test_semantics_score_near_one_and_noise_near_zero(monkeypatch, protocol):
     # the probe of the two semantics behind the classes never saw values as large as the shifted ones of the others
     assert classification["ood"] < classification["iid"]
     monkeypatch.setattr(downstream, "STEPS", 50)
-    monkeypatch.setattr(downstream, "LEARNING_RATE", 1e-3)
+    monkeypatch.setattr(mlp_probes, "LEARNING_RATE", 1e-3)
     noise = [(normal(4096, 4, seed=10 + seed), s) for seed, s in enumerate(sets)]
     regression, classification = downstream.score_tasks(*noise, protocol, generator)
     assert max(regression.values()) < 0.05 and max(map(abs, classification.values())) < 0.1
 
 
 def test_a_training_that_diverges_is_an_error():
-    probes = downstream.Probes(2, [downstream.initial_network(2, 1, None)], 0, "cpu")
+    probes = mlp_probes.FullBatchProbes(2, 1, 0, torch.Generator().manual_seed(0), "cpu")
     with pytest.raises(ValueError, match="diverged"):
         probes.train(normal(50, 2), torch.full((50, 1), 1e38), 30)
 
@@ -308,7 +312,9 @@ def test_several_directories_in_one_call(predict, run, model, tmp_path, monkeypa
     assert run("--seed 2", model="n")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(
-            main_numeric, "evaluate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            main_numeric.NumericExperiment,
+            "evaluate",
+            lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
         )
         assert run("--seed 3", model="stopped")[0] == 2
     (tmp_path / "models/notes").mkdir()
@@ -329,13 +335,13 @@ def test_the_latents_are_those_of_the_training_whatever_the_protocol_of_the_task
     predict, run, tmp_path, monkeypatch, flags
 ):
     assert run(f"--seed 1 {flags}")[0] == 0
-    used, built = [], main_numeric.build_latents
+    used, built = [], main_numeric.MisalignedLatents
 
-    def noted(*arguments):
-        used.append(built(*arguments))
+    def noted(*arguments, **options):
+        used.append(built(*arguments, **options))
         return used[-1]
 
-    monkeypatch.setattr(main_numeric, "build_latents", noted)
+    monkeypatch.setattr(main_numeric, "MisalignedLatents", noted)
     assert run("--seed 7 --evaluate", base="--no-cuda")[0] == 0
     scores = []
     for protocol in ("code", "paper"):
@@ -371,7 +377,7 @@ def test_the_shifted_samples_alone_are_shifted(predict, model, monkeypatch):
         ("args.json", None, "it holds no finished model"),
         ("args.json", b'{"seed": 1,', "args.json is damaged"),
         ("args.json", b'{"finished": true}', "args.json is damaged"),
-        ("args.json", b'{"seed": 1, "finished": true}', "args.json has no 'semantics_n'"),
+        ("args.json", b'{"seed": 1, "finished": true}', "args.json has no '"),
         ("f_x.pt", None, "f_x.pt is missing"),
         ("f_x.pt", b"PK", "f_x.pt is damaged"),
         ("g_x.pt", b"", "g_x.pt is damaged"),
@@ -394,7 +400,7 @@ def test_damaged_models(predict, model, name, damage, words):
         ("semantics_n", "three", "--semantics-n"),
         ("semantics_n", 4, "the weights are of another setting"),
         ("theta_value", 99, "--theta-value 99 is out of range"),
-        ("causal_dependence", 1, "expected true or false"),
+        ("causal_dependence", 1, "1 is no value of --causal-dependence"),
         ("change_prob", None, "--change-prob"),
         ("protocol", "text", "--protocol"),
     ],
