@@ -35,7 +35,7 @@ import probes
 from latent_spaces import seeded_generator
 from mlp_probes import FullBatchProbes
 from running.command_line import InputError, Parser, integer, run_script
-from running.devices import autocast, describe_device, matrix_precision, select_device, settled_precision
+from running.devices import describe_device, encoder_precision, select_device, settled_precision
 from running.directory import check_writable, is_finished, trained_args
 from running.files import replaced, write_csv, write_json
 from running.pictures import plot_downstream_scores
@@ -136,8 +136,9 @@ def encode(experiment, batches, generator, precision, shift_protocol):
     for _ in range(batches):
         z = experiment.latents.sample(main_numeric.EVAL_BATCH, generator)
         s = shift(z.s, shift_protocol, generator) if shift_protocol else z.s
-        with matrix_precision(precision), autocast(s.device, precision):
-            encodings.append(f_x(g_x(torch.cat((s, z.m_x), dim=1))).float())
+        x = g_x(torch.cat((s, z.m_x), dim=1))
+        with encoder_precision(s.device, precision):
+            encodings.append(f_x(x).float())
         semantics.append(s)
     return torch.cat(encodings), torch.cat(semantics)
 

@@ -18,6 +18,7 @@ import torch
 
 import probes
 from encoders import MLPEncoder, initialise
+from kernel_ridge import kernel_ridge_r2
 from latent_spaces import MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
 from losses import multimodal_contrastive_loss
 from probes import ABSENT, LEARNED

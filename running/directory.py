@@ -74,9 +74,7 @@ def adopt_stored_flags(args, given, parser, directory):
     if args.evaluate:
         own |= {"seed", *parser.freely}  # of the evaluation
     for name in [name for name in vars(args) if name not in own]:
-        if name not in stored:
-            raise InputError(f"{args_file} has no {name!r}: it is damaged, or another script's")
-        check_stored_value(name, stored[name], args_file, parser)
+        check_stored_value(name, stored, args_file, parser)
         if name in given and getattr(args, name) != stored[name]:
             flag = f"--{name.replace('_', '-')}"
             if not args.load_args:
@@ -86,9 +84,11 @@ def adopt_stored_flags(args, given, parser, directory):
         setattr(args, name, stored[name])
 
 
-def check_stored_value(name, value, args_file, parser):
-    """Raise InputError unless `value` of args.json is one that the script's Parser gives the flag `name`."""
-    flag = f"--{name.replace('_', '-')}"
+def check_stored_value(name, stored, args_file, parser):
+    """Raise InputError unless args.json, the dict `stored`, has a value that the script's Parser gives the flag `name`."""
+    if name not in stored:
+        raise InputError(f"{args_file} has no {name!r}: it is damaged, or another script's")
+    flag, value = f"--{name.replace('_', '-')}", stored[name]
     words = [] if value is False else [flag] if value is True else [f"{flag}={value}"]
     try:
         parsed = getattr(parser.parse(words)[0], name)
@@ -96,6 +96,22 @@ def check_stored_value(name, value, args_file, parser):
         parsed = None
     if parsed != value or value is None:
         raise InputError(f"{args_file} is damaged: {value!r} is no value of {flag}")
+
+
+def trained_args(directory, experiment_class):
+    """(args, stored) of a finished model: its flags as a Namespace, checked as --evaluate does, and the dict of args.json.
+
+    Raises InputError if args.json is missing or damaged, or says that the model is not finished.
+    """
+    stored, parser = LATER_FLAGS | stored_args(directory), experiment_class.parser()
+    if not stored.get("finished"):
+        raise InputError(f"{directory} holds no finished model")
+    args, _ = parser.parse([])
+    for name in [name for name in vars(args) if name not in parser.freely]:
+        check_stored_value(name, stored, Path(directory) / "args.json", parser)
+        setattr(args, name, stored[name])
+    experiment_class.settle(args)
+    return args, stored_args(directory)
 
 
 def refuse_to_overwrite(args, directory):
