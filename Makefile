@@ -1,25 +1,32 @@
 # make demo    train a small model on the CPU, show its table and picture (a minute after installation)
 # make demo-mpi3d   draw stand-in images, write captions, train on a selection and a perturbation bias (minutes)
 # make test    run the test suite            make lint    check the style
-# make bench   time what the README quotes
+# make test-processors   run the numerical tests as processors with other instructions and numbers of threads compute
+# make bench   time what benchmarks/README.md quotes
 # make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
 # make demo-causal3dident      render 900 small images with captions, train on a selection and a perturbation bias
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
+# ENV=$CONDA_PREFIX make demo takes an environment that is there, with the PyTorch in it, and installs nothing.
 
 PYTHON ?= python3
 PYTHON311 ?= python3.11
+ifdef ENV
+BIN := $(ENV)/bin
+INSTALLED :=
+else
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+endif
 BLENDER := .venv-blender/bin/python
 BLENDER_INSTALLED := .venv-blender/.installed
 CAUSAL3DIDENT := rendering_data/Causal3DIdent
 
-.PHONY: install blender demo demo-mpi3d demo-causal3dident test lint bench
+.PHONY: install blender demo demo-mpi3d demo-causal3dident test test-processors lint bench
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt
+.venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name another one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -62,6 +69,12 @@ demo-causal3dident: $(INSTALLED) $(BLENDER_INSTALLED)
 test: $(INSTALLED)
 	@$(MAKE) --no-print-directory blender || echo "the tests that render Causal3DIdent are skipped"
 	$(BIN)/python -m pytest
+
+NUMERICAL := $(addprefix tests/test_,losses.py latent_spaces.py encoders.py optimisation.py probes.py eval_numeric_predict.py training.py main_numeric.py)
+PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OMP_NUM_THREADS=1 OMP_NUM_THREADS=4
+
+test-processors: $(INSTALLED)
+	@set -e; for setting in $(PROCESSORS); do echo "$$setting"; env $$setting $(BIN)/python -m pytest --durations=0 --durations-min=30 $(NUMERICAL); done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -27,9 +27,9 @@ TINY = (
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and the suite may share its machine."""
-    torch.set_num_threads(1)
+def threads():
+    """One thread, unless OMP_NUM_THREADS says more: tiny matrices gain nothing from them, and the suite may share its machine."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture

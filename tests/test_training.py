@@ -122,7 +122,7 @@ def test_a_run_killed_while_it_evaluates_needs_no_training(run, tmp_path, monkey
 def start(tmp_path, *flags):
     """main_numeric.py in a process of its own, long enough to be stopped."""
     command = [sys.executable, "main_numeric.py", *TINY.split(), "--seed", "3", "--model-dir", str(tmp_path), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # as many threads as the runs it is compared with
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
