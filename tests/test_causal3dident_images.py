@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from running.command_line import InputError, run_script
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
-import generate_images
+from reading.causal3dident import CAUSAL_IMAGE, read_latents
+from rendering_data.Causal3DIdent import generate_images
+from running.command_line import InputError
+from tests.scripts import outcome
 
 ROOT = Path(__file__).parents[1]
 BLENDER = ROOT / ".venv-blender/bin/python"
@@ -312,7 +312,7 @@ def test_hues_below_0_are_wrapped_by_the_protocol_paper_alone(tmp_path):
 @pytest.mark.skipif(not os.environ.get("CAUSAL3DIDENT_ASSETS"), reason="CAUSAL3DIDENT_ASSETS names no folder of assets")
 def test_the_real_shapes_are_rendered(tmp_path):
     assets = Path(os.environ["CAUSAL3DIDENT_ASSETS"])
-    there = [k for k, name in enumerate(generate_images.SHAPES) if (assets / f"shapes/Shape{name}.blend").exists()]
+    there = [k for k in range(7) if (assets / generate_images.shape_file(k)).exists()]
     write_latents(tmp_path, [BASE | {"object_shape": k} for k in there])
     assert "stand-in" not in render(tmp_path, "--assets", assets)
     masks = [object_mask(pixels(file)) for file in sorted((tmp_path / "images").iterdir())]
@@ -348,10 +348,8 @@ def run(tmp_path, capsys, monkeypatch):
     write_latents(tmp_path, [BASE] * 3)
 
     def call(*flags):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: generate_images.main(["--output-folder", str(tmp_path), *map(str, flags)]))
-        return stopped.value.code or 0, capsys.readouterr().err
+        code, _, err = outcome(capsys, generate_images.main, "--output-folder", tmp_path, *flags)
+        return code, err
 
     return call
 
@@ -371,7 +369,7 @@ def test_a_python_without_blender_says_which_command_installs_it(tmp_path, run, 
         ([BASE | {"object_xpos": 0.5}], "object_xpos is 0.5"),
         ([BASE | {"background_color": "nan"}], "background_color is nan, expected a number in [0, 1]"),
         ([BASE | {"object_alpharot": -0.1}], "object_alpharot is -0.1"),
-        ([], "lacks rows"),
+        ([], "has no rows"),
     ],
 )
 def test_damaged_latents_are_named(tmp_path, run, rows, words):
@@ -385,7 +383,7 @@ def test_missing_columns_and_a_missing_file_are_named(tmp_path, run):
     path = tmp_path / "latents_image.csv"
     path.write_text(path.read_text().replace("object_color", "color"))
     code, err = run()
-    assert code == 2 and "lacks columns object_color" in err and err.count("\n") == 1
+    assert code == 2 and "has no column object_color" in err and err.count("\n") == 1
     path.unlink()
     code, err = run()
     assert code == 2 and "latents_image.csv is missing" in err and "generate_latents.py" in err
@@ -484,9 +482,10 @@ def test_what_killed_runs_left_is_removed_a_day_later(tmp_path, begun):
 def test_latents_of_other_editors_are_read(tmp_path):
     path = tmp_path / "latents_image.csv"
     write_latents(tmp_path, [BASE] * 3)
-    plain, _ = generate_images.read_latents(path)
+    plain = read_latents(path, CAUSAL_IMAGE)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n") + b"\n")
-    assert generate_images.read_latents(path)[0] == plain
+    read = read_latents(path, CAUSAL_IMAGE)
+    assert list(read) == list(plain) and all(np.array_equal(read[name], plain[name]) for name in plain)
 
 
 def test_images_of_other_latents_or_settings_are_not_mixed(tmp_path, run, begun):

@@ -7,7 +7,7 @@
     ... --assets multimodal3dident/assets         # the real shapes, of a clone of Multimodal3DIdent; else stand-ins
     ... --device optix                            # on a GPU
     ... --n-batches 50 --batch-index 7            # the eighth fiftieth of the images: for a job array
-    ... --plain                                   # the specification to the letter, without what makes it fast
+    ... --plain                                   # the plain way, without what makes it fast
 
 Reads latents_image.csv, which generate_latents.py wrote, and writes images/000000.png … and images.json, which says what
 they were rendered from. Images appear whole or not at all, and those already there are kept: a run that was stopped goes on
@@ -25,7 +25,6 @@ thread each, runs side by side what does not scale with threads.
 
 import colorsys
 import contextlib
-import csv
 import datetime
 import hashlib
 import importlib.util
@@ -42,24 +41,25 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from running.command_line import InputError, Parser, integer, run_script
+import numpy as np
 
-SHAPES = ("Teapot", "Hare", "Dragon", "Cow", "Armadillo", "Horse", "Head")  # by object_shape; assets' names
-STANDINS = ("ring", "cone", "coil", "star", "jack", "arch", "monkey")
-# Latents that an image depends on: the number of values of a discrete one, None for a continuous one in [0, 1].
-LATENTS = {
-    "object_shape": len(SHAPES),
-    "object_xpos": 3,
-    "object_ypos": 3,
-    "object_alpharot": None,
-    "object_betarot": None,
-    "object_gammarot": None,
-    "spotlight_pos": None,
-    "object_color": None,
-    "spotlight_color": None,
-    "background_color": None,
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reading.causal3dident import CAUSAL_IMAGE, SHAPES, image_files, latents_digest, read_latents
+from running.command_line import InputError, Parser, integer, run_script
+from running.cores import usable_cores
+from running.files import write_json
+
+STANDINS = ("ring", "cone", "coil", "star", "jack", "arch", "monkey")  # for SHAPES
+# Boxes that stand-ins are made of: (size, centre) along x, y and z.
+BOXES = {
+    "jack": [((2.0, 0.36, 0.36), (0, 0, 0)), ((0.36, 1.6, 0.36), (0, 0, 0)), ((0.36, 0.36, 1.2), (0, 0, 0))],
+    "arch": [
+        ((1.8, 0.6, 0.5), (0, 0, 0.75)),
+        ((0.5, 0.6, 1.5), (-0.65, 0, -0.25)),
+        ((0.5, 0.6, 1.5), (0.65, 0, -0.25)),
+    ],
 }
+BASE_SCENE, RUBBER = "scenes/base_scene_equal_xyz.blend", "materials/Rubber.blend"  # of the assets
 OBJECT_SCALE, GROUND_SIZE = 1.5, 1500.0
 SPOT_WATTS, SPOT_CONE, SPOT_BLEND, SPOT_RADIUS = 3000.0, math.radians(35), 0.1, 0.5
 STANDIN_SIZE = 2.8  # largest dimension of a stand-in before it is scaled; the teapot's is 2.96, the cow's 2.70
@@ -69,7 +69,6 @@ BOX_MARGIN = 2  # pixels around what is computed: the pixel filter reaches 0.75 
 DENOISED_BELOW = 64  # samples: from here on the denoiser gains at most 0.3 dB, for a quarter of the time
 PROGRESS_SECONDS = 10
 OLDEST_BLENDER = (4, 2)
-SUFFIXES = (".png", ".jpg", ".jpeg")  # of what is taken for an image
 STALE_SECONDS = 24 * 3600  # age of an unfinished image that no process works on any more
 
 
@@ -95,40 +94,33 @@ def clear_scene(bpy):
     group = bpy.data.node_groups.new("Rubber", "ShaderNodeTree")
     group.interface.new_socket("Shader", in_out="OUTPUT", socket_type="NodeSocketShader")
     group.interface.new_socket("Color", in_out="INPUT", socket_type="NodeSocketColor")
-    inputs, outputs, diffuse, gloss, fresnel, mix = (
-        group.nodes.new(f"{name}")
-        for name in (
-            "NodeGroupInput",
-            "NodeGroupOutput",
-            "ShaderNodeBsdfDiffuse",
-            "ShaderNodeBsdfAnisotropic",
-            "ShaderNodeFresnel",
-            "ShaderNodeMixShader",
-        )
-    )
+    inputs, outputs = group.nodes.new("NodeGroupInput"), group.nodes.new("NodeGroupOutput")
+    kinds = ("BsdfDiffuse", "BsdfAnisotropic", "Fresnel", "MixShader")
+    diffuse, gloss, fresnel, mix = (group.nodes.new(f"ShaderNode{kind}") for kind in kinds)
     gloss.inputs["Roughness"].default_value, fresnel.inputs["IOR"].default_value = 0.6, 1.2
-    for source, target in (
-        (inputs.outputs["Color"], diffuse.inputs["Color"]),
-        (fresnel.outputs[0], mix.inputs[0]),
-        (diffuse.outputs[0], mix.inputs[1]),
-        (gloss.outputs[0], mix.inputs[2]),
-        (mix.outputs[0], outputs.inputs["Shader"]),
-    ):
-        group.links.new(source, target)
+    group.links.new(inputs.outputs["Color"], diffuse.inputs["Color"])
+    for place, source in enumerate((fresnel, diffuse, gloss)):
+        group.links.new(source.outputs[0], mix.inputs[place])
+    group.links.new(mix.outputs[0], outputs.inputs["Shader"])
     return group
+
+
+def bad_asset(file, what):
+    """InputError about a file of the assets."""
+    return InputError(f"{file} {what}; take it from a fresh clone of Multimodal3DIdent")
 
 
 def load_base_scene(bpy, assets):
     """The base scene of the assets without its ground; returns the node group of the material Rubber."""
-    file = assets / "scenes/base_scene_equal_xyz.blend"
+    file = assets / BASE_SCENE
     try:
         bpy.ops.wm.open_mainfile(filepath=str(file))
     except RuntimeError as error:
-        raise InputError(f"{file} is damaged ({error}); take it from a fresh clone of Multimodal3DIdent") from None
+        raise bad_asset(file, f"is damaged ({error})") from None
     if "Ground" not in bpy.data.objects or bpy.context.scene.camera is None:
-        raise InputError(f"{file} has no Ground or no camera; take it from a fresh clone of Multimodal3DIdent")
+        raise bad_asset(file, "has no Ground or no camera")
     bpy.data.objects.remove(bpy.data.objects["Ground"])
-    return append(bpy, assets / "materials/Rubber.blend", "node_groups", "Rubber")
+    return append(bpy, assets / RUBBER, "node_groups", "Rubber")
 
 
 def append(bpy, file, kind, name):
@@ -138,9 +130,9 @@ def append(bpy, file, kind, name):
             if name in getattr(source, kind):
                 setattr(target, kind, [name])
     except OSError as error:
-        raise InputError(f"{file} is damaged ({error}); take it from a fresh clone of Multimodal3DIdent") from None
+        raise bad_asset(file, f"is damaged ({error})") from None
     if not getattr(target, kind):
-        raise InputError(f"{file} holds no {name}; take it from a fresh clone of Multimodal3DIdent")
+        raise bad_asset(file, f"holds no {name}")
     return getattr(target, kind)[0]
 
 
@@ -150,10 +142,6 @@ def standin_mesh(bpy, name):
     from mathutils import Matrix, Vector
 
     shape = bmesh.new()
-
-    def box(size, centre):
-        matrix = Matrix.Translation(centre) @ Matrix.Diagonal((*size, 1.0))
-        bmesh.ops.create_cube(shape, size=1.0, matrix=matrix)
 
     def tube(path, radius, sides, closed):
         """Circle of `sides` corners swept along points that wind around the z axis."""
@@ -192,16 +180,12 @@ def standin_mesh(bpy, name):
         shape.faces.new(top)
         for k in range(10):
             shape.faces.new((bottom[k], bottom[(k + 1) % 10], top[(k + 1) % 10], top[k]))
-    elif name == "jack":
-        for size in ((2.0, 0.36, 0.36), (0.36, 1.6, 0.36), (0.36, 0.36, 1.2)):
-            box(size, (0, 0, 0))
-    elif name == "arch":
-        for size, centre in (((1.8, 0.6, 0.5), (0, 0, 0.75)), ((0.5, 0.6, 1.5), (-0.65, 0, -0.25)),
-                             ((0.5, 0.6, 1.5), (0.65, 0, -0.25))):  # fmt: skip
-            box(size, centre)
-    else:
+    elif name == "monkey":
         bmesh.ops.create_monkey(shape)
         bmesh.ops.subdivide_edges(shape, edges=shape.edges[:], cuts=1, smooth=1.0, use_grid_fill=True)
+    for size, centre in BOXES.get(name, ()):
+        matrix = Matrix.Translation(centre) @ Matrix.Diagonal((*size, 1.0))
+        bmesh.ops.create_cube(shape, size=1.0, matrix=matrix)
     low, high = ([pick(vertex.co[axis] for vertex in shape.verts) for axis in range(3)] for pick in (min, max))
     centre = (Vector(low) + Vector(high)) / 2
     factor = STANDIN_SIZE / max(b - a for a, b in zip(low, high, strict=True))
@@ -222,9 +206,7 @@ def rubber_material(bpy, name, group):
     material.use_nodes = True
     tree = material.node_tree
     tree.nodes.clear()
-    rubber, surface, color = (
-        tree.nodes.new(kind) for kind in ("ShaderNodeGroup", "ShaderNodeOutputMaterial", "ShaderNodeObjectInfo")
-    )
+    rubber, surface, color = (tree.nodes.new(f"ShaderNode{kind}") for kind in ("Group", "OutputMaterial", "ObjectInfo"))
     rubber.node_tree = group
     tree.links.new(color.outputs["Color"], rubber.inputs["Color"])
     tree.links.new(rubber.outputs["Shader"], surface.inputs["Surface"])
@@ -240,7 +222,8 @@ def build_scene(bpy, settings):
     shapes = {}
     for number in settings["shapes"]:
         if assets:
-            shape = append(bpy, assets / f"shapes/Shape{SHAPES[number]}.blend", "objects", f"Shape{SHAPES[number]}")
+            file = assets / shape_file(number)
+            shape = append(bpy, file, "objects", file.stem)
         else:
             shape = bpy.data.objects.new(STANDINS[number], standin_mesh(bpy, STANDINS[number]))
         shape.data.materials.clear()
@@ -250,9 +233,8 @@ def build_scene(bpy, settings):
         shape.location = PARKED
         corners = [[corner[axis] for corner in shape.bound_box] for axis in range(3)]
         size = max((max(c) - min(c)) * s for c, s in zip(corners, shape.scale, strict=True))
-        twin = shape.copy()  # a second user of the mesh: without it, Cycles rebuilds the BVH of a mesh that moves
-        for item in (shape, twin):
-            link(item)
+        link(shape)
+        link(shape.copy())  # a second user of the mesh: without it, Cycles rebuilds the BVH of a mesh that moves
         shapes[number] = shape, size
     half = GROUND_SIZE / 2
     plane = bpy.data.meshes.new("Plane")
@@ -262,8 +244,8 @@ def build_scene(bpy, settings):
     spot = bpy.data.objects.new("Spot", bpy.data.lights.new("Spot", "SPOT"))
     spot.data.energy, spot.data.spot_size, spot.data.spot_blend = SPOT_WATTS, SPOT_CONE, SPOT_BLEND
     spot.data.shadow_soft_size = SPOT_RADIUS
-    for item in (ground, spot):
-        link(item)
+    link(ground)
+    link(spot)
     set_up_cycles(bpy, settings)
     return shapes, ground, spot
 
@@ -285,18 +267,18 @@ def set_up_cycles(bpy, settings):
     for node in scene.world.node_tree.nodes:
         if node.bl_idname == "ShaderNodeBackground":
             node.inputs["Strength"].default_value = 0.0
-    for name in ("max", "diffuse", "glossy", "transmission", "volume"):
-        setattr(cycles, "max_bounces" if name == "max" else f"{name}_bounces", 0)
-    cycles.transparent_max_bounces = 0
+    for name in ("max", "diffuse", "glossy", "transmission", "volume", "transparent_max"):
+        setattr(cycles, f"{name}_bounces", 0)
     cycles.samples = settings["samples"]
     cycles.use_denoising = settings["denoise"] and (settings["plain"] or settings["samples"] < DENOISED_BELOW)
     if cycles.use_denoising:
         try:
             cycles.denoiser = "OPENIMAGEDENOISE"
         except TypeError:
-            raise InputError(f"this Blender was built without OpenImageDenoise, without which --plain and fewer than "
-                             f"{DENOISED_BELOW} samples do not work; use --samples {DENOISED_BELOW} or more, or Blender's own "
-                             "build, or `make blender`") from None  # fmt: skip
+            raise InputError(
+                f"this Blender was built without OpenImageDenoise, without which --plain and fewer than {DENOISED_BELOW} samples "
+                f"do not work; use --samples {DENOISED_BELOW} or more, or Blender's own build, or `make blender`"
+            ) from None
         cycles.denoising_input_passes = "RGB_ALBEDO_NORMAL"
         # Albedo and normals of a scene without textures are free of noise but for edges: nothing to filter beforehand.
         cycles.denoising_prefilter = "ACCURATE" if settings["plain"] else "NONE"
@@ -360,7 +342,6 @@ def set_latents(shapes, ground, spot, latents, protocol="code"):
 def hull(bpy, shape):
     """(V, 3) corners of the convex hull of an object's mesh, in its own coordinates."""
     import bmesh
-    import numpy as np
 
     solid = bmesh.new()
     bpy.context.view_layer.update()
@@ -373,8 +354,6 @@ def hull(bpy, shape):
 
 def cone(half, count=32):
     """(count, 3) rays whose hull holds all rays from −z by at most the angle `half`, in radians."""
-    import numpy as np
-
     angles, radius = 2 * np.pi * np.arange(count) / count, math.tan(half) / math.cos(math.pi / count)
     return np.stack([radius * np.cos(angles), radius * np.sin(angles), np.full(count, -1.0)], 1)
 
@@ -384,8 +363,6 @@ def shadow(corners, lamp, height):
 
     corners: (V, 3) of the body, in the world's coordinates as all here; lamp: a lamp object.
     """
-    import numpy as np
-
     matrix, data = np.array(lamp.matrix_world), lamp.data
     if data.type == "SUN":
         rays = np.repeat((cone(data.angle / 2) @ matrix[:3, :3].T)[None], len(corners), 0)
@@ -406,8 +383,6 @@ def pool(spot, height):
 
     The lamp is a ball, whose points all have the cone: they lie in that cone moved back by radius / sin(half its angle).
     """
-    import numpy as np
-
     matrix, half = np.array(spot.matrix_world), spot.data.spot_size / 2
     apex = matrix[:3, 3] + matrix[:3, 2] * spot.data.shadow_soft_size / math.sin(half)
     rays = cone(half) @ matrix[:3, :3].T
@@ -421,8 +396,6 @@ def pixel_box(bpy, points):
 
     points: None for no bounds. Points behind the camera have none either.
     """
-    import numpy as np
-
     scene = bpy.context.scene
     size, camera = scene.render.resolution_x, scene.camera
     whole = 0, size, 0, size
@@ -443,8 +416,6 @@ def pixel_box(bpy, points):
 
 def radiance(bpy, file):
     """(image, (H, W, 4) float32): the scene rendered, linear, its rows from the bottom; by way of `file`, which is left."""
-    import numpy as np
-
     render = bpy.context.scene.render
     render.filepath = file
     render.image_settings.file_format, render.image_settings.color_depth = "OPEN_EXR", "32"
@@ -500,8 +471,6 @@ class LampByLamp:
 
     def render(self, image):
         """Write the picture of an image (a dict, see `Renderers.render`) to its temporary file."""
-        import numpy as np
-
         bpy, (shapes, ground, spot) = self.bpy, self.scene
         cycles, render = bpy.context.scene.cycles, bpy.context.scene.render
         number, file = image["latents"]["object_shape"], image["temporary"]
@@ -612,132 +581,100 @@ def renderer_command():
 class Renderers:
     """Processes that render images side by side; a context manager that ends them, whatever happens.
 
-    settings: dict of what `build_scene` and `set_up_cycles` need. Each process is handed its next image once it has one
-    left, so that a slow image holds up no other. Raises InputError with a process's last words if one ends.
+    settings: dict of what `build_scene` and `set_up_cycles` need. Each process takes an image as soon as it has none, so that a
+    slow image holds up no other. Raises InputError with a process's last words if one ends.
     """
 
     def __init__(self, settings, count):
         self.settings, self.count = settings, count
-        self.processes, self.listeners, self.answers = [], [], queue.Queue()
+        self.processes, self.threads, self.ready = [], [], set()
 
     def __enter__(self):
         command = renderer_command()
         self.complaints = tempfile.TemporaryFile("w+")  # closed by __exit__
         # The denoiser's threads would otherwise be as many as cores in every process, bound to the same cores.
         denoiser = {"OIDN_NUM_THREADS": str(self.settings["threads"]), "OIDN_SET_AFFINITY": "0"}
-        environment = {**os.environ, **denoiser, "PYTHONDONTWRITEBYTECODE": "1"}
-        for number in range(self.count):
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints,
-                                       text=True, bufsize=1, env=environment, start_new_session=True)  # fmt: skip
-            self.processes.append(process)
-            self.listeners.append(threading.Thread(target=self._listen, args=(number, process), daemon=True))
-            self.listeners[-1].start()
-            self._tell(number, self.settings)
+        options = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": self.complaints,
+            "env": {**os.environ, **denoiser, "PYTHONDONTWRITEBYTECODE": "1"},
+            "start_new_session": True,
+        }
+        for _ in range(self.count):
+            self.processes.append(subprocess.Popen(command, text=True, bufsize=1, **options))
+            tell(self.processes[-1], self.settings)
         return self
-
-    def _listen(self, number, process):
-        """Pass on what a process says until it ends."""
-        for line in process.stdout:
-            word, _, rest = line.rstrip("\n").partition(" ")
-            if word in ("ready", "done", "error"):
-                self.answers.put((number, word, rest))
-        process.stdout.close()
-        self.answers.put((number, "ended", process.wait()))
-
-    def _tell(self, number, content):
-        """Hand a line of JSON to a process; one that has ended says so by itself."""
-        with contextlib.suppress(BrokenPipeError):
-            self.processes[number].stdin.write(json.dumps(content) + "\n")
 
     def render(self, images):
         """Yield (image, seconds) as images are done; each a dict of file, temporary, seed and latents."""
-        waiting, in_work, ready = iter(images), [[] for _ in self.processes], set()
-        left = sum(self._hand_out(waiting, number, in_work) for _ in range(2) for number in range(self.count))
-        while left:
-            number, word, rest = self.answers.get()
+        waiting, answers = iter(images), queue.SimpleQueue()
+        for process in self.processes:
+            self.threads.append(threading.Thread(target=self._serve, args=(process, waiting, answers), daemon=True))
+            self.threads[-1].start()
+        for _ in images:
+            answer = answers.get()
+            if isinstance(answer, InputError):
+                raise answer
+            yield answer
+
+    def _serve(self, process, waiting, answers):
+        """Have a process render images, one after another, that no other process has taken from the iterator `waiting`."""
+        try:
+            if process not in self.ready:
+                self._answer(process, "Blender did not start: it ended", "`make blender` installs one that fits")
+                self.ready.add(process)
+            for image in waiting:
+                tell(process, image)
+                kept = "the images so far are kept, and the same command continues"
+                seconds = self._answer(process, f"a rendering process ended at {image['file']}", kept)
+                answers.put((image, float(seconds)))
+        except InputError as error:
+            answers.put(error)
+
+    def _answer(self, process, ended, advice):
+        """What follows "ready" or "done" in a process's next answer; InputError if it has an error to tell, or has ended."""
+        for line in process.stdout:
+            word, _, rest = line.rstrip("\n").partition(" ")
             if word == "error":
                 raise InputError(rest)
-            if word == "ready":
-                ready.add(number)
-            if word == "ended" and number not in ready:
-                raise InputError(f"Blender did not start: it ended with code {rest}{self._last_words()}; `make blender` installs "
-                                 "one that fits")  # fmt: skip
-            if word == "ended":
-                doing = f" at {in_work[number][0]['file']}" if in_work[number] else ""
-                raise InputError(f"a rendering process ended{doing} with code {rest}{self._last_words()}; the images so far "
-                                 "are kept, and the same command continues")  # fmt: skip
-            if word == "done":
-                image = in_work[number].pop(0)
-                left += self._hand_out(waiting, number, in_work) - 1
-                yield image, float(rest)
-
-    def _hand_out(self, waiting, number, in_work):
-        """Hand the next image to a process, if there is one; returns how many were."""
-        for image in waiting:
-            in_work[number].append(image)
-            self._tell(number, image)
-            return 1
-        return 0
-
-    def _last_words(self):
-        """The last line that a process complained in."""
+            if word in ("ready", "done"):
+                return rest
         self.complaints.seek(0)
-        lines = self.complaints.read().split("\n")
-        words = [line for line in lines if line.strip()]
-        return f" ({words[-1].strip()})" if words else ""
+        words = [f" ({line.strip()})" for line in self.complaints.read().split("\n") if line.strip()]
+        raise InputError(f"{ended} with code {process.wait()}{''.join(words[-1:])}; {advice}")
 
     def __exit__(self, *exception):
         for process in self.processes:
             process.kill()
-        for process, listener in zip(self.processes, self.listeners, strict=True):
-            listener.join()
+        for thread in self.threads:
+            thread.join()
+        for process in self.processes:
+            process.wait()
+            process.stdout.close()
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         self.complaints.close()
+
+
+def tell(process, content):
+    """Hand a line of JSON to a process; one that has ended says so by itself."""
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(content) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------
 # files
 
 
-def read_latents(path):
-    """(rows, SHA-256): the latents in `path` that images depend on, a list of dicts; InputError names file and line."""
-    try:
-        content = path.read_bytes()
-        rows = list(csv.reader(content.decode("utf-8-sig").splitlines()))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; generate_latents.py writes it") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is damaged ({error}); make it again with generate_latents.py") from None
-    header, rows = (rows or [[]])[0], rows[1:]
-    missing = [name for name in LATENTS if name not in header]
-    if missing or not any(rows):
-        what = f"columns {', '.join(missing)}" if missing else "rows"
-        raise InputError(f"{path} lacks {what}; make it again with generate_latents.py")
-    columns = [(header.index(name), name, count) for name, count in LATENTS.items()]
-    latents = []
-    for line, row in enumerate(rows, 2):
-        if not row:
-            continue  # an empty line, as editors leave one at the end
-        latents.append({})
-        for position, name, count in columns:
-            text = row[position] if position < len(row) else ""
-            try:
-                value = float(text)
-            except ValueError:
-                value = math.nan
-            if not 0 <= value <= (1 if count is None else count - 1) or (count is not None and value != int(value)):
-                expected = "a number in [0, 1]" if count is None else f"an integer in 0 … {count - 1}"
-                raise InputError(f"{path}, line {line}: {name} is {text or 'missing'}, expected {expected}; make it again "
-                                 "with generate_latents.py")  # fmt: skip
-            latents[-1][name] = value if count is None else int(value)
-    return latents, hashlib.sha256(content).hexdigest()
+def shape_file(number):
+    """File of an object shape in the assets; the object in it has the file's name."""
+    return f"shapes/Shape{SHAPES[number].capitalize()}.blend"
 
 
 def check_assets(assets, shapes):
     """Raise InputError that names every file that is missing for the object shapes of the latents."""
-    files = ["scenes/base_scene_equal_xyz.blend", "materials/Rubber.blend"]
-    files += [f"shapes/Shape{SHAPES[number]}.blend" for number in shapes]
+    files = [BASE_SCENE, RUBBER, *map(shape_file, shapes)]
     missing = [name for name in files if not (assets / name).is_file()]
     if missing:
         raise InputError(
@@ -773,31 +710,30 @@ def record_origin(folder, names, origin):
     """
     path, images = folder / "images.json", folder / "images"
     # looked at before images.json: a job that starts at the same time writes that first
-    there = {file.name for file in images.iterdir() if file.suffix.lower() in SUFFIXES and file.stem.isdecimal()}
+    there = {entry.name for _, entry in image_files(images)}
     if foreign := there - names:
-        raise InputError(f"{images} holds {min(foreign)}, and the images of these latents are {min(names)} … {max(names)}: "
-                         "choose another folder, or remove images/ and images.json")  # fmt: skip
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            differing = [name for name in origin if stored[name] != origin[name]]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is damaged: remove it together with {images}") from None
-        if differing and there:
+        raise InputError(
+            f"{images} holds {min(foreign)}, and the images of these latents are {min(names)} … {max(names)}: choose another "
+            "folder, or remove images/ and images.json"
+        )
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in origin if stored[name] != origin[name]]
+    except FileNotFoundError:
+        if there:
             raise InputError(
-                f"{images} was rendered with other {', '.join(differing)} ({path}): choose another folder, or remove both"
-            )
-        if not differing:
-            return
-        there = None
-    if there:
-        raise InputError(f"{images} holds images, and {path}, which says what they were rendered from, is missing: restore it, "
-                         "or choose another folder")  # fmt: skip
-    descriptor, temporary = tempfile.mkstemp(prefix=".images.json.", dir=folder)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(json.dumps(origin, indent=2) + "\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+                f"{images} holds images, and {path}, which says what they were rendered from, is missing: restore it, or choose "
+                "another folder"
+            ) from None
+        differing = list(origin)
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged: remove it together with {images}") from None
+    if differing and there:
+        raise InputError(
+            f"{images} was rendered with other {', '.join(differing)} ({path}): choose another folder, or remove both"
+        )
+    if differing:
+        write_json(path, origin)
 
 
 def batch_indices(count, n_batches, batch_index):
@@ -808,49 +744,43 @@ def batch_indices(count, n_batches, batch_index):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def usable_cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def parse_flags(argv):
     """The Namespace of the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    parser.add_argument("--assets", type=Path, metavar="DIR",
-                        help="folder assets of a clone of Multimodal3DIdent (none: stand-in shapes)")  # fmt: skip
+    none = "folder assets of a clone of Multimodal3DIdent (none: stand-in shapes)"
+    parser.add_argument("--assets", type=Path, metavar="DIR", help=none)
     parser.add_argument("--samples", type=integer(1), default=128, help="samples of a pixel (%(default)s)")
     parser.add_argument("--size", type=integer(8), default=128, help="pixels of an image's side (%(default)s)")
     parser.add_argument("--seed", type=integer(0), default=0, help="of the sampling noise (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda", "optix"), default="cpu", help="(%(default)s)")
-    parser.add_argument("--workers", type=integer(1),
-                        help="rendering processes (CPU: one a core, of one thread each; GPU: one)")  # fmt: skip
-    parser.add_argument(
-        "--n-batches", type=integer(1), default=1, help="parts of the data set, for job arrays (%(default)s)"
-    )
+    workers = "rendering processes (CPU: one a core, of one thread each; GPU: one)"
+    parser.add_argument("--workers", type=integer(1), help=workers)
+    batches = "parts of the data set, for job arrays (%(default)s)"
+    parser.add_argument("--n-batches", type=integer(1), default=1, help=batches)
     parser.add_argument("--batch-index", type=integer(0), default=0, help="the part to render, from 0 (%(default)s)")
-    parser.add_argument("--protocol", choices=("code", "paper"), default="code",
-                        help="hues of ground and spotlight below 0: as colorsys takes them, closer to the published data set's "
-                        "statistics (code), or wrapped, as the formula reads (paper) (%(default)s)")  # fmt: skip
-    parser.add_argument("--plain", action="store_true",
-                        help="as the specification says: lamps at once, denoised, the scene loaded for each image")  # fmt: skip
+    hues = (
+        "hues of ground and spotlight below 0: as colorsys takes them, closer to the published data set's statistics (code), "
+        "or wrapped, as the formula reads (paper) (%(default)s)"
+    )
+    parser.add_argument("--protocol", choices=("code", "paper"), default="code", help=hues)
+    plain = "the plain way: lamps at once, denoised, the scene loaded for each image"
+    parser.add_argument("--plain", action="store_true", help=plain)
     args = parser.parse(argv)[0]
     if args.batch_index >= args.n_batches:
-        raise InputError(f"--batch-index {args.batch_index} is out of range: --n-batches {args.n_batches} has the batches "
-                         f"0 … {args.n_batches - 1}")  # fmt: skip
+        raise InputError(
+            f"--batch-index {args.batch_index} is out of range: --n-batches {args.n_batches} has the batches "
+            f"0 … {args.n_batches - 1}"
+        )
     return args
 
 
 def render_settings(args, shapes, threads):
     """Dict of what a rendering process needs to know: JSON."""
-    return {
+    told = {name: getattr(args, name) for name in ("samples", "size", "device", "plain", "protocol")}
+    return told | {
         "assets": args.assets and str(args.assets.resolve()),
         "shapes": shapes,
-        "samples": args.samples,
-        "size": args.size,
-        "device": args.device,
-        "plain": args.plain,
-        "protocol": args.protocol,
         "denoise": True,
         "threads": threads,
     }
@@ -871,8 +801,8 @@ def stop(number, frame):
 def main(argv=None):
     """Render the images of one batch that are not there yet; returns the exit code."""
     args = parse_flags(argv)
-    latents, digest = read_latents(args.output_folder / "latents_image.csv")
-    batch = batch_indices(len(latents), args.n_batches, args.batch_index)
+    table = read_latents(args.output_folder / "latents_image.csv", CAUSAL_IMAGE)
+    latents = [dict(zip(table, row, strict=True)) for row in zip(*map(np.ndarray.tolist, table.values()), strict=True)]
     shapes = sorted({row["object_shape"] for row in latents})
     if args.assets:
         check_assets(args.assets, shapes)
@@ -889,36 +819,36 @@ def main(argv=None):
             if time.time() - part.stat().st_mtime > STALE_SECONDS:
                 part.unlink()
     names = [f"{index:0{digits}d}.png" for index in range(len(latents))]
-    record_origin(args.output_folder, set(names), {"latents": digest, "shapes": "assets" if args.assets else "stand-ins",
-                                       "size": args.size, "samples": args.samples, "seed": args.seed,
-                                       "protocol": args.protocol, "plain": args.plain})  # fmt: skip
+    origin = {"latents": latents_digest(args.output_folder), "shapes": "assets" if args.assets else "stand-ins"}
+    origin |= {name: getattr(args, name) for name in ("size", "samples", "seed", "protocol", "plain")}
+    record_origin(args.output_folder, set(names), origin)
+    batch = batch_indices(len(latents), args.n_batches, args.batch_index)
     images, run = [], secrets.token_hex(4)  # two runs of the same command shall not write into the same file
     for index in batch:
-        file = folder / names[index]
-        if not is_done(file, args.size):
+        file = (folder / names[index]).resolve()
+        if not is_done(folder / names[index], args.size):
             seed = int.from_bytes(hashlib.sha256(f"{args.seed}/{index}".encode()).digest()[:4], "big") >> 1
-            temporary = file.resolve().with_name(f".{file.name}.{run}.part")
-            images.append(
-                {"file": str(file.resolve()), "temporary": str(temporary), "seed": seed, "latents": latents[index]}
-            )
+            temporary = file.with_name(f".{file.name}.{run}.part")
+            images.append({"file": str(file), "temporary": str(temporary), "seed": seed, "latents": latents[index]})
     if not args.assets:
-        print(f"no --assets: stand-in shapes instead of the data set's ({', '.join(STANDINS)} for "
-              f"{', '.join(SHAPES).lower()})")  # fmt: skip
+        print(f"no --assets: stand-in shapes instead of the data set's ({', '.join(STANDINS)} for {', '.join(SHAPES)})")
     if not images:
         print(f"{folder}: all {len(batch):,} images of this batch are there already")
         return 0
     workers = min(args.workers or (usable_cores() if args.device == "cpu" else 1), len(images))
     # On the CPU one thread each, whatever the number of processes: the last bits of an image depend on it.
     threads = 1 if args.device == "cpu" else max(1, usable_cores() // workers)
-    print(f"{folder}: {len(images):,} images of {args.size} × {args.size}, {len(batch) - len(images):,} there already; "
-          f"{args.device}, {workers} processes", flush=True)  # fmt: skip
+    print(
+        f"{folder}: {len(images):,} images of {args.size} × {args.size}, {len(batch) - len(images):,} there already; "
+        f"{args.device}, {workers} processes",
+        flush=True,
+    )
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     done, started, reported = 0, None, 0.0
     try:
         with Renderers(render_settings(args, shapes, threads), workers) as renderers:
-            for _image, _seconds in renderers.render(images):
-                started = started or time.perf_counter() - _seconds
-                done += 1
+            for done, (_, seconds) in enumerate(renderers.render(images), 1):
+                started = started or time.perf_counter() - seconds
                 if time.perf_counter() - reported > PROGRESS_SECONDS or done == len(images):
                     reported = time.perf_counter()
                     report(done, len(images), started)
@@ -929,8 +859,7 @@ def main(argv=None):
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: one of Blender's own, not of Python's
         for image in images:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(image["temporary"])
+            Path(image["temporary"]).unlink(missing_ok=True)
     return 0
 
 

@@ -36,7 +36,7 @@ HUES_AT_ONCE = 2048  # hues of a block whose distances to a palette stay in a CP
 
 
 def image_latents(size, rng):
-    """DataFrame of `size` images' latents, in the order of the specification; hues and rotations in [0, 1]."""
+    """DataFrame of `size` images' latents, in the order of the data set's file; hues and rotations in [0, 1]."""
     latents = {name: rng.integers(0, count, size) for name, count in CAUSAL_IMAGE.items() if count}
     latents["object_zpos"] = np.zeros(size, int)
     for name in ("object_alpharot", "object_betarot", "object_gammarot", "spotlight_pos"):
