@@ -214,10 +214,16 @@ def mpi3d_images(folder):
         raise InputError(
             f"{path} holds {len(images)} images, expected {math.prod(sizes)} of the grid {' × '.join(map(str, sizes))}"
         )
-    for (name, largest), size in zip(MPI3D_GRID.items(), sizes, strict=True):
-        if size > largest:
-            raise InputError(f"{path} is damaged: its `grid` has {size} values of {name}, and there are {largest}")
-    return images, dict(zip(MPI3D_GRID, sizes, strict=True))
+    return images, mpi3d_grid(sizes, f"{path} is damaged: its `grid`")
+
+
+def mpi3d_grid(sizes, origin):
+    """Dict factor → number of values, of seven sizes; InputError, of that origin, if there are more than the data set has."""
+    grid = dict(zip(MPI3D_GRID, sizes, strict=True))
+    for name, size in grid.items():
+        if size > MPI3D_GRID[name]:
+            raise InputError(f"{origin} has {size} values of {name}, and there are {MPI3D_GRID[name]}")
+    return grid
 
 
 def load_mpi3d(folder, bias_type, bias_id, device="cpu", workers=0):

@@ -10,7 +10,6 @@ noise. Times are of everything that leads from encodings to scores; set OMP_NUM_
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_numeric_predict
 import probes
 from eval_numeric_predict import LEARNING_RATE, class_labels, initial_network, regression_targets, score_tasks, shift
+from running.cores import usable_cores
 from running.training import describe_device
 
 
@@ -108,7 +108,7 @@ def main():
     torch.set_num_threads(args.threads)
     eval_numeric_predict.STEPS, eval_numeric_predict.CHUNK = args.steps, args.chunk
     device = torch.device(args.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     print(f"{describe_device(device)}, {cores} usable cores, torch {torch.__version__}")
     print(f"{args.samples} samples, {args.dims} dimensions, {args.steps} steps, five probes", flush=True)
 

@@ -10,7 +10,6 @@ OPENBLAS_NUM_THREADS to their number. --repeats 0 leaves the linear and MLP prob
 """
 
 import argparse
-import os
 import platform
 import resource
 import statistics
@@ -29,6 +28,7 @@ from sklearn.neural_network import MLPRegressor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import probes
+from running.cores import usable_cores
 
 
 def synthetic_encodings(samples, seed):
@@ -122,7 +122,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", ConvergenceWarning)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     on_cpu = torch.device(args.device).type == "cpu"
     where = platform.processor() or platform.machine() if on_cpu else torch.cuda.get_device_name(args.device)
     print(f"{where}, {cores} usable cores, {args.threads} torch threads, torch {torch.__version__}", flush=True)

@@ -5,6 +5,7 @@ of Multimodal3DIdent, those of its shapes that are there are rendered as well.
 """
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -513,10 +514,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, run, monkeypatch)
     assert (tmp_path / "images").read_text() == "mine"
 
 
-def test_hues_of_the_protocols():
-    assert generate_images.hue(0.2, "code") == pytest.approx(-0.15)
-    assert generate_images.hue(0.2, "paper") == pytest.approx(0.85)
-    assert generate_images.hue(0.9, "code") == generate_images.hue(0.9, "paper") == pytest.approx(0.2)
+@pytest.fixture
+def scenes(monkeypatch):
+    """The module scenes beside a Blender that does nothing."""
+    for name in ("bpy", "bmesh", "mathutils"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    yield importlib.import_module("rendering_data.Causal3DIdent.scenes")
+    del sys.modules["rendering_data.Causal3DIdent.scenes"]
+
+
+def test_hues_of_the_protocols(scenes):
+    assert scenes.hue(0.2, "code") == pytest.approx(-0.15)
+    assert scenes.hue(0.2, "paper") == pytest.approx(0.85)
+    assert scenes.hue(0.9, "code") == scenes.hue(0.9, "paper") == pytest.approx(0.2)
 
 
 def test_batches_are_disjoint_and_cover_everything():
@@ -533,21 +543,20 @@ def test_inside_blender_the_processes_are_blenders(monkeypatch):
     assert line[line.index("--python") + 1] == generate_images.__file__ and line[-2:] == ["--", "--work"]
 
 
-def test_a_blender_without_a_denoiser_renders_what_needs_none():
+def test_a_blender_without_a_denoiser_renders_what_needs_none(scenes):
     class Cycles(SimpleNamespace):
         def __setattr__(self, name, value):
             if name == "denoiser":
                 raise TypeError('enum "OPENIMAGEDENOISE" not found in ()')
             super().__setattr__(name, value)
 
-    bpy = MagicMock()
-    bpy.context.scene.cycles = Cycles()
+    scenes.bpy.context.scene.cycles = Cycles()
     settings = {"size": 64, "samples": 64, "plain": False, "denoise": True, "threads": 1, "device": "cpu"}
-    generate_images.set_up_cycles(bpy, settings)
-    assert bpy.context.scene.cycles.samples == 64
+    scenes.set_up_cycles(settings)
+    assert scenes.bpy.context.scene.cycles.samples == 64
     for change in ({"samples": 63}, {"plain": True}):
         with pytest.raises(InputError, match="built without OpenImageDenoise"):
-            generate_images.set_up_cycles(bpy, settings | change)
+            scenes.set_up_cycles(settings | change)
 
 
 def test_handlers_of_blender_s_own_need_not_be_put_back(begun, monkeypatch):

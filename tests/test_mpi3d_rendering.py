@@ -178,7 +178,7 @@ FIRST_CAPTION = "A small size beer-cup in yellow, viewed from center view, in a 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--grid 4 4 2 3 3 40 41", "V_AXIS has 40 values, not 41"),
+        ("--grid 4 4 2 3 3 40 41", "--grid has 41 values of V_AXIS, and there are 40"),
         ("--grid 4 4 2 3 3 40", "expected 7 arguments"),
         ("--grid 0 4 2 3 3 4 4", "--grid"),
         ("--grid 2 1 1 1 1 1 1 --train-ratio 0.99", "leaves a split without images"),

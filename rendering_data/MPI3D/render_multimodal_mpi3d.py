@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, mpi3d_bias, mpi3d_images
+from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, mpi3d_bias, mpi3d_grid, mpi3d_images
 from reading.captions import number_words, tokenise
 from running.command_line import InputError, Parser, integer, number, run_script
 from running.files import write_bytes, write_json
@@ -114,15 +114,6 @@ def render(folder, sizes, train_ratio, seed):
     return train_count, count - train_count
 
 
-def grid_of(sizes):
-    """Dict factor → number of values for --grid; InputError if a factor has no value or more than the data set."""
-    grid = dict(zip(MPI3D_GRID, sizes, strict=True))
-    for name, size in grid.items():
-        if size > MPI3D_GRID[name]:
-            raise InputError(f"--grid: {name} has {MPI3D_GRID[name]} values, not {size}")
-    return grid
-
-
 def main(argv=None):
     """Write the captions; returns the exit code."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
@@ -143,7 +134,7 @@ def main(argv=None):
             grid = " ".join(map(str, sizes.values()))
             raise InputError(f"--grid {' '.join(map(str, args.grid))}: the images in {folder} have the grid {grid}")
     else:
-        sizes = grid_of(args.grid or MPI3D_GRID.values())
+        sizes = mpi3d_grid(args.grid or MPI3D_GRID.values(), "--grid")
     count = math.prod(sizes.values())
     if not 0 < round(args.train_ratio * count) < count:
         raise InputError(f"--train-ratio {args.train_ratio:g} of {count} images leaves a split without images")

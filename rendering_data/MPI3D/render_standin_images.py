@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from datasets import MPI3D_FILE, MPI3D_GRID
-from rendering_data.MPI3D.render_multimodal_mpi3d import grid_of
+from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_grid
 from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
@@ -206,7 +205,7 @@ def main(argv=None):
     parser.add_argument("--size", type=int, choices=(32, 64, 128), default=SIZE, help=pixels)
     parser.add_argument("--overwrite", action="store_true", help="replace images that lie in the folder")
     args, _ = parser.parse(argv)
-    sizes, path = grid_of(args.grid), Path(args.output_dir) / MPI3D_FILE
+    sizes, path = mpi3d_grid(args.grid, "--grid"), Path(args.output_dir) / MPI3D_FILE
     if path.exists() and not args.overwrite:
         raise InputError(f"{path} exists already; --overwrite replaces it, a downloaded file too")
     path.parent.mkdir(parents=True, exist_ok=True)
