@@ -78,13 +78,13 @@ def load_captions(parts, vocabulary_file, cache_file):
     """
     digest = hashlib.blake2b(repr([(split, lines) for split, (_, lines) in parts.items()]).encode())
     files = dict.fromkeys(path for path, _ in parts.values())
-    for path in (*files, vocabulary_file):
-        content = _bytes_or_none(path)
+    for path in (*files, vocabulary_file):  # the vocabulary last: its content is needed again
+        content = Path(path).read_bytes() if Path(path).exists() else None
         digest.update(struct.pack("<q", -1 if content is None else len(content)))
         digest.update(content or b"")
     loaded = _read_cache(cache_file, digest.hexdigest(), parts)
     if loaded is None:
-        loaded = _tokenise_files(parts, files, _read_vocabulary(vocabulary_file))
+        loaded = _tokenise_files(parts, files, _parsed_vocabulary(vocabulary_file, content))
         _write_cache(cache_file, digest.hexdigest(), *loaded)
     return loaded
 
@@ -127,15 +127,8 @@ def _encode(captions, vocabulary, length):
     return table
 
 
-def _bytes_or_none(path):
-    with contextlib.suppress(FileNotFoundError):
-        return Path(path).read_bytes()
-    return None
-
-
-def _read_vocabulary(path):
-    """Dict word → number of a JSON file, None if there is none; {"w2i": …} around it is accepted."""
-    content = _bytes_or_none(path)
+def _parsed_vocabulary(path, content):
+    """Dict word → number of the bytes of the JSON file `path`, None for None; {"w2i": …} around it is accepted."""
     if content is None:
         return None
     try:

@@ -29,14 +29,12 @@ def parse_flags(argv):
     """The Namespace of the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    parser.add_argument(
-        "--settings",
-        nargs="+",
-        choices=CAUSAL_SETTINGS,
-        default=["selections_6"],
-        metavar="SETTING",
-        help="whose captions are shown (selections_6)",
-    )
+    settings = {
+        "choices": CAUSAL_SETTINGS,
+        "default": ["selections_6"],
+        "help": "whose captions are shown (selections_6)",
+    }
+    parser.add_argument("--settings", nargs="+", metavar="SETTING", **settings)
     parser.add_argument("--count", type=integer(1), default=12, help="images, as far as there are some (%(default)s)")
     parser.add_argument("--columns", type=integer(1), default=4, help="(%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (DIR/contact_sheet.png)")

@@ -74,10 +74,8 @@ def work():
         from rendering_data.Causal3DIdent import scenes
 
         if bpy.app.version < OLDEST_BLENDER:
-            expected = ".".join(map(str, OLDEST_BLENDER))
-            raise InputError(
-                f"Blender {bpy.app.version_string} is too old, expected {expected} or newer; `make blender` installs one"
-            )
+            found, expected = bpy.app.version_string, ".".join(map(str, OLDEST_BLENDER))
+            raise InputError(f"Blender {found} is too old, expected {expected} or newer; `make blender` installs one")
         settings = json.loads(sys.stdin.readline())
         scene = scenes.build_scene(settings)
         lamp_by_lamp = None if settings["plain"] else scenes.LampByLamp(scene, settings)
@@ -95,7 +93,7 @@ def work():
                 lamp_by_lamp.render(image)
             temporary = Path(image["temporary"])
             temporary.write_bytes(pixels_alone(temporary.read_bytes()))
-            os.replace(temporary, image["file"])
+            temporary.replace(image["file"])
             print(f"done {time.perf_counter() - started:.6f}", file=answers)
     except ImportError as error:
         print(f"error Blender cannot be loaded ({error}); `make blender` installs it for Python 3.11", file=answers)
@@ -104,10 +102,6 @@ def work():
         print("error", " ".join(str(error).split()), file=answers)
         return 2
     return 0
-
-
-# --------------------------------------------------------------------------------------------------------------
-# the processes that render, from one that needs no Blender
 
 
 def renderer_command():
@@ -159,7 +153,7 @@ class Renderers:
             self.threads[-1].start()
         for _ in images:
             answer = answers.get()
-            if isinstance(answer, InputError):
+            if isinstance(answer, Exception):
                 raise answer
             yield answer
 
@@ -174,7 +168,7 @@ class Renderers:
                 kept = "the images so far are kept, and the same command continues"
                 seconds = self._answer(process, f"a rendering process ended at {image['file']}", kept)
                 answers.put((image, float(seconds)))
-        except InputError as error:
+        except Exception as error:  # whatever it is, `render` must not wait for an answer
             answers.put(error)
 
     def _answer(self, process, ended, advice):
@@ -211,18 +205,11 @@ def tell(process, content):
         process.stdin.write(json.dumps(content) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# files
-
-
 def check_assets(assets, shapes):
     """Raise InputError that names every file that is missing for the object shapes of the latents."""
     files = [*BASE_FILES.values(), *map(shape_file, shapes)]
-    missing = [name for name in files if not (assets / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{assets} lacks {', '.join(missing)}; expected the folder assets of a clone of Multimodal3DIdent"
-        )
+    if missing := ", ".join(name for name in files if not (assets / name).is_file()):
+        raise InputError(f"{assets} lacks {missing}; expected the folder assets of a clone of Multimodal3DIdent")
 
 
 def is_done(file, size):
@@ -240,9 +227,8 @@ def is_done(file, size):
         raise InputError(f"{file} is damaged: remove it, and the same command renders it again")
     width, height = (int.from_bytes(head[start : start + 4], "big") for start in (16, 20))
     if (width, height) != (size, size):
-        raise InputError(
-            f"{file} has {width} × {height} pixels, not {size} × {size}: choose another folder, or remove images/"
-        )
+        found = f"{width} × {height} pixels, not {size} × {size}"
+        raise InputError(f"{file} has {found}: choose another folder, or remove images/")
     return True
 
 
@@ -272,9 +258,8 @@ def record_origin(folder, names, origin):
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged: remove it together with {images}") from None
     if differing and there:
-        raise InputError(
-            f"{images} was rendered with other {', '.join(differing)} ({path}): choose another folder, or remove both"
-        )
+        other = ", ".join(differing)
+        raise InputError(f"{images} was rendered with other {other} ({path}): choose another folder, or remove both")
     if differing:
         write_json(path, origin)
 
@@ -282,9 +267,6 @@ def record_origin(folder, names, origin):
 def batch_indices(count, n_batches, batch_index):
     """Range of the images of one batch: the batches are contiguous, of equal size within one, and cover 0 … count − 1."""
     return range(count * batch_index // n_batches, count * (batch_index + 1) // n_batches)
-
-
-# --------------------------------------------------------------------------------------------------------------
 
 
 def parse_flags(argv):
@@ -311,10 +293,8 @@ def parse_flags(argv):
     parser.add_argument("--plain", action="store_true", help=plain)
     args = parser.parse(argv)[0]
     if args.batch_index >= args.n_batches:
-        raise InputError(
-            f"--batch-index {args.batch_index} is out of range: --n-batches {args.n_batches} has the batches "
-            f"0 … {args.n_batches - 1}"
-        )
+        batches = f"--n-batches {args.n_batches} has the batches 0 … {args.n_batches - 1}"
+        raise InputError(f"--batch-index {args.batch_index} is out of range: {batches}")
     return args
 
 
@@ -370,9 +350,9 @@ def main(argv=None):
     workers = min(args.workers or (usable_cores() if args.device == "cpu" else 1), len(images))
     # On the CPU one thread each, whatever the number of processes: the last bits of an image depend on it.
     threads = 1 if args.device == "cpu" else max(1, usable_cores() // workers)
+    kept = f"{len(batch) - len(images):,} there already"
     print(
-        f"{folder}: {len(images):,} images of {args.size} × {args.size}, {len(batch) - len(images):,} there already; "
-        f"{args.device}, {workers} processes",
+        f"{folder}: {len(images):,} images of {args.size} × {args.size}, {kept}; {args.device}, {workers} processes",
         flush=True,
     )
     # SIGTERM ends the script as Ctrl-C does, inside Blender too.

@@ -113,22 +113,22 @@ def parse_flags(argv):
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     parser.add_argument("--n-points", type=integer(1), required=True, help="samples")
     parser.add_argument("--seed", type=integer(0), default=0, help="of every random number (%(default)s)")
-    parser.add_argument("--protocol", choices=("code", "paper"), default="code",
-                        help="background colour in the captions of perturbations 0: from the object's hue, as in the "
-                        "paper's runs (code), or from its own (paper) (%(default)s)")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace other latents in DIR; captions and images have to be made anew then")  # fmt: skip
+    protocol = (
+        "background colour in the captions of perturbations 0: from the object's hue, as in the paper's runs (code), or from "
+        "its own (paper) (%(default)s)"
+    )
+    parser.add_argument("--protocol", choices=("code", "paper"), default="code", help=protocol)
+    overwrite = "replace other latents in DIR; captions and images have to be made anew then"
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
     return parser.parse(argv)[0]
 
 
 def main(argv=None):
     """Write the fifteen tables, all or none of them; returns the exit code."""
     args = parse_flags(argv)
-    tables = sample_tables(args.n_points, args.seed, args.protocol)
-    files = {
-        args.output_folder / name: table.to_csv(index=False, lineterminator="\n").encode()
-        for name, table in tables.items()
-    }
+    files = {}
+    for name, table in sample_tables(args.n_points, args.seed, args.protocol).items():
+        files[args.output_folder / name] = table.to_csv(index=False, lineterminator="\n").encode()
     args.output_folder.mkdir(parents=True, exist_ok=True)
     others = [file for file, content in files.items() if file.exists() and file.read_bytes() != content]
     if others and not args.overwrite:
