@@ -57,7 +57,7 @@ class Experiment:
     """What one experiment on image–text pairs has of its own.
 
     name: of fresh model directories; recipes: dict name → flags; bias_ids: of the settings;
-    load(folder, bias_type, bias_id, device, workers): (ImageTextPairs, Setting); mean, std: of the pixels' channels;
+    load(folder, bias_type, bias_id, device, workers): (ImageTextPairs, Bias); mean, std: of the pixels' channels;
     encoding_size(n): dimensions of the encodings for n unbiased semantics; perturbing: in words, how captions err;
     own_text_factors: whether text encodings are probed for what captions state, not for what images show; columns: dict
     column of results.csv → column of `evaluate`; show(results, setting, args, path): print the results and draw them.

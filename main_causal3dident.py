@@ -13,15 +13,9 @@ The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoi
 
 import pandas as pd
 
-from datasets import (
-    CAUSAL_BIAS_IDS,
-    CAUSAL_BIAS_TYPES,
-    CAUSAL_MEAN,
-    CAUSAL_STD,
-    causal_text_factor,
-    load_causal3dident,
-)
+from datasets import CAUSAL_MEAN, CAUSAL_STD, load_causal3dident
 from image_text import MODALITIES, SCORES, Experiment, image_text_recipes, make_parser, names_of, run_experiment
+from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, causal_text_factor
 from running.command_line import run_script
 from running.pictures import plot_factor_scores
 from running.training import apply_recipe  # noqa: F401  (with parse_flags and RECIPES what reproduce.py asks of a script)

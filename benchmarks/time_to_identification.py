@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 import main_causal3dident
 import main_mpi3dreal
 import main_numeric
-from datasets import causal_setting, mpi3d_setting
+from datasets import causal_bias, mpi3d_bias
 from latent_spaces import subset_from_index
 from running.command_line import InputError, run_script
 from running.files import write_csv
@@ -85,7 +85,7 @@ EXPERIMENTS = {
         "linear MCC",
         {"paper": 10, "fast": 100},
         "image_",
-        lambda args: mpi3d_setting(args.bias_type, args.bias_id).unbiased,
+        lambda args: mpi3d_bias(args.bias_type, args.bias_id).unbiased,
         describe_bias,
     ),
     "causal3dident": Experiment(
@@ -94,7 +94,7 @@ EXPERIMENTS = {
         "linear MCC or R²",
         {"paper": 10, "fast": 100},
         "image_",
-        lambda args: causal_setting(args.bias_type, args.bias_id).unbiased,
+        lambda args: causal_bias(args.bias_type, args.bias_id).unbiased,
         describe_bias,
     ),
 }

@@ -15,6 +15,7 @@ import encoders
 import image_text
 import main_causal3dident
 import probes
+from reading import images as image_reading
 from running.command_line import run_script
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
@@ -177,7 +178,7 @@ def test_the_size_of_the_encodings():
     sizes = {}
     for bias_type, bias_id in itertools.product(("selections", "perturbations"), range(7)):
         args, _ = main_causal3dident.parse_flags(["--bias-type", bias_type, "--bias-id", str(bias_id)])
-        setting = datasets.causal_setting(bias_type, bias_id)
+        setting = datasets.causal_bias(bias_type, bias_id)
         sizes.setdefault(bias_type, []).append(image_text.encoding_size(main_causal3dident.EXPERIMENT, args, setting))
     assert sizes == {"selections": [3, 3, 4, 5, 5, 6, 7], "perturbations": [7, 6, 5, 5, 4, 3, 3]}
     args, _ = main_causal3dident.parse_flags(["--encoding-size", "2"])
@@ -282,7 +283,7 @@ def test_a_folder_without_write_permission_is_one_line(run, tmp_path, causal3did
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied", str(causal3dident))
 
-    monkeypatch.setattr(datasets, "replaced", refused)
+    monkeypatch.setattr(image_reading, "replaced", refused)
     code, _, err = run()
     assert code == 2 and err.splitlines() == [f"error: {causal3dident} cannot be written, and the images are decoded into a "
                                               "file there, once; copy the folder to where you can write"]  # fmt: skip
@@ -310,7 +311,7 @@ def test_the_verdict_tells_what_is_found_from_what_is_not(shape, x, y, rotation,
     image = pd.DataFrame({"modality": "image", "factor_name": IMAGE, "factor_type": types,
                           "mcc_mlp": scores.where(discrete), "r2_krreg": scores.mask(discrete)})  # fmt: skip
     text = image.assign(modality="text", mcc_mlp=0.99, r2_krreg=0.99)
-    sentence = main_causal3dident.verdict(pd.concat([text, image]), datasets.causal_setting("perturbations", 4))
+    sentence = main_causal3dident.verdict(pd.concat([text, image]), datasets.causal_bias("perturbations", 4))
     assert sentence.startswith(words)
 
 

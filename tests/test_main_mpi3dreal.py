@@ -21,7 +21,7 @@ import encoders
 import image_text
 import main_mpi3dreal
 import probes
-from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_setting
+from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_bias
 from losses import image_text_contrastive_loss
 from running import training
 from running.command_line import run_script
@@ -152,7 +152,7 @@ def test_the_defaults_are_the_specified_ones():
 )  # fmt: skip
 def test_the_size_of_the_encodings(flags, size):
     args, _ = main_mpi3dreal.parse_flags(flags.split())
-    setting = mpi3d_setting(args.bias_type, args.bias_id)
+    setting = mpi3d_bias(args.bias_type, args.bias_id)
     assert image_text.encoding_size(main_mpi3dreal.EXPERIMENT, args, setting) == size
 
 
