@@ -16,6 +16,7 @@ import pandas as pd
 import datasets
 from image_text import MODALITIES, SCORES, ImageTextExperiment, names_of
 from probes import ABSENT, FOUND
+from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, causal_text_factor
 from running.command_line import run_script
 from running.experiment import run_experiment
 from running.pictures import plot_factor_scores
@@ -45,8 +46,8 @@ class Causal3dIdentExperiment(ImageTextExperiment):
     """One model of Causal3DIdent; image encodings are probed for what images show, text encodings for what captions state."""
 
     name, recipes, datapath = "causal3dident", RECIPES, "data/Causal3DIDent"
-    bias_types, bias_ids = datasets.CAUSAL_BIAS_TYPES, datasets.CAUSAL_BIAS_IDS
-    bias, open = staticmethod(datasets.causal_setting), staticmethod(datasets.load_causal3dident)
+    bias_types, bias_ids = CAUSAL_BIAS_TYPES, CAUSAL_BIAS_IDS
+    bias, open = staticmethod(datasets.causal_bias), staticmethod(datasets.load_causal3dident)
     bias_help = ("selections: 0 shape alone, + 1 xpos, + 2 ypos, + 3 spotlight_pos, colours of + 4 object, + 5 spotlight, "
                  "+ 6 background; perturbations: how many are stated wrongly, from background_color to xpos")  # fmt: skip
     smallest = f"{', '.join(map(str, ENCODING_SIZES))} for 1 … {len(ENCODING_SIZES)} unbiased semantics"
@@ -58,12 +59,12 @@ class Causal3dIdentExperiment(ImageTextExperiment):
     @classmethod
     def factors(cls, bias, modality):
         """All of the image; of the caption what it states, and its phrasing."""
-        stated = [*map(datasets.causal_text_factor, bias.selected), "text_phrasing"]
-        return list(datasets.CAUSAL_IMAGE) if modality == "image" else stated
+        stated = [*map(causal_text_factor, bias.selected), "text_phrasing"]
+        return list(CAUSAL_IMAGE) if modality == "image" else stated
 
     def show(self, results, path):
         """Print both tables and the verdict, and draw them: R² of continuous factors, MCC of discrete ones."""
-        unbiased = {*self.setting.unbiased, *map(datasets.causal_text_factor, self.setting.unbiased)}
+        unbiased = {*self.setting.unbiased, *map(causal_text_factor, self.setting.unbiased)}
         for title, scores in (tables := score_tables(results)).items():
             types = results.set_index(["modality", "factor_name"]).factor_type[title.split()[0]]
             printed = scores.T.clip(lower=0).round(3)

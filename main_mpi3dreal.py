@@ -13,7 +13,7 @@ The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoi
 
 import pandas as pd
 
-from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, load_mpi3d, mpi3d_setting
+from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, load_mpi3d, mpi3d_bias
 from image_text import MODALITIES, ImageTextExperiment, names_of
 from probes import ABSENT, LEARNED
 from running.command_line import run_script
@@ -42,7 +42,7 @@ class Mpi3dExperiment(ImageTextExperiment):
     """One model of MPI3D-Complex; both encodings are probed for what images show."""
 
     name, recipes, datapath = "mpi3d", RECIPES, "data/MPI3d_real_complex"
-    bias_types, bias_ids, bias, open = BIAS_TYPES, BIAS_IDS, staticmethod(mpi3d_setting), staticmethod(load_mpi3d)
+    bias_types, bias_ids, bias, open = BIAS_TYPES, BIAS_IDS, staticmethod(mpi3d_bias), staticmethod(load_mpi3d)
     bias_help = (
         "selection: 0 colour alone, + 1 shape, + 2 size, + 3 camera, + 4 background; perturbation: the number of factors "
         "stated wrongly, of background, camera, size, shape"

@@ -1,4 +1,4 @@
-"""Rendering Causal3DIdent: generate_images.py against rendering to the letter of the specification, on the same latents.
+"""Rendering Causal3DIdent: generate_images.py against the plain way, its own --plain, on the same latents.
 
     .venv-blender/bin/python benchmarks/causal3dident_images.py                             # stand-in shapes
     .venv-blender/bin/python benchmarks/causal3dident_images.py --assets multimodal3dident/assets
@@ -23,9 +23,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rendering_data/Causal3DIdent"))
-import generate_images
-from generate_images import Renderers, render_settings, usable_cores
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reading.causal3dident import SHAPES
+from rendering_data.Causal3DIdent.generate_images import Renderers, check_assets, render_settings, shape_file
+from running.cores import usable_cores
 
 IMAGES = 100_000  # of the data set
 
@@ -113,10 +114,10 @@ def main():
     parser.add_argument("--keep", type=Path, help="folder for the rendered images (none: they are removed)")
     parser.add_argument("--seed", type=int, default=0, help="of the latents")
     args = parser.parse_args()
-    shapes = list(range(len(generate_images.SHAPES)))
+    shapes = list(range(len(SHAPES)))
     if args.assets:
-        shapes = [k for k in shapes if (args.assets / f"shapes/Shape{generate_images.SHAPES[k]}.blend").is_file()]
-        generate_images.check_assets(args.assets, shapes)
+        shapes = [k for k in shapes if (args.assets / shape_file(k)).is_file()]
+        check_assets(args.assets, shapes)
     cores = usable_cores()
     print(f"{describe_cpu()}, {cores} usable cores, {args.device}, {'assets' if args.assets else 'stand-in'} shapes, "
           f"{args.size} × {args.size}, {args.samples} samples")  # fmt: skip

@@ -10,7 +10,6 @@ noise. Times are of everything that leads from encodings to scores; set OMP_NUM_
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ import eval_numeric_predict
 import mlp_probes
 import probes
 from eval_numeric_predict import class_labels, regression_targets, score_tasks, shift
+from running.cores import usable_cores
 from running.devices import describe_device
 
 
@@ -114,7 +114,7 @@ def main():
     torch.set_num_threads(args.threads)
     eval_numeric_predict.STEPS, mlp_probes.CHUNK = args.steps, args.chunk
     device = torch.device(args.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     print(f"{describe_device(device)}, {cores} usable cores, torch {torch.__version__}")
     print(f"{args.samples} samples, {args.dims} dimensions, {args.steps} steps, five probes", flush=True)
 

@@ -10,7 +10,6 @@ OPENBLAS_NUM_THREADS to their number. --repeats 0 leaves the linear and MLP prob
 """
 
 import argparse
-import os
 import resource
 import statistics
 import sys
@@ -29,6 +28,7 @@ from sklearn.neural_network import MLPRegressor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernel_ridge
 import probes
+from running.cores import usable_cores
 from running.devices import describe_device
 
 
@@ -129,7 +129,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", ConvergenceWarning)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     where = describe_device(torch.device(args.device))
     print(f"{where}, {cores} usable cores, torch {torch.__version__}", flush=True)
 

@@ -13,20 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets import (
-    BIAS_IDS,
-    BIAS_TYPES,
-    CAUSAL_BIAS_IDS,
-    CAUSAL_BIAS_TYPES,
-    CAUSAL_IMAGE,
-    CAUSAL_TEXT,
-    MPI3D_FILE,
-    MPI3D_GRID,
-    MPI3D_SOURCE,
-    causal_setting,
-    causal_text_factor,
-    mpi3d_setting,
-)
+from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, MPI3D_SOURCE, causal_bias, mpi3d_bias
+from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, CAUSAL_TEXT, causal_text_factor
 from running.command_line import InputError
 from running.files import read_csv, read_json
 from running.training import LATER_FLAGS
@@ -303,7 +291,7 @@ def mpi3d_cells(scale, bias_type, bias_id, size, metric, keys, column):
         name, flags = f"{name}_size_{size}", [*flags, "--encoding-size", str(size)]
     data = MPI3D_STANDIN_DATA if scale == "tiny" else MPI3D_DATA
     setting = Setting("mpi3d", scale, name, "main_mpi3dreal.py", tuple(flags), data)
-    unbiased = mpi3d_setting(bias_type, bias_id).unbiased
+    unbiased = mpi3d_bias(bias_type, bias_id).unbiased
     for modality, factor in itertools.product(("image", "text"), MPI3D_GRID):
         learned = factor in unbiased if metric == "mcc_mlp" and not size else None
         own = {**keys, "metric": metric, "modality": modality, "factor": factor}
@@ -317,7 +305,7 @@ def mpi3d_factors(figure, metric):
 
     def cells(scale):
         for bias_type, bias_id in itertools.product(BIAS_TYPES, BIAS_IDS):
-            setting = mpi3d_setting(bias_type, bias_id)
+            setting = mpi3d_bias(bias_type, bias_id)
             added = setting.selected[-1:] if bias_type == "selection" else setting.perturbed[:1]
             column = (f"{bias_type} bias", f"{bias_id}: {'+ ' if bias_id else ''}{(*added, '∅')[0]}")
             keys = {"figure": figure, "bias_type": bias_type, "bias_id": bias_id}
@@ -399,7 +387,7 @@ def causal_cells(figure, probe, modality):
         for (factor, values), bias_type in itertools.product(factors.items(), CAUSAL_BIAS_TYPES):
             selection = bias_type == "selections"
             for bias_id in CAUSAL_BIAS_IDS if selection else reversed(CAUSAL_BIAS_IDS):
-                bias = causal_setting(bias_type, bias_id)
+                bias = causal_bias(bias_type, bias_id)
                 stated = [*map(causal_text_factor, bias.selected), "text_phrasing"]
                 if modality == "text" and factor not in stated:
                     continue

@@ -7,8 +7,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import pandas as pd
-
 from running.command_line import InputError
 
 
@@ -68,6 +66,8 @@ def write_csv(table, path):
 
 def read_table(path):
     """DataFrame of a CSV, whatever its columns; InputError that names the file if it is missing or no CSV."""
+    import pandas as pd  # Blender's Python, which writes files too, has none
+
     try:
         return pd.read_csv(path)
     except FileNotFoundError:
@@ -78,6 +78,8 @@ def read_table(path):
 
 def read_csv(path, columns, gaps=False):
     """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named."""
+    import pandas as pd
+
     table = read_table(path)
     surplus = not isinstance(table.index, pd.RangeIndex)  # rows longer than the header: pandas takes names for them
     if surplus or list(table.columns) != list(columns) or table.empty or (table.isna().to_numpy().any() and not gaps):

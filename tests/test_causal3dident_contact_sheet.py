@@ -1,6 +1,6 @@
 """The contact sheet of Causal3DIdent: which images it shows, what it draws, bad input."""
 
-import sys
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +8,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from running.command_line import run_script
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
-import contact_sheet
+from rendering_data.Causal3DIdent import contact_sheet
+from tests.scripts import outcome
 
 CAPTION = 'A hare of "tab:olive" color is visible, positioned at the mid-left of the image, with a spotlight.'
 
@@ -19,15 +17,7 @@ CAPTION = 'A hare of "tab:olive" color is visible, positioned at the mid-left of
 @pytest.fixture
 def run(capsys):
     """run(*flags) → (exit code, stdout, stderr) of contact_sheet.py."""
-
-    def call(*flags):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: contact_sheet.main([str(flag) for flag in flags]))
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
+    return functools.partial(outcome, capsys, contact_sheet.main)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ of Multimodal3DIdent, those of its shapes that are there are rendered as well.
 """
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -20,10 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from running.command_line import InputError, run_script
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
-import generate_images
+from reading.causal3dident import CAUSAL_IMAGE, read_latents
+from rendering_data.Causal3DIdent import generate_images
+from running.command_line import InputError
+from tests.scripts import outcome
 
 ROOT = Path(__file__).parents[1]
 BLENDER = ROOT / ".venv-blender/bin/python"
@@ -312,7 +313,7 @@ def test_hues_below_0_are_wrapped_by_the_protocol_paper_alone(tmp_path):
 @pytest.mark.skipif(not os.environ.get("CAUSAL3DIDENT_ASSETS"), reason="CAUSAL3DIDENT_ASSETS names no folder of assets")
 def test_the_real_shapes_are_rendered(tmp_path):
     assets = Path(os.environ["CAUSAL3DIDENT_ASSETS"])
-    there = [k for k, name in enumerate(generate_images.SHAPES) if (assets / f"shapes/Shape{name}.blend").exists()]
+    there = [k for k in range(7) if (assets / generate_images.shape_file(k)).exists()]
     write_latents(tmp_path, [BASE | {"object_shape": k} for k in there])
     assert "stand-in" not in render(tmp_path, "--assets", assets)
     masks = [object_mask(pixels(file)) for file in sorted((tmp_path / "images").iterdir())]
@@ -348,10 +349,8 @@ def run(tmp_path, capsys, monkeypatch):
     write_latents(tmp_path, [BASE] * 3)
 
     def call(*flags):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: generate_images.main(["--output-folder", str(tmp_path), *map(str, flags)]))
-        return stopped.value.code or 0, capsys.readouterr().err
+        code, _, err = outcome(capsys, generate_images.main, "--output-folder", tmp_path, *flags)
+        return code, err
 
     return call
 
@@ -371,7 +370,7 @@ def test_a_python_without_blender_says_which_command_installs_it(tmp_path, run, 
         ([BASE | {"object_xpos": 0.5}], "object_xpos is 0.5"),
         ([BASE | {"background_color": "nan"}], "background_color is nan, expected a number in [0, 1]"),
         ([BASE | {"object_alpharot": -0.1}], "object_alpharot is -0.1"),
-        ([], "lacks rows"),
+        ([], "has no rows"),
     ],
 )
 def test_damaged_latents_are_named(tmp_path, run, rows, words):
@@ -385,7 +384,7 @@ def test_missing_columns_and_a_missing_file_are_named(tmp_path, run):
     path = tmp_path / "latents_image.csv"
     path.write_text(path.read_text().replace("object_color", "color"))
     code, err = run()
-    assert code == 2 and "lacks columns object_color" in err and err.count("\n") == 1
+    assert code == 2 and "has no column object_color" in err and err.count("\n") == 1
     path.unlink()
     code, err = run()
     assert code == 2 and "latents_image.csv is missing" in err and "generate_latents.py" in err
@@ -484,9 +483,10 @@ def test_what_killed_runs_left_is_removed_a_day_later(tmp_path, begun):
 def test_latents_of_other_editors_are_read(tmp_path):
     path = tmp_path / "latents_image.csv"
     write_latents(tmp_path, [BASE] * 3)
-    plain, _ = generate_images.read_latents(path)
+    plain = read_latents(path, CAUSAL_IMAGE)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n") + b"\n")
-    assert generate_images.read_latents(path)[0] == plain
+    read = read_latents(path, CAUSAL_IMAGE)
+    assert list(read) == list(plain) and all(np.array_equal(read[name], plain[name]) for name in plain)
 
 
 def test_images_of_other_latents_or_settings_are_not_mixed(tmp_path, run, begun):
@@ -514,10 +514,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, run, monkeypatch)
     assert (tmp_path / "images").read_text() == "mine"
 
 
-def test_hues_of_the_protocols():
-    assert generate_images.hue(0.2, "code") == pytest.approx(-0.15)
-    assert generate_images.hue(0.2, "paper") == pytest.approx(0.85)
-    assert generate_images.hue(0.9, "code") == generate_images.hue(0.9, "paper") == pytest.approx(0.2)
+@pytest.fixture
+def scenes(monkeypatch):
+    """The module scenes beside a Blender that does nothing."""
+    for name in ("bpy", "bmesh", "mathutils"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    yield importlib.import_module("rendering_data.Causal3DIdent.scenes")
+    del sys.modules["rendering_data.Causal3DIdent.scenes"]
+
+
+def test_hues_of_the_protocols(scenes):
+    assert scenes.hue(0.2, "code") == pytest.approx(-0.15)
+    assert scenes.hue(0.2, "paper") == pytest.approx(0.85)
+    assert scenes.hue(0.9, "code") == scenes.hue(0.9, "paper") == pytest.approx(0.2)
 
 
 def test_batches_are_disjoint_and_cover_everything():
@@ -534,21 +543,20 @@ def test_inside_blender_the_processes_are_blenders(monkeypatch):
     assert line[line.index("--python") + 1] == generate_images.__file__ and line[-2:] == ["--", "--work"]
 
 
-def test_a_blender_without_a_denoiser_renders_what_needs_none():
+def test_a_blender_without_a_denoiser_renders_what_needs_none(scenes):
     class Cycles(SimpleNamespace):
         def __setattr__(self, name, value):
             if name == "denoiser":
                 raise TypeError('enum "OPENIMAGEDENOISE" not found in ()')
             super().__setattr__(name, value)
 
-    bpy = MagicMock()
-    bpy.context.scene.cycles = Cycles()
+    scenes.bpy.context.scene.cycles = Cycles()
     settings = {"size": 64, "samples": 64, "plain": False, "denoise": True, "threads": 1, "device": "cpu"}
-    generate_images.set_up_cycles(bpy, settings)
-    assert bpy.context.scene.cycles.samples == 64
+    scenes.set_up_cycles(settings)
+    assert scenes.bpy.context.scene.cycles.samples == 64
     for change in ({"samples": 63}, {"plain": True}):
         with pytest.raises(InputError, match="built without OpenImageDenoise"):
-            generate_images.set_up_cycles(bpy, settings | change)
+            scenes.set_up_cycles(settings | change)
 
 
 def test_handlers_of_blender_s_own_need_not_be_put_back(begun, monkeypatch):

@@ -1,9 +1,8 @@
 """Causal3DIdent's latents and captions: distributions, causal links, what is stated wrongly, templates, bad input."""
 
 import colorsys
+import functools
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,11 +10,8 @@ import pytest
 from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, to_rgb
 from scipy import stats
 
-from running.command_line import run_script
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "rendering_data/Causal3DIdent"))
-import generate_latents
-import generate_text
+from rendering_data.Causal3DIdent import generate_latents, generate_text
+from tests.scripts import contents, outcome
 
 N = 20_000
 NOISE = 5 / N**0.5  # a correlation of independent factors is larger once in a million times
@@ -37,15 +33,7 @@ def image(tables):
 @pytest.fixture
 def run(capsys):
     """run(main, *flags) → (exit code, stdout, stderr)."""
-
-    def call(main, *flags):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: main([str(flag) for flag in flags]))
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
+    return functools.partial(outcome, capsys)
 
 
 @pytest.fixture
@@ -55,10 +43,6 @@ def data(tmp_path, run):
     assert run(generate_latents.main, "--output-folder", folder, "--n-points", 300, "--seed", 1)[0] == 0
     assert run(generate_text.main, "--output-folder", folder)[0] == 0
     return folder
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def plain_nearest(hue, palette):
@@ -247,7 +231,9 @@ def test_captions_say_what_the_latents_say(data, setting):
 def test_a_caption_is_the_template_word_for_word(n_factors, phrasing, caption):
     latents = {"object_shape": 3, "object_xpos": 2, "object_ypos": 0, "spotlight_pos": 1.0, "text_phrasing": phrasing}
     names = {"object_color_name": "tab:red", "spotlight_color_name": "blue", "background_color_name": "xkcd:teal"}
-    assert generate_text.captions(pd.DataFrame([latents | names]), n_factors) == [caption]
+    assert generate_text.captions(
+        {name: np.array([value]) for name, value in (latents | names).items()}, n_factors
+    ) == [caption]
 
 
 def test_the_misspelled_columns_of_earlier_tools_are_read(data, run):
@@ -336,9 +322,9 @@ def with_value(column, value):
         (with_value("object_xpos", 1.5), "object_xpos is 1.5"),
         (with_value("text_phrasing", -1), "text_phrasing is -1"),
         (with_value("spotlight_pos", 1.01), "line 9: spotlight_pos is 1.01, expected a number in [0, 1]"),
-        (with_value("spotlight_pos", np.nan), "spotlight_pos is nan"),
+        (with_value("spotlight_pos", np.nan), "line 9: spotlight_pos is missing"),
         (with_value("spotlight_pos", "north"), "spotlight_pos is north"),
-        (with_value("background_color_name", np.nan), "background_color_name is nan"),
+        (with_value("background_color_name", np.nan), "line 9: background_color_name is missing"),
     ],
 )
 def test_damaged_latents_are_named_and_no_caption_is_lost(data, run, change, words):

@@ -12,15 +12,14 @@ import torch
 from matplotlib import colors
 
 import datasets
-from datasets import MPI3D_FILE, EpochOrder, Images, load_mpi3d, mpi3d_setting, open_npz_images, tokenise
+from datasets import MPI3D_FILE, EpochOrder, load_mpi3d, mpi3d_bias
+from reading import captions as caption_reading
+from reading import images as image_reading
+from reading.captions import load_captions, tokenise
+from reading.images import Images, open_npz_images
 from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table
 from running.command_line import InputError
-
-
-def replace(path, content):
-    """Put another file in the place of a linked one."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+from tests.scripts import replace
 
 
 def save_npz(path, compressed=False, **arrays):
@@ -82,8 +81,8 @@ def test_tokens_of_quoted_colour_names_are_nltk_s(nltk_tokens):
 
 @pytest.mark.parametrize("bias_type, bias_id", [("selection", 0), ("selection", 3), ("perturbation", 4)])
 def test_pairs_are_those_of_a_plain_loop(mpi3d, bias_type, bias_id):
-    pairs, setting = load_mpi3d(mpi3d, bias_type, bias_id)
-    assert setting == mpi3d_setting(bias_type, bias_id)
+    pairs, bias = load_mpi3d(mpi3d, bias_type, bias_id)
+    assert bias == mpi3d_bias(bias_type, bias_id)
     images, grid = images_and_grid(mpi3d)
     words = {number: word for word, number in pairs.vocabulary.items()}
     name = f"{bias_type}_{bias_id}"
@@ -110,11 +109,11 @@ def test_pairs_are_those_of_a_plain_loop(mpi3d, bias_type, bias_id):
 
 
 def test_the_settings_are_the_paper_s():
-    assert mpi3d_setting("selection", 0).unbiased == ("OBJ_COLOR",)
-    assert mpi3d_setting("selection", 3).selected == ("OBJ_COLOR", "OBJ_SHAPE", "OBJ_SIZE", "CAMERA")
-    assert mpi3d_setting("perturbation", 0).perturbed == ()
-    assert mpi3d_setting("perturbation", 2).perturbed == ("CAMERA", "BACKGROUND")
-    assert mpi3d_setting("perturbation", 4).unbiased == ("OBJ_COLOR",)
+    assert mpi3d_bias("selection", 0).unbiased == ("OBJ_COLOR",)
+    assert mpi3d_bias("selection", 3).selected == ("OBJ_COLOR", "OBJ_SHAPE", "OBJ_SIZE", "CAMERA")
+    assert mpi3d_bias("perturbation", 0).perturbed == ()
+    assert mpi3d_bias("perturbation", 2).perturbed == ("CAMERA", "BACKGROUND")
+    assert mpi3d_bias("perturbation", 4).unbiased == ("OBJ_COLOR",)
 
 
 def test_each_distinct_caption_is_encoded_once(mpi3d):
@@ -143,7 +142,7 @@ def test_reading_threads_change_nothing(mpi3d, workers):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("reserve", [0, 2**50])
 def test_a_gpu_has_the_same_batches_whether_the_images_fit_or_not(mpi3d, monkeypatch, reserve):
-    monkeypatch.setattr(datasets, "GPU_RESERVE", reserve)
+    monkeypatch.setattr(image_reading, "GPU_RESERVE", reserve)
     here, there = (load_mpi3d(mpi3d, "selection", 1, device)[0] for device in ("cpu", "cuda"))
     assert (there.images.resident is None) == (reserve > 0)
     rows = torch.arange(60)
@@ -229,7 +228,7 @@ def test_a_compressed_file_on_a_full_disk_leaves_nothing(mpi3d, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(datasets.shutil, "copyfileobj", full)
+    monkeypatch.setattr(image_reading.shutil, "copyfileobj", full)
     with pytest.raises(OSError, match="No space"):
         open_npz_images(mpi3d / MPI3D_FILE)
     assert sorted(path.name for path in mpi3d.iterdir()) == before
@@ -242,7 +241,7 @@ def test_a_compressed_file_in_a_folder_that_cannot_be_written_says_what_to_do(mp
     def refused(*_):
         raise OSError(30, "Read-only file system", "hidden")
 
-    monkeypatch.setattr(datasets, "replaced", refused)
+    monkeypatch.setattr(image_reading, "replaced", refused)
     with pytest.raises(InputError, match="mpi3d cannot be written, and the images are compressed"):
         open_npz_images(mpi3d / MPI3D_FILE)
 
@@ -270,7 +269,7 @@ def test_tokens_are_taken_from_the_cache_until_the_captions_change(mpi3d, monkey
     first, _ = load_mpi3d(mpi3d, "selection", 1)
     cache = mpi3d / "tokens_selection_1.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "tokenise", lambda caption: pytest.fail("tokenised again"))
+        patch.setattr(caption_reading, "tokenise", lambda caption: pytest.fail("tokenised again"))
         again, _ = load_mpi3d(mpi3d, "selection", 1)
     assert again.vocabulary == first.vocabulary and again.fingerprint == first.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(every_token(first).values(), every_token(again).values(), strict=True))
@@ -294,7 +293,7 @@ def test_a_folder_that_cannot_be_written_is_read(mpi3d, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(datasets, "write_bytes", refused)
+    monkeypatch.setattr(caption_reading, "write_bytes", refused)
     load_mpi3d(mpi3d, "selection", 1)
     assert not (mpi3d / "tokens_selection_1.npz").exists()
 
@@ -313,12 +312,12 @@ def test_splits_may_be_parts_of_one_file(tmp_path):
     (tmp_path / "all.txt").write_text("a red cow.\na red cow.\na blue hen.\na red hen.\n")
     parts = {"train": (tmp_path / "all.txt", slice(0, 2)), "test": (tmp_path / "all.txt", slice(2, 4))}
     for _ in range(2):  # the second time from the cache
-        captions, vocabulary = datasets.load_captions(parts, tmp_path / "none.json", tmp_path / "cache.npz")
+        captions, vocabulary = load_captions(parts, tmp_path / "none.json", tmp_path / "cache.npz")
         assert list(vocabulary) == ["{pad}", "{eos}", "{unk}", "a", "red", "cow", "."]
         assert captions["train"].tokens.tolist() == [[3, 4, 5, 6, 1]] and captions["train"].index.tolist() == [0, 0]
         assert captions["test"].take(torch.tensor([1, 0])).tolist() == [[3, 4, 2, 6, 1], [3, 2, 2, 6, 1]]
     other = {**parts, "test": (tmp_path / "all.txt", slice(3, 4))}
-    captions, _ = datasets.load_captions(other, tmp_path / "none.json", tmp_path / "cache.npz")
+    captions, _ = load_captions(other, tmp_path / "none.json", tmp_path / "cache.npz")
     assert len(captions["test"].index) == 1
 
 

@@ -12,11 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets
-from datasets import load_causal3dident, tokenise
-from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED, PHRASINGS, SELECTED, SHAPES
+from datasets import Bias, causal_bias, load_causal3dident
+from reading import images as image_reading
+from reading.captions import tokenise
+from reading.causal3dident import CAUSAL_PALETTES, CAUSAL_TEXT, causal_text_factor
+from reading.causal3dident import CAUSAL_SEMANTICS as SELECTED
+from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED
+from rendering_data.Causal3DIdent.generate_text import TEMPLATES
 from running.command_line import InputError
-from tests.test_datasets import replace
+from tests.scripts import replace
 
 
 def as_jpg(folder):
@@ -62,16 +66,23 @@ def test_pairs_are_those_of_a_plain_loop_over_the_files(causal3dident, bias_type
 
 
 def test_the_settings_and_the_text_s_factors_are_those_of_who_writes_them():
-    stated = {"object_color": "object_color_index", "spotlight_color": "spotlight_color_index",
-              "background_color": "background_color_index"}  # fmt: skip
     for k in range(7):
-        assert datasets.causal_setting("selections", k) == datasets.Setting(SELECTED[: k + 1], ())
-        setting = datasets.causal_setting("perturbations", k)
-        assert setting.selected == SELECTED and set(setting.perturbed) == set(PERTURBED[:k])
-    sizes = {stated[name]: len(palette) for name, palette in PALETTES.items()}
-    sizes |= {"object_shape": SHAPES, "text_phrasing": PHRASINGS}
-    assert {name: datasets.CAUSAL_TEXT[name] for name in sizes} == sizes
-    assert [datasets.causal_text_factor(name) for name in SELECTED] == list(datasets.CAUSAL_TEXT)[:-1]
+        assert causal_bias("selections", k) == Bias(SELECTED[: k + 1], ())
+        bias = causal_bias("perturbations", k)
+        assert bias.selected == SELECTED and set(bias.perturbed) == set(PERTURBED[:k])
+    sizes = {name: len(palette) for name, palette in PALETTES.items()}
+    assert sizes == CAUSAL_PALETTES and {len(templates) for templates in TEMPLATES.values()} == {5}
+    assert CAUSAL_TEXT == {
+        "object_shape": 7,
+        "object_xpos": 3,
+        "object_ypos": 3,
+        "spotlight_pos": None,
+        "object_color_index": 10,
+        "spotlight_color_index": 148,
+        "background_color_index": 949,
+        "text_phrasing": 5,
+    }
+    assert [causal_text_factor(name) for name in SELECTED] == list(CAUSAL_TEXT)[:-1]
 
 
 @pytest.mark.parametrize("k", [3, 6])
@@ -107,7 +118,7 @@ def test_images_are_decoded_once_for_all_settings_with_a_message(causal3dident, 
     expected = first_pixels(causal3dident)
     (name,) = maps(causal3dident)
     assert f"decoding 200 images once, 0.00 GB, into {causal3dident / name}" in capsys.readouterr().out
-    monkeypatch.setattr(datasets, "_decoded", lambda path: pytest.fail("decoded again"))
+    monkeypatch.setattr(image_reading, "decode_image", lambda path: pytest.fail("decoded again"))
     for bias_type in ("selections", "perturbations"):
         pairs, _ = load_causal3dident(causal3dident, bias_type, 3)
         assert np.array_equal(pairs.images_of("train", torch.arange(3)), expected)
@@ -115,16 +126,16 @@ def test_images_are_decoded_once_for_all_settings_with_a_message(causal3dident, 
 
 
 def test_of_jobs_that_start_together_one_decodes_and_the_others_wait(causal3dident, monkeypatch):
-    decode, calls = datasets._decode_images, []
+    decode, calls = image_reading._decode_images, []
 
     def counted(*arguments):
         calls.append(arguments)
         time.sleep(0.3)
         return decode(*arguments)
 
-    monkeypatch.setattr(datasets, "_decode_images", counted)
+    monkeypatch.setattr(image_reading, "_decode_images", counted)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        images = list(pool.map(datasets.open_image_folder, 3 * [causal3dident / "images"]))
+        images = list(pool.map(image_reading.open_image_folder, 3 * [causal3dident / "images"]))
     assert len(calls) == 1 and all(np.array_equal(image, images[0]) for image in images)
 
 
@@ -168,7 +179,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device"), InputError("damaged")])
 def test_a_map_is_there_as_a_whole_or_not_at_all(causal3dident, monkeypatch, error):
-    before, real = sorted(causal3dident.iterdir()), datasets._decoded
+    before, real = sorted(causal3dident.iterdir()), image_reading.decode_image
 
     def decoded(path):
         if path.name == "150.png":
@@ -176,8 +187,8 @@ def test_a_map_is_there_as_a_whole_or_not_at_all(causal3dident, monkeypatch, err
         return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "_decoded", decoded)
-        patch.setattr(datasets, "DECODED_AT_ONCE", 64)
+        patch.setattr(image_reading, "decode_image", decoded)
+        patch.setattr(image_reading, "DECODED_AT_ONCE", 64)
         with pytest.raises(type(error)):
             load_causal3dident(causal3dident, "selections", 0)
     lock = causal3dident / ".images.lock"  # an empty file that stays
@@ -186,8 +197,8 @@ def test_a_map_is_there_as_a_whole_or_not_at_all(causal3dident, monkeypatch, err
 
 
 def test_progress_tells_images_a_second_and_the_time_left(causal3dident, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 64)
-    monkeypatch.setattr(datasets, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(image_reading, "DECODED_AT_ONCE", 64)
+    monkeypatch.setattr(image_reading, "PROGRESS_SECONDS", 0)
     first_pixels(causal3dident)
     lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
     assert [line.split()[1] for line in lines] == ["64/200", "128/200", "192/200", "200/200"]
@@ -267,12 +278,12 @@ CAPTIONS = "text/selections_1/text_raw.txt"
         (lambda folder: (folder / "images.json").write_text('{"latents": "others"}'), "rendered from other latents"),
         (edited(IMAGE, lambda table: table[:0]), "has no rows"),
         (edited(IMAGE, lambda table: table[:9]), "9 rows, expected at least 10"),
-        (with_value(IMAGE, "object_color", None), "object_color is nan, expected numbers from 0 to 1 (line 7)"),
-        (with_value(IMAGE, "spotlight_pos", 1.01), "spotlight_pos is 1.01, expected numbers from 0 to 1 (line 7)"),
-        (with_value(IMAGE, "object_shape", 7), "object_shape is 7, expected integers from 0 to 6 (line 7)"),
-        (with_value(IMAGE, "object_alpharot", "x"), "object_alpharot is x, expected numbers"),
-        (with_value(TEXT, "object_xpos", 0.5), "object_xpos is 0.5, expected integers from 0 to 2"),
-        (with_value(TEXT, "text_phrasing", -1), "text_phrasing is -1, expected integers from 0 to 4"),
+        (with_value(IMAGE, "object_color", None), "line 7: object_color is missing, expected a number in [0, 1]"),
+        (with_value(IMAGE, "spotlight_pos", 1.01), "line 7: spotlight_pos is 1.01, expected a number in [0, 1]"),
+        (with_value(IMAGE, "object_shape", 7), "line 7: object_shape is 7, expected an integer in 0 … 6"),
+        (with_value(IMAGE, "object_alpharot", "x"), "line 7: object_alpharot is x, expected a number"),
+        (with_value(TEXT, "object_xpos", 0.5), "line 7: object_xpos is 0.5, expected an integer in 0 … 2"),
+        (with_value(TEXT, "text_phrasing", -1), "line 7: text_phrasing is -1, expected an integer in 0 … 4"),
         (edited(TEXT, lambda table: table[:-1]), f"{IMAGE} 200, {TEXT} 199, {CAPTIONS} 200, images/ 200"),
         (lambda folder: replace(folder / CAPTIONS, "A hare.\n" * 199), f"{CAPTIONS} 199, images/ 200"),
         (unlink("images/199.png"), f"{CAPTIONS} 200, images/ 199"),
@@ -311,7 +322,7 @@ def test_a_folder_that_cannot_be_written_says_that_images_are_decoded_once(causa
     def refused(*_):
         raise PermissionError(13, "Permission denied", "hidden")
 
-    monkeypatch.setattr(datasets, "replaced", refused)
+    monkeypatch.setattr(image_reading, "replaced", refused)
     with pytest.raises(InputError, match="cannot be written, and the images are decoded into a file there, once"):
         load_causal3dident(causal3dident, "selections", 1)
 

@@ -18,6 +18,7 @@ import mlp_probes
 import probes
 from image_text import ImageTextExperiment
 from main_causal3dident import Causal3dIdentExperiment
+from reading import images as image_reading
 from running import experiment
 from running.command_line import run_script
 
@@ -178,7 +179,7 @@ def test_the_defaults_are_the_specified_ones():
 def test_the_size_of_the_encodings():
     sizes = {}
     for bias_type, bias_id in itertools.product(("selections", "perturbations"), range(7)):
-        unbiased = datasets.causal_setting(bias_type, bias_id).unbiased
+        unbiased = datasets.causal_bias(bias_type, bias_id).unbiased
         sizes.setdefault(bias_type, []).append(Causal3dIdentExperiment.default_encoding_size(len(unbiased)))
     assert sizes == {"selections": [3, 3, 4, 5, 5, 6, 7], "perturbations": [7, 6, 5, 5, 4, 3, 3]}
 
@@ -281,7 +282,7 @@ def test_a_folder_without_write_permission_is_one_line(run, tmp_path, causal3did
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied", str(causal3dident))
 
-    monkeypatch.setattr(datasets, "replaced", refused)
+    monkeypatch.setattr(image_reading, "replaced", refused)
     code, _, err = run()
     assert code == 2 and err.splitlines() == [f"error: {causal3dident} cannot be written, and the images are decoded into a "
                                               "file there, once; copy the folder to where you can write"]  # fmt: skip
@@ -309,7 +310,7 @@ def test_the_verdict_tells_what_is_found_from_what_is_not(shape, x, y, rotation,
     image = pd.DataFrame({"modality": "image", "factor_name": IMAGE, "factor_type": types,
                           "mcc_mlp": scores.where(discrete), "r2_krreg": scores.mask(discrete)})  # fmt: skip
     text = image.assign(modality="text", mcc_mlp=0.99, r2_krreg=0.99)
-    sentence = main_causal3dident.verdict(pd.concat([text, image]), datasets.causal_setting("perturbations", 4))
+    sentence = main_causal3dident.verdict(pd.concat([text, image]), datasets.causal_bias("perturbations", 4))
     assert sentence.startswith(words)
 
 

@@ -22,7 +22,7 @@ import image_text
 import main_mpi3dreal
 import mlp_probes
 import probes
-from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_setting
+from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_bias
 from image_text import ImageTextExperiment
 from losses import image_text_contrastive_loss
 from main_mpi3dreal import Mpi3dExperiment
@@ -155,7 +155,7 @@ def test_the_defaults_are_the_specified_ones():
 )  # fmt: skip
 def test_the_size_of_the_encodings(flags, size):
     args, _ = Mpi3dExperiment.parse_flags(flags.split())
-    unbiased = mpi3d_setting(args.bias_type, args.bias_id).unbiased
+    unbiased = mpi3d_bias(args.bias_type, args.bias_id).unbiased
     assert (args.encoding_size or Mpi3dExperiment.default_encoding_size(len(unbiased))) == size
 
 

@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 import datasets
 from rendering_data.MPI3D import render_multimodal_mpi3d as captions
 from rendering_data.MPI3D import render_standin_images as standin
-from running.command_line import run_script
+from tests.scripts import contents, exit_code
 
 SIZES = dict(zip(datasets.MPI3D_GRID, (4, 4, 2, 3, 3, 8, 8), strict=True))
 COUNT = 18_432
@@ -29,21 +29,10 @@ PERTURBED = {
 }
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def call(main, *argv):
-    """Exit code of a script's main."""
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: main([str(argument) for argument in argv]))
-    return stopped.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captions")
-    assert call(captions.main, "--output-dir", folder, "--seed", 5, "--grid", *SIZES.values()) == 0
+    assert exit_code(captions.main, "--output-dir", folder, "--seed", 5, "--grid", *SIZES.values()) == 0
     return folder
 
 
@@ -167,17 +156,17 @@ def test_templates_to_the_letter(folder):
 def test_one_seed_gives_the_same_bytes_and_another_one_others(tmp_path):
     grid = ("--grid", 2, 2, 2, 2, 2, 3, 3)
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert call(captions.main, "--output-dir", tmp_path / folder, "--seed", seed, *grid) == 0
+        assert exit_code(captions.main, "--output-dir", tmp_path / folder, "--seed", seed, *grid) == 0
     a, b, c = (contents(tmp_path / folder) for folder in "abc")
     assert a == b and len(a) == 2 * 21 + 10
     assert all(a[name] != c[name] for name in a if not name.startswith("vocab"))
-    assert call(captions.main, "--output-dir", tmp_path / "d", "--train-ratio", 0.5, *grid) == 0
+    assert exit_code(captions.main, "--output-dir", tmp_path / "d", "--train-ratio", 0.5, *grid) == 0
     assert len(pd.read_csv(tmp_path / "d/train/image_semantics.csv")) == 144
 
 
 def test_the_bytes_of_a_seed_stay_what_they_are(tmp_path):
     """A change of them would change every data set that a seed stands for."""
-    assert call(captions.main, "--output-dir", tmp_path, "--seed", 0, "--grid", 4, 4, 2, 3, 3, 1, 1) == 0
+    assert exit_code(captions.main, "--output-dir", tmp_path, "--seed", 0, "--grid", 4, 4, 2, 3, 3, 1, 1) == 0
     assert (tmp_path / "test/image_semantics.csv").read_text().splitlines()[:3] == FIRST_ROWS
     assert (tmp_path / "test/text_perturbation_4.txt").read_text().splitlines()[0] == FIRST_CAPTION
 
@@ -189,7 +178,7 @@ FIRST_CAPTION = "A small size beer-cup in yellow, viewed from center view, in a 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--grid 4 4 2 3 3 40 41", "V_AXIS has 40 values, not 41"),
+        ("--grid 4 4 2 3 3 40 41", "--grid has 41 values of V_AXIS, and there are 40"),
         ("--grid 4 4 2 3 3 40", "expected 7 arguments"),
         ("--grid 0 4 2 3 3 4 4", "--grid"),
         ("--grid 2 1 1 1 1 1 1 --train-ratio 0.99", "leaves a split without images"),
@@ -198,18 +187,18 @@ FIRST_CAPTION = "A small size beer-cup in yellow, viewed from center view, in a 
     ],
 )
 def test_wrong_flags_of_the_captions(tmp_path, capsys, flags, words):
-    assert call(captions.main, "--output-dir", tmp_path / "x", *flags.split()) == 2
+    assert exit_code(captions.main, "--output-dir", tmp_path / "x", *flags.split()) == 2
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 
 def test_captions_are_replaced_only_when_told_to(tmp_path, capsys):
     grid = ("--grid", 2, 2, 2, 2, 2, 2, 2)
-    assert call(captions.main, "--output-dir", tmp_path, *grid) == 0
+    assert exit_code(captions.main, "--output-dir", tmp_path, *grid) == 0
     before = contents(tmp_path)
-    assert call(captions.main, "--output-dir", tmp_path, "--seed", 1, *grid) == 2
+    assert exit_code(captions.main, "--output-dir", tmp_path, "--seed", 1, *grid) == 2
     assert "--overwrite" in capsys.readouterr().err and contents(tmp_path) == before
-    assert call(captions.main, "--output-dir", tmp_path, "--seed", 1, *grid, "--overwrite") == 0
+    assert exit_code(captions.main, "--output-dir", tmp_path, "--seed", 1, *grid, "--overwrite") == 0
     assert contents(tmp_path) != before
 
 
@@ -221,7 +210,7 @@ def test_captions_are_replaced_only_when_told_to(tmp_path, capsys):
 def drawn(tmp_path_factory):
     """(folder, images as an array of the shape of the grid, then 64 × 64 × 3)."""
     folder = tmp_path_factory.mktemp("standin")
-    assert call(standin.main, "--output-dir", folder, "--grid", 4, 4, 2, 3, 3, 2, 2) == 0
+    assert exit_code(standin.main, "--output-dir", folder, "--grid", 4, 4, 2, 3, 3, 2, 2) == 0
     with np.load(folder / datasets.MPI3D_FILE, allow_pickle=False) as content:
         assert content["images"].dtype == np.uint8 and content["grid"].tolist() == [4, 4, 2, 3, 3, 2, 2]
         return folder, content["images"].reshape(4, 4, 2, 3, 3, 2, 2, 64, 64, 3)
@@ -263,7 +252,7 @@ def test_a_position_is_the_same_in_a_finer_grid(drawn, tmp_path):
 
 def test_smaller_images_are_the_same_scenes(drawn, tmp_path):
     _, images = drawn
-    assert call(standin.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 2, "--size", 32) == 0
+    assert exit_code(standin.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 2, "--size", 32) == 0
     small = np.load(tmp_path / datasets.MPI3D_FILE)["images"]
     means = images.reshape(-1, 32, 2, 32, 2, 3).mean(axis=(2, 4))
     assert small.shape == means.shape
@@ -275,9 +264,9 @@ def test_drawing_again_gives_the_same_bytes_and_replaces_nothing_untold(drawn, t
     folder, _ = drawn
     path = folder / datasets.MPI3D_FILE
     before = path.read_bytes()
-    assert call(standin.main, "--output-dir", folder) == 2 and path.read_bytes() == before
+    assert exit_code(standin.main, "--output-dir", folder) == 2 and path.read_bytes() == before
     assert "a downloaded file too" in capsys.readouterr().err
-    assert call(standin.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 2) == 0
+    assert exit_code(standin.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 2) == 0
     assert (tmp_path / datasets.MPI3D_FILE).read_bytes() == before
     assert "not the photographs" in capsys.readouterr().out
 
@@ -285,9 +274,9 @@ def test_drawing_again_gives_the_same_bytes_and_replaces_nothing_untold(drawn, t
 def test_captions_take_the_grid_of_the_images_in_the_folder(drawn, tmp_path, capsys):
     folder, _ = drawn
     (tmp_path / datasets.MPI3D_FILE).hardlink_to(folder / datasets.MPI3D_FILE)
-    assert call(captions.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 3) == 2
+    assert exit_code(captions.main, "--output-dir", tmp_path, "--grid", 4, 4, 2, 3, 3, 2, 3) == 2
     assert "have the grid 4 4 2 3 3 2 2" in capsys.readouterr().err and not (tmp_path / "train").exists()
-    assert call(captions.main, "--output-dir", tmp_path) == 0
+    assert exit_code(captions.main, "--output-dir", tmp_path) == 0
     rows = [len(pd.read_csv(tmp_path / split / "image_semantics.csv")) for split in ("train", "test")]
     assert rows == [1037, 115]
 

@@ -12,19 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import matplotlib
-import pandas as pd
-from PIL import Image, UnidentifiedImageError
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 
-from datasets import check_rendered_latents
+from reading.captions import read_lines
+from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SETTINGS, check_rendered_latents, image_files, read_latents
+from reading.images import decode_image
 from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 from running.pictures import check_picture
 
-SETTINGS = [f"{bias_type}_{bias_id}" for bias_type in ("selections", "perturbations") for bias_id in range(7)]
 LINE = 42  # characters of a caption's line
 
 
@@ -32,24 +29,16 @@ def parse_flags(argv):
     """The Namespace of the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["selections_6"], metavar="SETTING",
-                        help="whose captions are shown (selections_6)")  # fmt: skip
+    settings = {
+        "choices": CAUSAL_SETTINGS,
+        "default": ["selections_6"],
+        "help": "whose captions are shown (selections_6)",
+    }
+    parser.add_argument("--settings", nargs="+", metavar="SETTING", **settings)
     parser.add_argument("--count", type=integer(1), default=12, help="images, as far as there are some (%(default)s)")
     parser.add_argument("--columns", type=integer(1), default=4, help="(%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (DIR/contact_sheet.png)")
     return parser.parse(argv)[0]
-
-
-def read(path, reader, *errors):
-    """reader(path); InputError that names the file if it is missing or damaged."""
-    try:
-        return reader(path)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing; generate_latents.py, generate_text.py and generate_images.py make it"
-        ) from None
-    except errors as error:
-        raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
 
 
 def chosen_images(files, shapes, count):
@@ -60,13 +49,13 @@ def chosen_images(files, shapes, count):
 
 
 def draw(images, captions, columns, path):
-    """Draw images ((H, W, 3) arrays or PIL images) with a caption each in a grid, into `path`."""
+    """Draw images, (H, W, 3) arrays, with a caption each in a grid, into `path`."""
     rows = -(-len(images) // columns)
     lines = max(caption.count("\n") + 1 for caption in captions)
     height = 2.6 + 0.17 * lines
     figure, grid = plt.subplots(rows, columns, figsize=(2.75 * columns, height * rows), squeeze=False)
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.05 / (height * rows), bottom=0.17 * lines / (height * rows),
-                           wspace=0.06, hspace=0.19 * lines / 2.6)  # fmt: skip
+    top, bottom = 1 - 0.05 / (height * rows), 0.17 * lines / (height * rows)
+    figure.subplots_adjust(0.01, bottom, 0.99, top, wspace=0.06, hspace=0.19 * lines / 2.6)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, caption in zip(grid.flat, images, captions, strict=False):
@@ -84,34 +73,23 @@ def main(argv=None):
     args = parse_flags(argv)
     folder, output = args.output_folder, args.output or args.output_folder / "contact_sheet.png"
     check_picture(output)
-    latents = read(folder / "latents_image.csv", pd.read_csv, ValueError, UnicodeDecodeError)
+    shapes = read_latents(folder / "latents_image.csv", {"object_shape": CAUSAL_IMAGE["object_shape"]})["object_shape"]
     check_rendered_latents(folder)
-    if "object_shape" not in latents:
-        raise InputError(f"{folder / 'latents_image.csv'} has no column object_shape; make it again")
-    files = [
-        path
-        for path in sorted((folder / "images").glob("*"))
-        if path.suffix in (".png", ".jpg") and path.stem.isdecimal()
-    ]
-    files = [path for path in files if int(path.stem) < len(latents)]
+    files = [Path(entry.path) for number, entry in image_files(folder / "images") if number < len(shapes)]
     if not files:
         raise InputError(f"{folder / 'images'} holds no images; generate_images.py renders them")
-    files = chosen_images(files, latents["object_shape"].tolist(), args.count)
+    files = chosen_images(files, shapes, args.count)
     captions = [""] * len(files)
     for setting in args.settings:
-        lines = read(
-            folder / "text" / setting / "text_raw.txt", lambda path: path.read_text().splitlines(), UnicodeDecodeError
-        )
-        if len(lines) != len(latents):
-            raise InputError(
-                f"{folder / 'text' / setting} has {len(lines)} captions for {len(latents)} images; make it again"
-            )
+        path = folder / "text" / setting / "text_raw.txt"
+        if not path.exists():
+            raise InputError(f"{path} is missing; generate_text.py writes it")
+        if len(lines := read_lines(path)) != len(shapes):
+            raise InputError(f"{path.parent} has {len(lines)} captions for {len(shapes)} images; make it again")
+        label = f"{setting.replace('_', ' ')}: " if len(args.settings) > 1 else ""
         for k, file in enumerate(files):
-            label = f"{setting.replace('_', ' ')}: " if len(args.settings) > 1 else ""
             captions[k] += textwrap.fill(label + lines[int(file.stem)], LINE, break_on_hyphens=False) + "\n"
-    images = [
-        read(file, lambda path: Image.open(path).convert("RGB"), UnidentifiedImageError, OSError) for file in files
-    ]
+    images = [decode_image(file) for file in files]
     draw(images, [caption.rstrip() for caption in captions], args.columns, output)
     print(f"{output}: {len(images)} images with their captions")
     return 0

@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reading.causal3dident import CAUSAL_PALETTES, CAUSAL_SETTINGS, CAUSAL_TEXT, SHAPES, read_latents, spotlight_fifths
 from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
-SHAPES = ("teapot", "hare", "dragon", "cow", "armadillo", "horse", "head")
 XPOS = ("left", "center", "right")
 YPOS = ("top", "mid", "bottom")
 SPOTLIGHT_POS = ("northwest", "northeast", "center", "southwest", "southeast")  # fifths of [0, 1]
@@ -82,78 +81,32 @@ TEMPLATES = {
         'standing out under a "{L}" spotlight from the {P}, against a "{B}" background.',
     ),
 }
-SETTINGS = {f"selections_{k}": k + 1 for k in range(7)} | {f"perturbations_{k}": 7 for k in range(7)}
-# Columns of the latents and the number of their values: discrete ones are 0 … count − 1, spotlight_pos lies in [0, 1].
-COUNTS = {
-    "object_shape": len(SHAPES),
-    "object_xpos": len(XPOS),
-    "object_ypos": len(YPOS),
-    "spotlight_pos": None,
-    "text_phrasing": len(TEMPLATES[1]),
-}
-NAMES = ("object_color_name", "spotlight_color_name", "background_color_name")
+FACTORS = {name: CAUSAL_TEXT[name] for name in (*list(CAUSAL_TEXT)[:4], "text_phrasing")}
+COLORS = [f"{name}_name" for name in CAUSAL_PALETTES]
 
 
-def read_latents(path):
-    """DataFrame of a setting's latents_text_*.csv; InputError that names the file and what is wrong with it.
+def captions(latents, n_factors):
+    """List of N captions that speak of the first `n_factors` factors.
 
-    Earlier tools spelled the spotlight's columns `splotlight_color_*`; they are read as `spotlight_color_*`.
+    latents: dict name → (N,), integers for the discrete of FACTORS, [0, 1] for spotlight_pos, words for COLORS.
     """
-    try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; generate_latents.py writes it") from None
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise InputError(f"{path} is damaged ({error}); make it again with generate_latents.py") from None
-    table = table.rename(columns=lambda name: name.replace("splotlight", "spotlight"))
-    if not table.columns.is_unique:
-        twice = table.columns[table.columns.duplicated()][0]
-        raise InputError(f"{path} has the column {twice} in two spellings; remove one of them")
-    missing = [name for name in (*COUNTS, *NAMES) if name not in table]
-    if missing or table.empty:
-        raise InputError(f"{path} has no {'rows' if table.empty else 'column ' + ', '.join(missing)}; make it again "
-                         "with generate_latents.py")  # fmt: skip
-    for name, count in COUNTS.items():
-        values = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
-        valid = (values >= 0) & (values <= (1 if count is None else count - 1))
-        if count is not None:
-            valid &= values == np.floor(values)
-        reject(path, table[name], valid, "a number in [0, 1]" if count is None else f"an integer in 0 … {count - 1}")
-        table[name] = values if count is None else values.astype(int)
-    for name in NAMES:
-        reject(path, table[name], table[name].notna().to_numpy(), "the name of a colour")
-    return table
-
-
-def reject(path, column, valid, expected):
-    """Raise InputError about the first value of `column` (a Series) that is not `valid` (N,) bool."""
-    if not valid.all():
-        row = int(np.argmin(valid))
-        raise InputError(f"{path}, line {row + 2}: {column.name} is {column.iloc[row]}, expected {expected}; make it again "
-                         "with generate_latents.py")  # fmt: skip
-
-
-def captions(table, n_factors):
-    """List of N captions that speak of the first `n_factors` factors of `table`, as `read_latents` returns it."""
-    fifths = np.minimum((table["spotlight_pos"].to_numpy() * 5).astype(int), 4)
     words = {
-        "S": np.array(SHAPES)[table["object_shape"]],
-        "X": np.array(XPOS)[table["object_xpos"]],
-        "Y": np.array(YPOS)[table["object_ypos"]],
-        "P": np.array(SPOTLIGHT_POS)[fifths],
-        **dict(zip("CLB", (table[name] for name in NAMES), strict=True)),
+        "S": np.array(SHAPES)[latents["object_shape"]],
+        "X": np.array(XPOS)[latents["object_xpos"]],
+        "Y": np.array(YPOS)[latents["object_ypos"]],
+        "P": np.array(SPOTLIGHT_POS)[spotlight_fifths(latents["spotlight_pos"])],
+        **dict(zip("CLB", (latents[name] for name in COLORS), strict=True)),
     }
-    templates = [template.format for template in TEMPLATES[n_factors]]
-    rows = zip(table["text_phrasing"].tolist(), *(column.tolist() for column in words.values()), strict=True)
-    return [templates[phrasing](**dict(zip(words, row, strict=True))) for phrasing, *row in rows]
+    rows = zip(latents["text_phrasing"], *(column.tolist() for column in words.values()), strict=True)
+    return [TEMPLATES[n_factors][phrasing].format(**dict(zip(words, row, strict=True))) for phrasing, *row in rows]
 
 
 def parse_flags(argv):
     """The Namespace of the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    parser.add_argument("--seed", type=integer(0), default=0,
-                        help="taken as by the other scripts, and without effect: the phrasings are latents")  # fmt: skip
+    seed = "taken as by the other scripts, and without effect: the phrasings are latents"
+    parser.add_argument("--seed", type=integer(0), default=0, help=seed)
     return parser.parse(argv)[0]
 
 
@@ -162,21 +115,23 @@ def main(argv=None):
     args = parse_flags(argv)
     if not args.output_folder.is_dir():
         raise InputError(f"{args.output_folder} is missing; generate_latents.py makes it")
-    texts, counts = {}, {}
-    for setting, n_factors in SETTINGS.items():
-        table = read_latents(args.output_folder / f"latents_text_{setting}.csv")
-        counts[setting] = len(table)
-        texts[setting] = ("\n".join(captions(table, n_factors)) + "\n").encode()
-    unequal = next((setting for setting in counts if counts[setting] != counts["selections_0"]), None)
-    if unequal:
-        raise InputError(f"{args.output_folder}/latents_text_{unequal}.csv has {counts[unequal]} rows, those of "
-                         f"selections_0 {counts['selections_0']}: make all again with generate_latents.py")  # fmt: skip
+    texts = {}
+    for setting in CAUSAL_SETTINGS:
+        latents = read_latents(args.output_folder / f"latents_text_{setting}.csv", FACTORS, COLORS)
+        bias_type, bias_id = setting.split("_")
+        texts[setting] = captions(latents, int(bias_id) + 1 if bias_type == "selections" else len(TEMPLATES))
+    count = len(texts["selections_0"])
+    if unequal := [setting for setting, lines in texts.items() if len(lines) != count]:
+        raise InputError(
+            f"{args.output_folder}/latents_text_{unequal[0]}.csv has {len(texts[unequal[0]])} rows, those of "
+            f"selections_0 {count}: make all again with generate_latents.py"
+        )
     with contextlib.ExitStack() as stack:
-        for setting, content in texts.items():
+        for setting, lines in texts.items():
             folder = args.output_folder / "text" / setting
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(replaced(folder / "text_raw.txt")).write_bytes(content)
-    print(f"{args.output_folder}/text: {counts['selections_0']:,} captions in each of {len(SETTINGS)} settings")
+            stack.enter_context(replaced(folder / "text_raw.txt")).write_bytes(("\n".join(lines) + "\n").encode())
+    print(f"{args.output_folder}/text: {count:,} captions in each of {len(texts)} settings")
     return 0
 
 

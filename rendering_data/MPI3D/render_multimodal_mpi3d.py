@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from datasets import BIAS_IDS, BIAS_TYPES, EOS, MPI3D_FILE, MPI3D_GRID, PAD, UNK, mpi3d_images, mpi3d_setting, tokenise
+from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, mpi3d_bias, mpi3d_grid, mpi3d_images
+from reading.captions import number_words, tokenise
 from running.command_line import InputError, Parser, integer, number, run_script
 from running.files import write_bytes, write_json
 
@@ -71,16 +72,16 @@ def caption_table(factors, sizes):
     ]
 
 
-def vocabulary(captions):
-    """Dict word → number of captions in order: {pad}, {eos}, {unk}, then words by appearance."""
-    words = dict.fromkeys(word for caption in captions for word in tokenise(caption))
-    return {word: place for place, word in enumerate((PAD, EOS, UNK, *words))}
+def write_lines(path, table, rows, header=""):
+    """Write the text `header`, then table[row] for each of `rows`, a line each: text of which few lines are distinct."""
+    lines = np.array([f"{line}\n" for line in table], dtype=object)
+    write_bytes(path, (header + "".join(lines[rows])).encode())
 
 
-def write_lines(path, table, rows, header=()):
-    """Write the lines `header`, then table[row] for each of `rows`: text of which few lines are distinct."""
-    lines = np.array([f"{line}\n".encode() for line in table], dtype=object)
-    write_bytes(path, b"".join([f"{line}\n".encode() for line in header] + lines[rows].tolist()))
+def write_values(path, sizes, rows):
+    """Write the CSV of the points `rows` of a grid, a dict factor → number of values, numbered in row-major order."""
+    points = itertools.product(*map(range, sizes.values()))
+    write_lines(path, [",".join(map(str, point)) for point in points], rows, ",".join(sizes) + "\n")
 
 
 def render(folder, sizes, train_ratio, seed):
@@ -90,40 +91,27 @@ def render(folder, sizes, train_ratio, seed):
     train_count = round(train_ratio * count)
     splits = {"train": slice(0, train_count), "test": slice(train_count, count)}
     image = dict(zip(sizes, np.unravel_index(order, tuple(sizes.values())), strict=True))
-    for split in splits:
-        (folder / split).mkdir(parents=True, exist_ok=True)
-    every_image = [",".join(map(str, point)) for point in itertools.product(*map(range, sizes.values()))]
     for split, part in splits.items():
-        write_lines(folder / split / "image_semantics.csv", every_image, order[part], [",".join(sizes)])
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        write_values(folder / split / "image_semantics.csv", sizes, order[part])
     for stream, (bias_type, bias_id) in enumerate(itertools.product(BIAS_TYPES, BIAS_IDS), start=1):
         rng = np.random.default_rng([seed, stream])
-        setting, name = mpi3d_setting(bias_type, bias_id), f"{bias_type}_{bias_id}"
+        bias, name = mpi3d_bias(bias_type, bias_id), f"{bias_type}_{bias_id}"
+        stated = {factor: sizes[factor] for factor in bias.selected}
         text = [
-            perturb(image[factor], sizes[factor], rng) if factor in setting.perturbed else image[factor]
-            for factor in setting.selected
+            perturb(image[factor], size, rng) if factor in bias.perturbed else image[factor]
+            for factor, size in stated.items()
         ]
-        shape = tuple(sizes[factor] for factor in setting.selected)
-        values = np.ravel_multi_index(text, shape)
-        template = rng.integers(0, len(TEMPLATES[0]), count)
-        captions = caption_table(setting.selected, sizes)
-        caption = values * len(TEMPLATES[0]) + template
-        every_text = [",".join(map(str, point)) for point in itertools.product(*map(range, shape))]
+        values = np.ravel_multi_index(text, tuple(stated.values()))
+        captions = caption_table(stated, sizes)
+        caption = values * len(TEMPLATES[0]) + rng.integers(0, len(TEMPLATES[0]), count)
         for split, part in splits.items():
-            target = folder / split / f"text_semantics_{name}.csv"
-            write_lines(target, every_text, values[part], [",".join(setting.selected)])
+            write_values(folder / split / f"text_semantics_{name}.csv", stated, values[part])
             write_lines(folder / split / f"text_{name}.txt", captions, caption[part])
         distinct, first = np.unique(caption[splits["train"]], return_index=True)
-        by_appearance = distinct[np.argsort(first)]
-        write_json(folder / f"vocab_{name}.json", vocabulary(captions[row] for row in by_appearance))
+        words = number_words(tokenise(captions[row]) for row in distinct[np.argsort(first)])
+        write_json(folder / f"vocab_{name}.json", words)
     return train_count, count - train_count
-
-
-def grid_of(sizes):
-    """Dict factor → number of values for --grid; InputError if a factor has no value or more than the data set."""
-    for (name, largest), size in zip(MPI3D_GRID.items(), sizes, strict=True):
-        if size > largest:
-            raise InputError(f"--grid: {name} has {largest} values, not {size}")
-    return dict(zip(MPI3D_GRID, sizes, strict=True))
 
 
 def main(argv=None):
@@ -134,10 +122,9 @@ def main(argv=None):
     parser.add_argument(
         "--train-ratio", type=number(0, 1, above=True), default=0.9, help="share of the images in train (%(default)s)"
     )
-    parser.add_argument(
-        "--grid", type=integer(1), nargs=7, metavar="SIZE",
-        help=f"values of {', '.join(MPI3D_GRID)}; none given: those of the images in the folder, else "
-        f"{' '.join(map(str, MPI3D_GRID.values()))}")  # fmt: skip
+    default = "those of the images in the folder, else " + " ".join(map(str, MPI3D_GRID.values()))
+    grid = f"values of {', '.join(MPI3D_GRID)}; none given: {default}"
+    parser.add_argument("--grid", type=integer(1), nargs=7, metavar="SIZE", help=grid)
     parser.add_argument("--overwrite", action="store_true", help="replace captions that lie in the folder")
     args, _ = parser.parse(argv)
     folder = Path(args.output_dir)
@@ -147,7 +134,7 @@ def main(argv=None):
             grid = " ".join(map(str, sizes.values()))
             raise InputError(f"--grid {' '.join(map(str, args.grid))}: the images in {folder} have the grid {grid}")
     else:
-        sizes = grid_of(args.grid or MPI3D_GRID.values())
+        sizes = mpi3d_grid(args.grid or MPI3D_GRID.values(), "--grid")
     count = math.prod(sizes.values())
     if not 0 < round(args.train_ratio * count) < count:
         raise InputError(f"--train-ratio {args.train_ratio:g} of {count} images leaves a split without images")

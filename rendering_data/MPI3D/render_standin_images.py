@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from datasets import MPI3D_FILE, MPI3D_GRID
-from rendering_data.MPI3D.render_multimodal_mpi3d import grid_of
+from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_grid
 from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
@@ -88,9 +87,9 @@ def draw_arm(tips, elevation):
     x, y = pixel_grid()
     foot, top = project([[0, 0, 0], [0, 0, POST]], elevation)
     post = _near_segment(x, y, foot, top, 0.045 * foot[2])
-    base = ((x - foot[0]) / (0.11 * foot[2])) ** 2 + (
-        (y - foot[1]) / (0.11 * foot[2] * max(math.sin(elevation), 0.3))
-    ) ** 2 < 1
+    wide = 0.11 * foot[2]
+    deep = wide * max(math.sin(elevation), 0.3)
+    base = ((x - foot[0]) / wide) ** 2 + ((y - foot[1]) / deep) ** 2 < 1
     ends = project(tips, elevation)
     return np.stack([post | base | _near_segment(x, y, top, end, 0.022 * end[2]) for end in ends])
 
@@ -154,11 +153,9 @@ def rim_scenes(elevation, count, pixels):
     table, rim = (downsample(cover, pixels) for cover in draw_scene(elevation))
     _, y = np.meshgrid(np.arange(pixels), np.arange(pixels))
     light = (0.75 + 0.5 * y / pixels)[..., None].astype(np.float32)  # nearer is brighter
-    colors = np.asarray(RIM_COLORS[:count], np.float32)[:, None, None]
-    empty = table * np.asarray(TABLE_COLOR, np.float32) * light + (1 - table - rim) * np.asarray(
-        BACKDROP_COLOR, np.float32
-    )
-    return empty + rim * colors
+    backdrop = (1 - table - rim) * np.float32(BACKDROP_COLOR)
+    colors = np.float32(RIM_COLORS[:count])[:, None, None]
+    return table * np.float32(TABLE_COLOR) * light + backdrop + rim * colors
 
 
 def blocks(sizes, pixels=SIZE):
@@ -167,20 +164,18 @@ def blocks(sizes, pixels=SIZE):
     tips, azimuths = joint_positions(joints)
     scenes = [rim_scenes(ELEVATIONS[camera], backgrounds, pixels) for camera in range(cameras)]
     arms = [downsample(draw_arm(tips, ELEVATIONS[camera]), pixels).astype(np.float16) for camera in range(cameras)]
-    layers = {}
+    layers = {}  # in half precision: a full grid has 24 × 1600 of them
     for shape, size, camera in itertools.product(range(shapes), range(object_sizes), range(cameras)):
         drawn = draw_object(SHAPES[shape], OBJECT_RADII[size], tips, azimuths, ELEVATIONS[camera])
         cover, brightness, white = drawn
-        shaded = cover & ~white
-        # kept in half precision: a full grid has 24 × 1600 of them
-        parts = (cover, shaded * brightness, white)
+        parts = (cover, (cover & ~white) * brightness, white)
         layers[shape, size, camera] = [downsample(part, pixels).astype(np.float16) for part in parts]
     for color, shape, size, camera, background in itertools.product(*map(range, sizes[:5])):
         cover, shaded, white = layers[shape, size, camera]
         arm = arms[camera].astype(np.float32)
-        image = scenes[camera][background] * (1 - arm) + arm * np.asarray(ARM_COLOR, np.float32)
+        image = scenes[camera][background] * (1 - arm) + arm * np.float32(ARM_COLOR)
         image *= 1 - cover.astype(np.float32)
-        image += shaded * np.asarray(OBJECT_COLORS[color], np.float32) + white * np.asarray(INSIDE_COLOR, np.float32)
+        image += shaded * np.float32(OBJECT_COLORS[color]) + white * np.float32(INSIDE_COLOR)
         yield np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -204,15 +199,13 @@ def main(argv=None):
     """Draw the images; returns the exit code."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
     parser.add_argument("--output-dir", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
-    parser.add_argument(
-        "--grid", type=integer(1), nargs=7, metavar="SIZE", default=[4, 4, 2, 3, 3, 10, 10],
-        help=f"values of {', '.join(MPI3D_GRID)} (4 4 2 3 3 10 10)")  # fmt: skip
-    parser.add_argument(
-        "--size", type=int, choices=(32, 64, 128), default=SIZE,
-        help="pixels along each side; the photographs have %(default)s")  # fmt: skip
+    default, names = [4, 4, 2, 3, 3, 10, 10], f"values of {', '.join(MPI3D_GRID)} (4 4 2 3 3 10 10)"
+    parser.add_argument("--grid", type=integer(1), nargs=7, metavar="SIZE", default=default, help=names)
+    pixels = "pixels along each side; the photographs have %(default)s"
+    parser.add_argument("--size", type=int, choices=(32, 64, 128), default=SIZE, help=pixels)
     parser.add_argument("--overwrite", action="store_true", help="replace images that lie in the folder")
     args, _ = parser.parse(argv)
-    sizes, path = grid_of(args.grid), Path(args.output_dir) / MPI3D_FILE
+    sizes, path = mpi3d_grid(args.grid, "--grid"), Path(args.output_dir) / MPI3D_FILE
     if path.exists() and not args.overwrite:
         raise InputError(f"{path} exists already; --overwrite replaces it, a downloaded file too")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""How images, captions and tables of factors come into memory."""

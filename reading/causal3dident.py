@@ -1,0 +1,153 @@
+"""The folder of Causal3DIdent: its factors, the tables of latents that state them, and which files are its images.
+
+datasets.py reads the folder and the scripts in rendering_data/Causal3DIdent make it. One of them runs in Blender's Python,
+which has neither torch nor pandas.
+"""
+
+import csv
+import hashlib
+import itertools
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from running.command_line import InputError
+from running.files import read_json
+
+CAUSAL_TOOLS = "rendering_data/Causal3DIdent"
+CAUSAL_BIAS_TYPES, CAUSAL_BIAS_IDS = ("selections", "perturbations"), range(7)
+CAUSAL_SETTINGS = tuple(f"{bias_type}_{bias_id}" for bias_type in CAUSAL_BIAS_TYPES for bias_id in CAUSAL_BIAS_IDS)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+SHAPES = ("teapot", "hare", "dragon", "cow", "armadillo", "horse", "head")
+# What captions may speak of, in the order in which settings add it. They call colours by names: those of Matplotlib's
+# TABLEAU_COLORS, CSS4_COLORS and XKCD_COLORS.
+CAUSAL_SEMANTICS = (
+    "object_shape",
+    "object_xpos",
+    "object_ypos",
+    "spotlight_pos",
+    "object_color",
+    "spotlight_color",
+    "background_color",
+)
+CAUSAL_PALETTES = {"object_color": 10, "spotlight_color": 148, "background_color": 949}
+# All factors of the image, and of the caption. A number is that of a factor's values 0, 1, …; None stands for a number in [0, 1].
+CAUSAL_IMAGE = {
+    "object_shape": len(SHAPES),
+    "object_xpos": 3,
+    "object_ypos": 3,
+    "object_alpharot": None,
+    "object_betarot": None,
+    "object_gammarot": None,
+    "spotlight_pos": None,
+    "object_color": None,
+    "spotlight_color": None,
+    "background_color": None,
+}
+
+
+def causal_text_factor(name):
+    """Column of a caption's latents that states the semantics `name`: colours are stated by the index of their name."""
+    return f"{name}_index" if name in CAUSAL_PALETTES else name
+
+
+CAUSAL_TEXT = {causal_text_factor(name): (CAUSAL_IMAGE | CAUSAL_PALETTES)[name] for name in CAUSAL_SEMANTICS}
+CAUSAL_TEXT["text_phrasing"] = 5
+
+
+def read_latents(path, factors, names=()):
+    """Dict column → (N,) array of a table of latents: int64 or float64 for `factors`, and of strings for `names`.
+
+    factors: dict name → number of values, or None for a number in [0, 1]. Other columns and empty lines are passed over.
+    Earlier tools spelled the spotlight's columns `splotlight_color…`. Raises InputError that names the file and what is missing,
+    or the line of the first value that is out of range.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = [name.replace("splotlight", "spotlight") for name in next(reader, [])]
+            rows = dict((reader.line_num, row) for row in reader if row)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; {CAUSAL_TOOLS}/generate_latents.py writes it") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
+    wanted = (*factors, *names)
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise InputError(f"{path} has the column {twice[0]} in two spellings; remove one of them")
+    if missing := [name for name in wanted if name not in header]:
+        raise InputError(f"{path} has no column {', '.join(missing)}; {CAUSAL_TOOLS}/generate_latents.py writes it")
+    if not rows:
+        raise InputError(f"{path} has no rows; {CAUSAL_TOOLS}/generate_latents.py writes them")
+    if longer := next((line for line, row in rows.items() if len(row) > len(header)), None):
+        raise InputError(f"{path}, line {longer} has more values than there are columns; make the file again")
+    cells = dict(zip(header, itertools.zip_longest(header, *rows.values(), fillvalue=""), strict=True))
+    cells, lines = {name: cells[name][1:] for name in wanted}, list(rows)
+    table = {name: checked_factor(path, name, cells[name], size, lines) for name, size in factors.items()}
+    for name in names:
+        if "" in cells[name]:
+            raise InputError(f"{path}, line {lines[cells[name].index('')]}: {name} is missing; make the file again")
+        table[name] = np.array(cells[name])
+    return table
+
+
+def checked_factor(path, name, cells, size, lines):
+    """(N,) values of the factor `name`: int64 from 0 to size − 1, or float64 in [0, 1] where size is None.
+
+    cells: N numbers, or texts that should be some; lines: those that they stand in. Raises InputError about the first other one.
+    """
+    try:
+        values = np.array(cells, float)
+    except ValueError:
+        values = np.array([_number(cell) for cell in cells])
+    valid = (values >= 0) & (values <= (1 if size is None else size - 1))
+    if size is not None:
+        valid &= values == np.floor(values)
+    if not valid.all():
+        row = int(valid.argmin())
+        expected = "a number in [0, 1]" if size is None else f"an integer in 0 … {size - 1}"
+        found = "missing" if cells[row] == "" else cells[row]
+        raise InputError(f"{path}, line {lines[row]}: {name} is {found}, expected {expected}; make the file again")
+    return values if size is None else values.astype(np.int64)
+
+
+def _number(cell):
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def spotlight_fifths(positions):
+    """(N,) int64 fifths of [0, 1], 0 … 4, by which captions state spotlight_pos, (N,)."""
+    return np.minimum((5 * positions).astype(np.int64), 4)
+
+
+def latents_digest(folder):
+    """SHA-256 of latents_image.csv, in hexadecimal: images.json says by it what the images were rendered from."""
+    return hashlib.sha256((Path(folder) / "latents_image.csv").read_bytes()).hexdigest()
+
+
+def check_rendered_latents(folder):
+    """Raise InputError if images.json, where there is one, says that the images were rendered from other latents."""
+    path = Path(folder) / "images.json"
+    if path.exists() and read_json(path).get("latents") != latents_digest(folder):
+        raise InputError(
+            f"{folder}: images/ was rendered from other latents than latents_image.csv, as {path.name} says; remove both and "
+            f"render them again with {CAUSAL_TOOLS}/generate_images.py, or restore the latents"
+        )
+
+
+def image_files(folder):
+    """List of (number, os.DirEntry) of a folder's images 0.png, 00.jpg, …, by number; InputError if there is no folder."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} is missing: {CAUSAL_TOOLS}/generate_images.py renders the images") from None
+    names = [(*os.path.splitext(entry.name), entry) for entry in entries]
+    found = [
+        (int(stem), entry) for stem, suffix, entry in names if suffix.lower() in IMAGE_SUFFIXES and stem.isdecimal()
+    ]
+    return sorted(found, key=lambda numbered: numbered[0])

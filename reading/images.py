@@ -1,0 +1,259 @@
+"""Images in memory: mapped from a file on disk, or moved to the GPU once, and gathered a batch at a time.
+
+MPI3D-Complex has them in an npz file, Causal3DIdent as one file each, which are decoded once into a file of that kind.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import lzma
+import math
+import shutil
+import struct
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from reading.causal3dident import CAUSAL_TOOLS, image_files
+from running.command_line import InputError
+from running.cores import usable_cores
+from running.files import locked, replaced
+
+DAMAGED = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
+DAMAGED_ARCHIVE = (*DAMAGED, zipfile.BadZipFile, lzma.LZMAError)
+DAMAGED_IMAGE = (*DAMAGED, SyntaxError, Image.DecompressionBombError)
+GPU_RESERVE = 4 * 2**30  # bytes of GPU memory that images leave for the training
+DECODED_AT_ONCE = 1024  # images between two writings to the memory map
+PROGRESS_SECONDS = 10  # between two lines of progress while images are decoded
+
+
+def open_npz_images(path):
+    """(images, grid): memory map (N, H, W, 3) uint8 of the member `images`, and the member `grid` as a tuple, None without it.
+
+    A stored member is mapped in place; a compressed one is unpacked once, into a file beside `path` that carries its
+    checksum in its name. Nothing is ever unpickled. Raises InputError that names what is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if "images.npy" not in archive.namelist():
+                held = ", ".join(archive.namelist())[:100] or "nothing"
+                raise InputError(f"{path} holds {held}, expected an array `images`")
+            member = archive.getinfo("images.npy")
+            with archive.open(member) as stream:
+                shape, start = _read_image_header(stream, f"{path}: images")
+            if member.file_size != start + math.prod(shape):
+                raise InputError(f"{path} is damaged: `images` of shape {shape} has {member.file_size - start} bytes")
+            grid = _read_grid(archive, path)
+            if member.compress_type == zipfile.ZIP_STORED:
+                return _map_images(path, _data_start(path, member) + start, shape), grid
+            unpacked = path.with_name(f"{path.stem}.{member.CRC:08x}.npy")
+            if not unpacked.exists():
+                size = f"{member.file_size / 1e9:.2f} GB"
+                print(f"{path} is compressed: unpacking {size} once into {unpacked}", flush=True)
+                made = _made_once(unpacked, "the images are compressed and are unpacked")
+                with made as temporary, archive.open(member) as stream, open(temporary, "wb") as target:
+                    shutil.copyfileobj(stream, target, 2**24)
+    except DAMAGED_ARCHIVE as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file cannot be read; what is damaged names none
+        raise InputError(f"{path} is truncated or damaged ({error}); get it again") from None
+    if unpacked.stat().st_size != start + math.prod(shape):
+        raise InputError(f"{unpacked} is damaged; remove it, and it is made again")
+    return _map_images(unpacked, start, shape), grid
+
+
+@contextlib.contextmanager
+def _made_once(path, what):
+    """Context of `replaced` for a file that is made beside the data; InputError, which says why, if none can be made there."""
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(replaced(path))
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise InputError(
+                f"{path.parent} cannot be written, and {what} into a file there, once; copy the folder to where you can write"
+            ) from None
+        yield temporary
+
+
+def _read_image_header(stream, name):
+    """(shape, bytes of the header) of an array in the .npy format; InputError unless it is (N, H, W, 3) uint8."""
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(stream)
+    if dtype.hasobject:
+        raise InputError(f"{name} is a pickled array, which is not opened: it could run any code; expected uint8")
+    if dtype != np.uint8:
+        raise InputError(f"{name} is {dtype}, expected uint8")
+    if fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) <= 0:
+        raise InputError(f"{name} has shape {shape}, expected (N, height, width, 3) in C order")
+    return shape, stream.tell()
+
+
+def _read_grid(archive, path):
+    if "grid.npy" not in archive.namelist():
+        return None
+    grid = np.lib.format.read_array(io.BytesIO(archive.read("grid.npy")), allow_pickle=False)
+    if grid.ndim != 1 or grid.dtype.kind not in "iu" or (grid < 1).any():
+        raise InputError(f"{path} is damaged: `grid` must be the sizes of the factors, positive integers")
+    return tuple(grid.tolist())
+
+
+def _data_start(path, member):
+    """Offset of a stored member's bytes in the archive: behind a local header that repeats its name."""
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile("no header where `images` starts")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    return member.header_offset + 30 + name_length + extra_length
+
+
+def _map_images(path, start, shape):
+    if path.stat().st_size < start + math.prod(shape):
+        raise InputError(f"{path} is truncated: `images` of shape {shape} does not fit into it; get it again")
+    # copy on write, so that torch takes it for writable; no page is ever written
+    return np.memmap(path, np.uint8, mode="c", offset=start, shape=shape)
+
+
+def open_image_folder(folder):
+    """Memory map (N, H, W, 3) uint8 of the images 0.png, 1.png, … of a folder, in order of their numbers; .jpg is read too.
+
+    They are decoded once, into a file beside the folder whose name carries a digest of their names, sizes and times of
+    modification; images that have changed since are decoded again, and the older file removed. Raises InputError that
+    names an image that is missing, damaged or of another size than the first.
+    """
+    folder = Path(folder)
+    entries = numbered_images(folder)
+    digest = hashlib.blake2b(digest_size=8)
+    for entry in entries:
+        status = entry.stat()
+        digest.update(f"{entry.name}/{status.st_size}/{status.st_mtime_ns}\n".encode())
+    digest, paths = digest.hexdigest(), [Path(entry.path) for entry in entries]
+    decoded = folder.with_name(f"{folder.name}.{digest}.npy")
+    if (images := _map_decoded(decoded, len(paths))) is not None:
+        return images
+    with locked(folder.with_name(f".{folder.name}.lock")):  # jobs that start together: one decodes, the others wait
+        if (images := _map_decoded(decoded, len(paths))) is not None:
+            return images
+        with _made_once(decoded, "the images are decoded") as temporary, open(temporary, "wb") as file:
+            shape = _decode_images(paths, file, decoded)
+            start = file.tell() - math.prod(shape)
+    for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
+        if other != decoded:
+            other.unlink()
+    return _map_images(decoded, start, shape)
+
+
+def _map_decoded(path, count):
+    """Memory map of `count` images that were decoded into `path`, None if it is not there or not whole."""
+    with contextlib.suppress(FileNotFoundError, ValueError, struct.error, InputError), open(path, "rb") as file:
+        shape, start = _read_image_header(file, path)
+        if shape[0] == count and path.stat().st_size == start + math.prod(shape):
+            return _map_images(path, start, shape)
+    return None
+
+
+def numbered_images(folder):
+    """List of the os.DirEntry of the images of a folder, in order of their numbers; InputError unless these are 0 … N − 1."""
+    images = image_files(folder)
+    if not images:
+        raise InputError(f"{folder} holds no images 0.png, 1.png, …; {CAUSAL_TOOLS}/generate_images.py renders them")
+    for (number, entry), (following, other) in itertools.pairwise([(-1, None), *images]):
+        if number == following:
+            raise InputError(f"{folder} holds {entry.name} and {other.name}: two images of one number")
+        if number + 1 != following:
+            raise InputError(
+                f"{folder} has an image number {images[-1][0]} and none of number {number + 1}; "
+                f"{CAUSAL_TOOLS}/generate_images.py renders what is missing"
+            )
+    return [entry for _, entry in images]
+
+
+def _decode_images(paths, file, decoded):
+    """Write the images of `paths` as one uint8 array in the .npy format into `file`; returns its shape."""
+    first = decode_image(paths[0])
+    shape, started, reported = (len(paths), *first.shape), time.perf_counter(), time.perf_counter()
+    print(f"decoding {len(paths):,} images once, {math.prod(shape) / 1e9:.2f} GB, into {decoded}", flush=True)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+        for start in range(0, len(paths), DECODED_AT_ONCE):
+            part = paths[start : start + DECODED_AT_ONCE]
+            for path, image in zip(part, pool.map(decode_image, part), strict=True):
+                if image.shape != first.shape:
+                    sizes = [f"{height} × {width}" for height, width, _ in (image.shape, first.shape)]
+                    raise InputError(
+                        f"{path} has {sizes[0]} pixels and {paths[0].name} {sizes[1]}; expected images of one size"
+                    )
+                file.write(image)
+            done = start + len(part)
+            if time.perf_counter() - reported > PROGRESS_SECONDS or (done == len(paths) > DECODED_AT_ONCE):
+                reported = time.perf_counter()
+                rate = done / (reported - started)
+                left = round((len(paths) - done) / rate)
+                print(f"image {done:,}/{len(paths):,}  {rate:.0f} images/s, {left} s left", flush=True)
+    return shape
+
+
+def decode_image(path):
+    """(H, W, 3) uint8 of an image file; InputError that names a damaged one."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except DAMAGED_IMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the file cannot be read; what is damaged has no number of the system's
+        raise InputError(f"{path} is damaged ({error}); remove it and render it again") from None
+
+
+class Images:
+    """Images of which batches are taken: (N, H, W, 3) uint8 on disk or, where they fit, on the GPU.
+
+    workers: threads that read a batch from disk, 0 for none of their own; they serve disks that answer slowly.
+    """
+
+    def __init__(self, array, device="cpu", workers=0):
+        self.device, self.array, self.resident = torch.device(device), array, None
+        self._readers = concurrent.futures.ThreadPoolExecutor(workers) if workers > 1 else None
+        self._parts = max(workers, 1)
+        if self.device.type == "cuda" and array.nbytes + GPU_RESERVE <= torch.cuda.mem_get_info(self.device)[0]:
+            self.resident = torch.empty(array.shape, dtype=torch.uint8, device=self.device)
+            rows = max(1, 2**26 // array[0].nbytes)
+            for start in range(0, len(array), rows):
+                self.resident[start : start + rows] = torch.from_numpy(array[start : start + rows])
+
+    def __len__(self):
+        return len(self.array)
+
+    @property
+    def index_device(self):
+        """Device that `take` wants its rows on."""
+        return self.device if self.resident is not None else torch.device("cpu")
+
+    def take(self, rows):
+        """(B, H, W, 3) uint8 on the device, for (B,) int64 rows on `index_device`."""
+        if self.resident is not None:
+            return self.resident[rows]
+        pinned = self.device.type == "cuda"
+        batch = torch.empty((len(rows), *self.array.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        pieces = zip(np.array_split(rows.numpy(), self._parts), np.array_split(batch.numpy(), self._parts), strict=True)
+        if self._readers:
+            list(self._readers.map(lambda piece: self._copy(*piece), pieces))
+        else:
+            self._copy(*next(pieces))
+        return batch.to(self.device, non_blocking=True)
+
+    def _copy(self, rows, target):
+        # "clip" writes into `target` directly, and the rows are in range
+        np.take(self.array, rows, axis=0, out=target, mode="clip")
