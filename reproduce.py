@@ -7,12 +7,14 @@
     python reproduce.py run all --cluster slurm --partition gpu --time 720 --jobs 16
     python reproduce.py report                                # report/index.html from whatever models there are
 
-Scales: paper is the paper's protocol to the letter; fast the paper's dimensions and settings with the fast recipe; tiny
-a smaller problem, whose numbers are not those of the paper. Each has folders of its own, and no table mixes them.
+Scales: paper is the paper's runs, with its dimensions, settings, recipe and steps, and --protocol code, since these runs
+differ from its text; fast the paper's dimensions and settings with the fast recipe; tiny a smaller problem, whose numbers
+are not those of the paper. Each has folders of its own, and no table mixes them.
 
 A model is a setting and a seed, and its folder is named after them: models/numeric/ind_select_3_seed1 has independent
 semantics of which the text speaks of three; models/numeric-tiny/dep_perturb_2_seed3 dependent ones, two of them perturbed.
-A run that was killed or failed goes on with the same command; what is finished is not touched. Logs lie in models/logs/.
+A run that was killed or failed goes on with the same command; what is finished is not touched, and what is damaged or was
+trained otherwise is named and does not count. Logs lie in models/logs/.
 """
 
 import contextlib
@@ -25,9 +27,10 @@ import sys
 import time
 from pathlib import Path
 
-from grids import figures as grids
-from grids.figures import SCALES, chosen_figures, needed_models
+from grids import figures, models
+from grids.figures import chosen_figures, needed_models
 from grids.jobs import run_here, run_on_slurm
+from grids.models import SCALES, checked
 from grids.report import write_report
 from running.command_line import InputError, Parser, integer, number, run_script
 
@@ -40,15 +43,16 @@ def last_line(log):
     return "it never started"
 
 
-def shown_interpreter(path):
-    """The interpreter of a command as a user would type it from the repository."""
-    return "python" if path == sys.executable else os.path.relpath(path, grids.ROOT)
-
-
 def shown(commands):
     """Commands of one model or data set, one after another, as a user would type them from the repository."""
     return " && ".join(
-        shlex.join([shown_interpreter(python), os.path.relpath(script, grids.ROOT), *words])
+        shlex.join(
+            [
+                "python" if python == sys.executable else os.path.relpath(python, models.ROOT),
+                os.path.relpath(script, models.ROOT),
+                *words,
+            ]
+        )
         for python, script, *words in commands
     )
 
@@ -69,10 +73,10 @@ def prepare_data(work, dry_run):
                     script = next(Path(word).name for word in command if word.endswith(".py"))
                     raise InputError(f"{script} ended with exit code {code}: the data set is not complete")
         except InputError as error:
-            models = [model for model in work if model.setting.data == data_set]
-            left_out.setdefault(str(error), []).extend(models)
-            print(f"{len(models)} models are left out: {error}", flush=True)
-            for model in models:
+            without = [model for model in work if model.setting.data == data_set]
+            left_out.setdefault(str(error), []).extend(without)
+            print(f"{len(without)} models are left out: {error}", flush=True)
+            for model in without:
                 del work[model]
     if left_out and not work:
         raise InputError(next(iter(left_out)))
@@ -80,16 +84,17 @@ def prepare_data(work, dry_run):
 
 
 def run(args):
-    """`run`: train and evaluate what is missing; returns the exit code, 2 if a model failed."""
+    """`run`: train and evaluate what is missing; returns the exit code, 2 if a model failed, is damaged or was left out."""
     if args.cluster == "slurm" and not args.dry_run and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise InputError("--cluster slurm needs SLURM's sbatch and srun in the PATH; run this on a login node of the "
-                         "cluster, or use --cluster local")  # fmt: skip
+        raise InputError(
+            "--cluster slurm needs SLURM's sbatch and srun in the PATH; run this on a login node of the cluster, or use "
+            "--cluster local"
+        )
     needed = needed_models(chosen_figures(args.names), args.scale, args.seeds, args.models)
-    missing = {model: files for model, all_files in needed.items() if (files := model.missing(all_files))}
-    work = {model: model.commands(files) for model, files in missing.items()}
-    print(
-        f"{args.scale} scale: {len(needed)} models, {len(needed) - len(work)} are done, {len(work)} to do", flush=True
-    )
+    lacking, damaged = checked(needed)
+    work = {model: model.commands(files) for model, files in lacking.items() if files}
+    counts = f"{len(lacking) - len(work)} are done, " + (f"{len(damaged)} damaged, " if damaged else "")
+    print(f"{args.scale} scale: {len(needed)} models, {counts}{len(work)} to do", flush=True)
     left_out = prepare_data(work, args.dry_run)
     if args.dry_run:
         for commands in work.values():
@@ -98,55 +103,62 @@ def run(args):
 
     def ended(model):
         try:
-            failed = last_line(model.log()) if model.missing(missing[model]) else ""
+            failed = last_line(model.log()) if model.missing(lacking[model]) else ""
         except InputError as error:
             failed = str(error)
         if failed:
             failures[model] = failed
-        minutes = (time.monotonic() - started) / 60
-        print(
-            f"[{next(count)}/{len(work)}, {minutes:.1f} min] {model.name} {'FAILED' if failed else 'done'}", flush=True
-        )
+        minutes, state = (time.monotonic() - started) / 60, "FAILED" if failed else "done"
+        print(f"[{next(count)}/{len(work)}, {minutes:.1f} min] {model.name} {state}", flush=True)
 
     if work and not args.dry_run:
         (run_on_slurm if args.cluster == "slurm" else run_here)(work, args, ended)
-    for reason, models in left_out.items():
-        print(f"{len(models)} models were left out, {models[0].name} the first: {reason}", file=sys.stderr)
+    for model, reason in damaged.items():
+        print(f"{model.name} is damaged and was left alone: {reason}", file=sys.stderr)
+    for reason, without in left_out.items():
+        print(f"{len(without)} models were left out, {without[0].name} the first: {reason}", file=sys.stderr)
     if failures:
         print(f"{len(failures)} of {len(work)} models failed; the same command tries them again:", file=sys.stderr)
         for model, line in failures.items():
             print(f"  {model.name}: {line}\n    log: {model.log()}", file=sys.stderr)
-    return 2 if failures or left_out else 0
+    return 2 if failures or damaged or left_out else 0
 
 
 def show_list(args):
-    """`list`: what every figure needs and what of it is done; with names, model by model. Returns the exit code."""
-    figures = chosen_figures(args.names or ["all"])
+    """`list`: what every figure needs and what of it is done; with names, model by model. Returns the exit code.
+
+    Damaged models are always named; the exit code is 2 if there is one.
+    """
     seeds = f"{args.seeds} seed{'' if args.seeds == 1 else 's'}"
     print(f"{args.scale} scale ({SCALES[args.scale]}), {seeds}, in {args.models}/")
-    everything = {}
-    for figure in figures:
+    everything, code = {}, 0
+    for figure in chosen_figures(args.names or ["all"]):
         needed = needed_models([figure], args.scale, args.seeds, args.models)
-        states = {model: not model.missing(files) for model, files in needed.items()}
-        everything |= {model: everything.get(model, True) and done for model, done in states.items()}
+        lacking, damaged = checked(needed)
+        states = {model: "begun" if model.directory.exists() else "missing" for model in needed}
+        states |= {model: "done" for model, files in lacking.items() if not files}
+        states |= {model: f"damaged: {reason}" for model, reason in damaged.items()}
+        for model, state in states.items():
+            everything[model] = everything.get(model, True) and state == "done"
         settings = dict.fromkeys(model.setting for model in needed)
-        data = dict.fromkeys(setting.data for setting in settings if setting.data)
-        needs = [*figure.scripts, *(f"{d.file}{'' if Path(d.file).exists() else ' (missing)'}" for d in data)]
-        print(f"{figure.name:7} {figure.title:44} {len(settings):3} settings {len(needed):4} models {sum(states.values()):4} done"
-              f"   {' + '.join(needs)}")  # fmt: skip
-        if args.names:
-            for model, done in states.items():
-                begun = "begun" if model.directory.exists() else "missing"
-                print(f"        {model.directory}  {'done' if done else begun}")
+        scripts = [script for model, files in needed.items() for script in model.scripts(files)]
+        data = [setting.data.file for setting in settings if setting.data]
+        needs = dict.fromkeys([*scripts, *(f"{file}{'' if Path(file).exists() else ' (missing)'}" for file in data)])
+        done = sum(state == "done" for state in states.values())
+        counts = f"{len(settings):3} settings {len(needed):4} models {done:4} done"
+        print(f"{figure.name:7} {figure.title:44} {counts}   {' + '.join(needs)}")
+        for model in states if args.names else damaged:
+            print(f"        {model.directory}  {states[model]}")
+        code = 2 if damaged else code
     print(f"together {len(everything)} models, each trained once: {sum(everything.values())} done")
-    return 0
+    return code
 
 
 def parse_flags(argv):
     """Namespace of the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report")
-    known = f"{', '.join([*grids.FIGURES, *grids.GROUPS])}"
+    known = ", ".join([*figures.FIGURES, *figures.GROUPS])
     for name, function, text in (
         ("list", show_list, "what every figure needs and what is done"),
         ("run", run, "train and evaluate what is missing"),

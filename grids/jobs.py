@@ -200,7 +200,7 @@ def run_on_slurm(work, options, ended):
     if new:
         first = next(iter(new))
         executor = submitit.SlurmExecutor(first.log().parent / "submitit", max_num_timeout=10**6)
-        parameters = {"job_name": first.setting.folder("").name, "time": options.time, "cpus_per_task": cpus,
+        parameters = {"job_name": first.setting.folder, "time": options.time, "cpus_per_task": cpus,
                       "mem": f"{int(options.mem * 1024)}MB", "array_parallelism": options.jobs or 32,
                       "additional_parameters": {"requeue": True}}  # fmt: skip
         if options.gpus_per_job:

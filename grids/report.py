@@ -2,82 +2,80 @@
 
 import base64
 import html
-import itertools
 import math
 import re
 from pathlib import Path
 
 import pandas as pd
 
-from grids.figures import COMPARED, ROOT, SCALES, Model, chosen_figures
+from grids.figures import chosen_figures
+from grids.models import COMPARED, ROOT, SCALES, Model
+from probes import ABSENT, LEARNED
 from running.command_line import InputError
 from running.files import write_bytes, write_csv
 from running.pictures import plot_beside_paper, plot_score_curves, plot_score_grid
 
 HIDDEN = ["panel_row", "panel_column", "row", "column", "learned", "setting", "source", "runs"]
-CLOSE, NEAR = 0.05, 0.1
+CLOSE, NEAR = 0.05, 0.1  # differences from the paper's numbers
 # Table 5 prints 0.98 and 0.99 where the theory, its linear rows and its dependent rows have 0
 MISPRINTED = {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", "factor": "s_9"}
 
 
-def models_of(setting, models):
-    """Finished Models of a setting, in order of their seeds; InputError if one is of another setting or scale."""
+def models_of(setting, models, damaged):
+    """Finished Models of a setting, in order of their seeds; InputError if one is of another setting or scale.
+
+    Those without weights are left out and named in `damaged`, path → message.
+    """
     seeds = sorted(
         int(match.group(1))
-        for path in setting.folder(models).glob(f"{setting.name}_seed*")
+        for path in (Path(models) / setting.folder).glob(f"{setting.name}_seed*")
         if (match := re.fullmatch(r".*_seed(\d+)", path.name))
     )
-    found = [Model(setting, seed, Path(models)) for seed in seeds]
-    return [model for model in found if model.stored().get("finished")]
+    found = []
+    for model in (Model(setting, seed, Path(models)) for seed in seeds):
+        model.stored()
+        try:
+            if model.finished():
+                found.append(model)
+        except InputError as error:
+            damaged[model.directory] = str(error)
+    return found
 
 
 def cell_value(cell, rows):
-    """The cell's number in the rows (dicts) of its file; ValueError unless exactly one row is the cell's."""
-    found = [row for row in rows if all(row[name] == value for name, value in cell.where.items())]
-    if len(found) != 1:
-        raise ValueError(f"expected one row of {' '.join(cell.where.values())}")
-    value = float(found[0][cell.score])
-    if not math.isfinite(value):
-        raise ValueError(f"no finite {cell.score} of {' '.join(cell.where.values())}")
+    """The cell's number in the rows (dicts) of its file."""
+    value = next(row[cell.score] for row in rows if cell.where.items() <= row.items())
     return min(max(value, 0.0), 1.0) if cell.clipped else value
-
-
-def model_values(cells, model, file):
-    """Numbers of `cells` (all of one setting and file) of one model, or None without the file; InputError if it is damaged."""
-    if not (model.directory / file.name).exists():
-        return None
-    rows = model.read(file).to_dict("records")
-    try:
-        return [cell_value(cell, rows) for cell in cells]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{model.directory / file.name} is damaged: {error}; remove it and make it again") from None
 
 
 def measured(figure, scale, models, damaged):
     """DataFrame of a figure's cells: keys, mean, std (over seeds, n − 1), seeds; at COMPARED scales paper, difference, note.
 
-    Files that cannot be read are left out as a whole and named in `damaged`, path → message.
+    Models and files that are not whole are left out and named in `damaged`, path → message.
     """
-    cells, groups = list(figure.cells(scale)), {}
+    cells, groups = figure.cells(scale), {}
     runs = [{} for _ in cells]
-    for index, cell in enumerate(cells):
-        groups.setdefault((cell.setting, cell.file), []).append(index)
-    for (setting, file), indices in groups.items():
-        for model in models_of(setting, models):
-            path = model.directory / file.name
-            try:
-                values = None if path in damaged else model_values([cells[i] for i in indices], model, file)
-            except InputError as error:
-                damaged[path], values = str(error), None
-            for index, value in zip(indices, values or (), strict=False):
-                runs[index][model.name] = value
-    rows = []
     for cell, values in zip(cells, runs, strict=True):
-        series = pd.Series(values, dtype=float)
-        rows.append({**cell.keys, "mean": series.mean(), "std": series.std(), "seeds": len(series),
-                     "panel_row": cell.panel[0], "panel_column": cell.panel[1], "row": cell.row, "column": cell.column,
-                     "learned": cell.learned, "setting": cell.setting.name, "source": cell.source, "runs": values})  # fmt: skip
-    table = pd.DataFrame(rows)
+        groups.setdefault((cell.setting, cell.file), []).append((cell, values))
+    for (setting, file), members in groups.items():
+        for model in models_of(setting, models, damaged):
+            path = model.directory / file.name
+            if path in damaged or not path.exists():
+                continue
+            try:
+                rows = model.read(file)
+            except InputError as error:
+                damaged[path] = str(error)
+                continue
+            for cell, values in members:
+                values[model.name] = cell_value(cell, rows)
+    records = []
+    for cell, values in zip(cells, runs, strict=True):
+        series, place = pd.Series(values, dtype=float), {"panel_row": cell.panel[0], "panel_column": cell.panel[1]}
+        place |= {"row": cell.row, "column": cell.column, "learned": cell.learned}
+        records.append({**cell.keys, "mean": series.mean(), "std": series.std(), "seeds": len(series), **place,
+                        "setting": cell.setting.name, "source": cell.source, "runs": values})  # fmt: skip
+    table = pd.DataFrame(records)
     if scale not in COMPARED:
         return table
     if figure.paper:
@@ -98,9 +96,9 @@ def summarise(tables, scale):
         row = {"figure": figure.name, "scale": scale, "cells": len(table), "computed": int((table.seeds > 0).sum())}
         row["seeds"] = seeds_in_words(table)
         if scale in COMPARED:
-            parts = {"": table} | (
-                {"independent_": table[table.semantics == "independent"]} if "semantics" in table else {}
-            )
+            parts = {"": table}
+            if "semantics" in table:
+                parts["independent_"] = table[table.semantics == "independent"]
             for name, part in parts.items():
                 difference = part.difference.dropna().abs().round(9)
                 row[f"{name}compared"] = len(difference)
@@ -131,20 +129,20 @@ def counts_in_words(summary, scale):
 def foretold(tables):
     """DataFrame of the computed cells whose nonlinear score the theory foretells; `holds`: whether it is as foretold.
 
-    Where factors are independent, the unbiased should score at least 0.9 and all others at most 0.1. A number that two
-    figures share is there once.
+    Where factors are independent, the unbiased should be LEARNED and all others ABSENT. A number that two figures share is
+    there once.
     """
     cells = pd.concat(tables, ignore_index=True)
     cells = cells[cells.learned.notna() & (cells.seeds > 0)].drop_duplicates("source")
-    return cells.assign(holds=(cells["mean"] >= 0.9).where(cells.learned.astype(bool), cells["mean"] <= 0.1))
+    return cells.assign(holds=(cells["mean"] >= LEARNED).where(cells.learned.astype(bool), cells["mean"] <= ABSENT))
 
 
 def durations(figures, scale, models):
     """DataFrame of the finished models: seconds of training and of evaluation, and the device."""
-    settings = dict.fromkeys(cell.setting for figure in figures for cell in figure.cells(scale))
-    columns = ["train_seconds", "eval_seconds", "device"]
-    found = itertools.chain.from_iterable(models_of(setting, models) for setting in settings)
-    rows = [[model.name, scale, *(model.stored().get(name) for name in columns)] for model in found]
+    columns, rows = ["train_seconds", "eval_seconds", "device"], []
+    for setting in dict.fromkeys(cell.setting for figure in figures for cell in figure.cells(scale)):
+        for model in models_of(setting, models, {}):
+            rows.append([model.name, scale, *map(model.stored().get, columns)])
     return pd.DataFrame(rows, columns=["model", "scale", *columns])
 
 
@@ -153,13 +151,11 @@ def panels_of(table, value):
 
     Where a panel has no cell, since captions do not state a factor, numbers are NaN and texts empty.
     """
-    grids = {}
+    panels = {}
     for panel, part in table.groupby(["panel_row", "panel_column"], sort=False):
-        grids[panel] = part.pivot(index="row", columns="column", values=value)
-        grids[panel] = grids[panel].loc[part.row.unique(), part.column.unique()]
-        if table[value].dtype.kind not in "biuf":
-            grids[panel] = grids[panel].fillna("")
-    return grids
+        pivoted = part.pivot(index="row", columns="column", values=value).loc[part.row.unique(), part.column.unique()]
+        panels[panel] = pivoted if table[value].dtype.kind in "biuf" else pivoted.fillna("")
+    return panels
 
 
 def printed_decimals(table):
@@ -185,22 +181,25 @@ def draw(figure, table, scale, folder):
     return [path, beside]
 
 
+# --------------------------------------------------------------------------------------------------------------
+# the page; whatever is text is escaped where it enters it
+
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1250px; padding: 0 1rem; color: #222 }
 .first { font-size: 1.15rem; font-weight: 600; margin: .2rem 0 } img { max-width: 100% }
 table { border-collapse: collapse; margin: .8rem 0; font-size: 12px } caption { text-align: left; font-weight: 600 }
 th, td { border: 1px solid #ddd; padding: .25rem .45rem; text-align: right } th { background: #f4f4f4 }
 .text td { text-align: left } small { color: #555 } summary { cursor: pointer }
+.close { background: #e3f3e3 } .near { background: #fff3cf } .far { background: #fbd9d5 } .misprint { background: #eee }
 .scale { border-top: 3px solid #888; margin-top: 2.5rem }
 """
-COLOURS = {"close": "#e3f3e3", "near": "#fff3cf", "far": "#fbd9d5", "misprint": "#eee", "": ""}
 
 
 def cell_text(row, decimals):
     """HTML of one cell: mean ± std, and the paper's number with its decimals and the difference."""
     text = "–" if not row.seeds else f"<b>{row['mean']:z.2f}</b>" + (f" ± {row['std']:.2f}" if row.seeds > 1 else "")
     if row.get("note"):
-        return f"{text}<br><small>{row.note}</small>"
+        return f"{text}<br><small>{html.escape(row.note)}</small>"
     if not math.isnan(row.get("paper", math.nan)):
         difference = f" ({row.difference:+z.2f})" if row.seeds else ""
         text += f"<br><small>paper {row.paper:z.{decimals}f}{difference}</small>"
@@ -208,11 +207,17 @@ def cell_text(row, decimals):
 
 
 def cell_colour(row):
-    """Key of COLOURS of one cell: how near the paper it is."""
+    """Class in STYLE of one cell: how near the paper it is."""
     difference = abs(round(row.get("difference", math.nan), 9))
     if row.get("note"):
         return "misprint"
     return "" if math.isnan(difference) else "close" if difference <= CLOSE else "near" if difference <= NEAR else "far"
+
+
+def table_html(table, kind="", **formats):
+    """HTML of a DataFrame without its index, its texts escaped; kind: its class in STYLE."""
+    styler = table.style.hide().format(escape="html", **formats).format_index(escape="html", axis=1)
+    return styler.set_table_attributes(f'class="{kind}"').to_html()
 
 
 def figure_tables(table):
@@ -222,19 +227,18 @@ def figure_tables(table):
     table = table.assign(text=text, colour=table.apply(cell_colour, axis=1))
     colours, parts = panels_of(table, "colour"), []
     for panel, texts in panels_of(table, "text").items():
-        texts.index.name = texts.columns.name = None
-        styles = colours[panel].map(lambda key: f"background:{COLOURS[key]}" if key else "")
-        styler = texts.style.set_caption(f"{panel[1]}, {panel[0]}").apply(
-            lambda _, styles=styles: styles.to_numpy(), axis=None
-        )
-        parts.append(styler.to_html())
+        styler = texts.rename_axis(index=None, columns=None).style.set_td_classes(colours[panel])
+        styler = styler.format_index(escape="html").format_index(escape="html", axis=1)
+        parts.append(styler.set_caption(html.escape(f"{panel[1]}, {panel[0]}")).to_html())
     return "\n".join(parts)
 
 
 def pattern(tables, scale):
     """HTML about the pattern of the theory: for each experiment how many cells are so, and the rest with their runs."""
-    parts = [f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: at least 0.9 for an "
-             "unbiased factor and at most 0.1 for any other.</p>"]  # fmt: skip
+    parts = [
+        f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: at least {LEARNED} for an "
+        f"unbiased factor and at most {ABSENT} for any other.</p>"
+    ]
     for experiment in dict.fromkeys(figure.experiment for figure in tables):
         cells = foretold([table for figure, table in tables.items() if figure.experiment == experiment])
         if cells.empty:
@@ -242,23 +246,22 @@ def pattern(tables, scale):
         broken = cells[~cells.holds]
         rest = " The rest, with their runs:" if len(broken) else ""
         held = f"{cells.holds.sum()} of {len(cells)} cells ({cells.holds.mean():.1%}) are so"
-        parts.append(f"<p>{experiment}: {held}.{rest}</p>")
+        parts.append(f"<p>{html.escape(experiment)}: {held}.{rest}</p>")
         if len(broken):
             columns = {
                 "setting, encoding, factor": broken.source,
-                "expected": broken.learned.map({True: "≥ 0.9", False: "≤ 0.1"}),
+                "expected": broken.learned.map({True: f"≥ {LEARNED}", False: f"≤ {ABSENT}"}),
                 "mean": broken["mean"],
                 "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs],
             }
-            styler = pd.DataFrame(columns).style.hide().format(precision=3).set_table_attributes('class="text"')
-            parts.append(styler.to_html())
+            parts.append(table_html(pd.DataFrame(columns), "text", precision=3))
     return "\n".join(parts) if parts[1:] else ""
 
 
 def scale_section(scale, tables, summary, pictures):
     """HTML of one scale: summary, pattern of the theory, and each figure with its numbers."""
-    shown = summary.rename(columns=lambda name: name.replace("_", " ")).style.hide().format(na_rep="–")
-    parts = [f'<section class="scale"><h1>{scale} scale: {SCALES[scale]}</h1>', shown.to_html()]
+    parts = [f'<section class="scale"><h1>{scale} scale: {html.escape(SCALES[scale])}</h1>']
+    parts.append(table_html(summary.rename(columns=lambda name: name.replace("_", " ")), na_rep="–"))
     total = summary.sum(numeric_only=True)
     if compared := total.get("independent_compared"):
         nearer, near = (total[f"independent_within_{bound}"] for bound in (CLOSE, NEAR))
@@ -269,11 +272,13 @@ def scale_section(scale, tables, summary, pictures):
     parts.append(pattern(tables, scale))
     colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in COMPARED)
     for figure, paths in pictures.items():
-        parts.append(f"<h2>{figure.name}: {figure.title} ({scale} scale)</h2>")
+        name = html.escape(figure.name)
+        parts.append(f"<h2>{name}: {html.escape(figure.title)} ({scale} scale)</h2>")
         for path in paths:
             image = base64.b64encode(path.read_bytes()).decode()
-            parts.append(f'<p><img alt="{path.stem}, {scale} scale" src="data:image/png;base64,{image}"></p>')
-        heading = f"{figure.name}, {scale} scale: every number (mean ± standard deviation over seeds{colours})"
+            alt = html.escape(f"{path.stem}, {scale} scale")
+            parts.append(f'<p><img alt="{alt}" src="data:image/png;base64,{image}"></p>')
+        heading = f"{name}, {scale} scale: every number (mean ± standard deviation over seeds{colours})"
         parts.append(f"<details><summary>{heading}</summary>{figure_tables(tables[figure])}</details>")
     return "\n".join([*parts, "</section>"])
 
@@ -281,14 +286,15 @@ def scale_section(scale, tables, summary, pictures):
 def page(lines, sections):
     """The report as one HTML document that needs no other file."""
     first = "\n".join(f'<p class="first">{html.escape(line)}</p>' for line in lines)
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Negate or Embrace: reproduction</title>'
-            f"<style>{STYLE}</style></head><body>\n{first}\n" + "\n".join(sections) + "\n</body></html>\n")  # fmt: skip
+    head = f'<meta charset="utf-8"><title>Negate or Embrace: reproduction</title><style>{STYLE}</style>'
+    body = "\n".join([first, *sections])
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
 def write_report(args):
     """`report`: tables, pictures and index.html of the models that exist; returns the exit code.
 
-    Raises InputError if there are none, and, once the rest is written, if the results of one are damaged.
+    Raises InputError if there are none, and, once the rest is written, if one or its results are not whole.
     """
     figures = chosen_figures(args.names or ["all"])
     output, sections, lines, damaged = Path(args.output), [], [], {}
@@ -309,8 +315,10 @@ def write_report(args):
                 pictures[figure] = draw(figure, table, scale, folder)
         sections.append(scale_section(scale, tables, summary, pictures))
     if not lines and not damaged:
-        raise InputError(f"no finished model of {', '.join(figure.name for figure in figures)} lies under {args.models}/; "
-                         "`python reproduce.py run` trains them")  # fmt: skip
+        names = ", ".join(figure.name for figure in figures)
+        raise InputError(
+            f"no finished model of {names} lies under {args.models}/; `python reproduce.py run` trains them"
+        )
     if lines:
         left_out = [f"Left out: {message}" for message in damaged.values()]
         write_bytes(output / "index.html", page([*lines, *left_out], sections).encode())

@@ -1,5 +1,6 @@
 """reproduce.py: its grids against the paper's numbers, its jobs with a training that takes seconds, its report."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -18,10 +19,13 @@ import pytest
 import eval_numeric_predict
 import main_numeric
 import reproduce
-from grids import figures as grids
-from grids import jobs, report
+from grids import causal3dident, figures, jobs, models, mpi3d, numeric, report
+from grids.cells import Cell, Figure
+from grids.figures import FIGURES, chosen_figures, needed_models
+from grids.models import COMPARED, SCALES, DataSet, Model, ResultFile, Setting, expected_args, trained_args
+from grids.numeric import CLASSIFY, PREDICT, RESULTS, SEMANTICS, numeric_setting
 from latent_spaces import index_from_subset
-from running.command_line import run_script
+from running.command_line import InputError, run_script
 
 REPOSITORY = Path(__file__).parent.parent
 NUMERIC = ["fig3", "fig4", "fig7", "fig8", "fig9", "fig10", "table4", "table5"]
@@ -30,22 +34,14 @@ NUMERIC = ["fig3", "fig4", "fig7", "fig8", "fig9", "fig10", "table4", "table5"]
 FAKE_TRAINING = """
 import argparse, json, pathlib, signal, sys, time
 
-RECIPES = {}
-
-def parse_flags(argv):
+if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     for name in ("--model-dir", "--model-id"):
         parser.add_argument(name)
     parser.add_argument("--resume", action="store_true")
     for name in ("--seed", "--steps", "--bad-seed"):
         parser.add_argument(name, type=int, default=0)
-    return parser.parse_args(argv), set()
-
-def apply_recipe(args, given, recipes):
-    pass
-
-if __name__ == "__main__":
-    args = parse_flags(sys.argv[1:])[0]
+    args = parser.parse_args()
     directory = pathlib.Path(args.model_dir, args.model_id)
     directory.mkdir(parents=True, exist_ok=True)
     stopped = []
@@ -64,35 +60,60 @@ if __name__ == "__main__":
     if stopped:
         checkpoint.write_text(str(step))
         sys.exit(143)
+    (directory / "weights.pt").touch()
     (directory / "results.csv").write_text("factor,score\\n" + f"s,{args.seed}\\n")
     kept = {"seed": args.seed, "steps": args.steps, "bad_seed": args.bad_seed, "finished": True}
     (directory / "args.json").write_text(json.dumps(kept))
 """
 
 
+class FakeExperiment:
+    """What the fake training's args.json, weights and results must be."""
+
+    name, weight_files = "fake", ("weights.pt",)
+
+    @classmethod
+    def parser(cls):
+        return argparse.Namespace(freely={"model_dir", "model_id", "resume"})
+
+    @classmethod
+    def parse_flags(cls, argv):
+        parser = argparse.ArgumentParser()
+        for name in ("--steps", "--bad-seed"):
+            parser.add_argument(name, type=int, default=0)
+        return parser.parse_args(argv), set()
+
+    @classmethod
+    def settle(cls, args):
+        pass
+
+    @classmethod
+    def result_rows(cls, args):
+        return [{"factor": "s"}]
+
+
 def fake_figure(name, flags):
     """A figure of one setting of the fake training."""
-    file = grids.ResultFile("results.csv", ("factor", "score"), "fake_training.py", {"tiny": ()})
+    file = ResultFile("results.csv", ("factor",), ("score",))
 
-    def cells(scale):
-        setting = grids.Setting("fake", scale, name, "fake_training.py", flags)
-        return [grids.Cell({"factor": "s"}, ("R²", "fake"), "s", "{1}", setting, file, {"factor": "s"}, "score")]
+    def cells(figure, scale):
+        setting = Setting(FakeExperiment, scale, name, "fake_training.py", flags)
+        yield Cell({"factor": "s"}, ("R²", "fake"), "s", "{1}", setting, file, {"factor": "s"}, "score")
 
-    return grids.Figure(name, "a fake", "fake", ("fake_training.py",), cells=cells)
+    return Figure(name, "a fake", "fake", cells)
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """fake(name=flags, …) makes these the only figures."""
     (tmp_path / "fake_training.py").write_text(FAKE_TRAINING)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(grids, "ROOT", tmp_path)
+    monkeypatch.setattr(models, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
 
     def make(**settings):
-        figures = {name: fake_figure(name, tuple(flags.split())) for name, flags in settings.items()}
-        monkeypatch.setattr(grids, "FIGURES", figures)
-        monkeypatch.setattr(grids, "GROUPS", {"all": list(figures)})
+        fakes = {name: fake_figure(name, tuple(flags.split())) for name, flags in settings.items()}
+        monkeypatch.setattr(figures, "FIGURES", fakes)
+        monkeypatch.setattr(figures, "GROUPS", {"all": list(fakes)})
 
     return make
 
@@ -120,14 +141,14 @@ def is_one_line_error(answer, *words):
 # the grids
 
 
-@pytest.mark.parametrize("scale", grids.COMPARED)
+@pytest.mark.parametrize("scale", COMPARED)
 def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_way_round(scale):
-    for file in {figure.paper for figure in grids.FIGURES.values() if figure.paper}:
+    for file in {figure.paper for figure in FIGURES.values() if figure.paper}:
         paper = pd.read_csv(REPOSITORY / "paper" / file, keep_default_na=False)
         keys = [name for name in paper.columns if name != "value"]
         ours = [
             tuple(cell.keys[key] for key in keys)
-            for figure in grids.FIGURES.values()
+            for figure in FIGURES.values()
             if figure.paper == file
             for cell in figure.cells(scale)
         ]
@@ -137,18 +158,18 @@ def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_wa
 
 def test_a_figure_has_the_paper_s_cells_of_its_own_number():
     for name in NUMERIC:
-        figure = grids.FIGURES[name]
+        figure = FIGURES[name]
         assert {
             f"{k}{cell.keys[k]}" for cell in figure.cells("paper") for k in ("figure", "table") if k in cell.keys
         } == {name.replace("fig", "figure")}
 
 
-@pytest.mark.parametrize("scale", grids.SCALES)
+@pytest.mark.parametrize("scale", SCALES)
 def test_the_grid_has_114_models_and_12_of_the_tables_and_shares_the_one_without_bias(scale):
-    figures = grids.chosen_figures([name for name in NUMERIC if "fig" in name])
-    all_models = grids.needed_models(grids.chosen_figures(["numeric"]), scale, 3, "models")
-    bias_models = grids.needed_models(figures, scale, 3, "models")
-    n = grids.SEMANTICS[scale]
+    chosen = chosen_figures([name for name in NUMERIC if "fig" in name])
+    all_models = needed_models(chosen_figures(["numeric"]), scale, 3, "models")
+    bias_models = needed_models(chosen, scale, 3, "models")
+    n = SEMANTICS[scale]
     assert len(bias_models) == 2 * (2 * n - 1) * 3  # 114 of ten semantics
     assert len(all_models) == len(bias_models) + 12
     by_name, by_flags = ({getattr(model.setting, key) for model in all_models} for key in ("name", "flags"))
@@ -157,27 +178,27 @@ def test_the_grid_has_114_models_and_12_of_the_tables_and_shares_the_one_without
 
 
 def test_settings_are_named_and_flagged_as_they_are_trained():
-    directory = grids.Model(grids.numeric_setting("paper", "independent", 3), 1, Path("models")).directory
+    directory = Model(numeric_setting("paper", "independent", 3), 1, Path("models")).directory
     assert str(directory) == "models/numeric/ind_select_3_seed1"
-    shared = grids.numeric_setting("fast", "dependent", 10)
-    assert shared == grids.numeric_setting("fast", "dependent", 10, 0)
-    assert str(grids.Model(shared, 2, Path("m")).directory) == "m/numeric-fast/dep_select_10_seed2"
-    assert grids.numeric_setting("paper", "independent", 8, 2).name == "ind_select_8_perturb_2"
-    for scale, n in grids.SEMANTICS.items():
+    shared = numeric_setting("fast", "dependent", 10)
+    assert shared == numeric_setting("fast", "dependent", 10, 0)
+    assert str(Model(shared, 2, Path("m")).directory) == "m/numeric-fast/dep_select_10_seed2"
+    assert numeric_setting("paper", "independent", 8, 2).name == "ind_select_8_perturb_2"
+    for scale, n in SEMANTICS.items():
         for size in range(n + 1):
-            assert grids.prefix(size, n) == index_from_subset(range(size), n)
-        for cell in itertools.chain.from_iterable(grids.FIGURES[name].cells(scale) for name in NUMERIC):
-            args = grids.expected_args(cell.setting)
+            assert numeric.prefix(size, n) == index_from_subset(range(size), n)
+        for cell in itertools.chain.from_iterable(FIGURES[name].cells(scale) for name in NUMERIC):
+            args = expected_args(cell.setting)
             assert args["causal_dependence"] == ("dep" in cell.setting.name) and args["protocol"] == "code"
             assert args["recipe"] == ("paper" if scale == "paper" else "fast") and args["semantics_n"] == n
-    args = grids.expected_args(grids.numeric_setting("paper", "independent", 3, 0, 5))
+    args = expected_args(numeric_setting("paper", "independent", 3, 0, 5))
     assert (args["theta_value"], args["beta_value"], args["encoding_size"], args["mlp_eval"]) == (55, -1, 5, True)
     assert {k: v for k, v in args.items() if k in main_numeric.RECIPES["paper"]} == main_numeric.RECIPES["paper"]
 
 
 def test_the_theory_s_pattern_is_that_of_the_unbiased_block():
-    learned = {cell.setting.name: set() for cell in grids.FIGURES["table5"].cells("paper")}
-    for cell in grids.FIGURES["table5"].cells("paper"):
+    learned = {cell.setting.name: set() for cell in FIGURES["table5"].cells("paper")}
+    for cell in FIGURES["table5"].cells("paper"):
         if cell.learned:
             learned[cell.setting.name].add(cell.keys["factor"])
     assert learned == {
@@ -187,10 +208,10 @@ def test_the_theory_s_pattern_is_that_of_the_unbiased_block():
 
 
 def test_settings_of_mpi3d_are_named_and_flagged_as_they_are_trained():
-    cells = list(grids.FIGURES["fig5"].cells("fast"))
+    cells = list(FIGURES["fig5"].cells("fast"))
     assert len(cells) == 2 * 7 * 10 and len({cell.setting for cell in cells}) == 10
     for cell in cells:
-        args = grids.expected_args(cell.setting)
+        args = expected_args(cell.setting)
         assert cell.setting.name == f"{args['bias_type']}_{args['bias_id']}" and args["recipe"] == "fast"
         told = ["OBJ_COLOR", "OBJ_SHAPE", "OBJ_SIZE", "CAMERA", "BACKGROUND"]
         k = args["bias_id"]
@@ -200,7 +221,7 @@ def test_settings_of_mpi3d_are_named_and_flagged_as_they_are_trained():
     columns = list(dict.fromkeys((cell.panel[1], cell.column) for cell in cells))
     assert columns[0] == ("selection bias", "0: OBJ_COLOR") and columns[1] == ("selection bias", "1: + OBJ_SHAPE")
     assert columns[5:7] == [("perturbation bias", "0: ∅"), ("perturbation bias", "1: + BACKGROUND")]
-    sizes = {cell.column: grids.expected_args(cell.setting) for cell in grids.FIGURES["fig13"].cells("paper")}
+    sizes = {cell.column: expected_args(cell.setting) for cell in FIGURES["fig13"].cells("paper")}
     assert {column: args["encoding_size"] for column, args in sizes.items()} == {
         "size 1": 1, "size 2": 2, "size 3": 0, "size 4": 4,
     }  # fmt: skip
@@ -217,10 +238,10 @@ def test_settings_of_causal3dident_are_named_and_flagged_as_they_are_trained():
         # of the discrete factors and the spotlight's position, the unbiased are a prefix in either case
         expected["selections", k], expected["perturbations", k] = told[: min(k + 1, 4)], told[: min(7 - k, 4)]
     for name in ("fig6", "fig16", "fig17", "fig18"):
-        cells = list(grids.FIGURES[name].cells("fast"))
+        cells = list(FIGURES[name].cells("fast"))
         assert len({cell.setting for cell in cells}) == 14
         for cell in cells:
-            args, factor = grids.expected_args(cell.setting), cell.where["factor_name"]
+            args, factor = expected_args(cell.setting), cell.where["factor_name"]
             assert cell.setting.name == f"{args['bias_type']}_{args['bias_id']}" and args["recipe"] == "fast"
             assert (cell.keys["bias_type"], cell.keys["bias_id"]) == (args["bias_type"], args["bias_id"])
             kind = {"r2": ("r2_linreg", "r2_krreg"), "mcc": ("mcc_logreg", "mcc_mlp")}[cell.keys["metric"]]
@@ -231,18 +252,18 @@ def test_settings_of_causal3dident_are_named_and_flagged_as_they_are_trained():
                 assert cell.learned is None
             else:
                 assert cell.learned is (factor in unbiased), (cell.setting.name, factor)
-    columns = list(dict.fromkeys((cell.panel[1], cell.column) for cell in grids.FIGURES["fig16"].cells("paper")))
+    columns = list(dict.fromkeys((cell.panel[1], cell.column) for cell in FIGURES["fig16"].cells("paper")))
     assert columns[:2] == [("selection bias", "0: object_shape"), ("selection bias", "1: + object_xpos")]
     # the paper's setting k is id 7 − k
     assert columns[7] == ("perturbation bias", "1 (id 6): + object_xpos")
     assert columns[12:] == [("perturbation bias", "6 (id 1): background_color"), ("perturbation bias", "7 (id 0): ∅")]
-    assert {cell.setting.data for cell in grids.FIGURES["fig6"].cells("tiny")} == {grids.CAUSAL_STANDIN_DATA}
+    assert {cell.setting.data for cell in FIGURES["fig6"].cells("tiny")} == {causal3dident.STANDIN_DATA}
 
 
 def test_what_renders_is_run_by_blender_s_python_and_missed_in_one_line(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blender/bin").mkdir(parents=True)
-    monkeypatch.setattr(grids, "ROOT", tmp_path)
+    monkeypatch.setattr(models, "ROOT", tmp_path)
     answer = call("run fig6 --scale tiny --seeds 1 --dry-run")
     assert is_one_line_error(answer, "contact_sheet.png is missing", ".venv-blender/bin/python", "`make blender`")
     (tmp_path / ".venv-blender/bin").mkdir(parents=True)
@@ -256,21 +277,23 @@ def test_what_renders_is_run_by_blender_s_python_and_missed_in_one_line(call, tm
         [".venv-blender/bin/python", f"{tools}/generate_images.py"],
         ["python", f"{tools}/contact_sheet.py"],
     ]
-    Path(grids.CAUSAL_STANDIN).mkdir(parents=True)
-    Path(grids.CAUSAL_STANDIN_DATA.file).touch()
+    Path(causal3dident.STANDIN).mkdir(parents=True)
+    Path(causal3dident.STANDIN_DATA.file).touch()
     assert "generate" not in call("run fig6 --scale tiny --seeds 1 --dry-run")[1]
 
 
 def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake, call, tmp_path, monkeypatch):
     (tmp_path / "make_data.py").write_text("import sys; open(sys.argv[1], 'x').close()")
-    made = grids.DataSet("data.csv", (("make_data.py", "data.csv"),))
-    for data, code in ((made, 0), (grids.DataSet("other.csv", (), "get it from its authors"), 2)):
+    made = DataSet("data.csv", (("make_data.py", "data.csv"),))
+    for data, code in ((made, 0), (DataSet("other.csv", (), "get it from its authors"), 2)):
         figure = fake_figure("slow", ("--steps", "1"))
         cell = figure.cells("tiny")[0]
         setting = dataclasses.replace(cell.setting, name=Path(data.file).stem, data=data)
-        figure = dataclasses.replace(figure, cells=lambda _, c=cell, s=setting: [dataclasses.replace(c, setting=s)])
-        monkeypatch.setattr(grids, "FIGURES", {"slow": figure})
-        monkeypatch.setattr(grids, "GROUPS", {"all": ["slow"]})
+        figure = dataclasses.replace(
+            figure, make_cells=lambda *_, c=cell, s=setting: [dataclasses.replace(c, setting=s)]
+        )
+        monkeypatch.setattr(figures, "FIGURES", {"slow": figure})
+        monkeypatch.setattr(figures, "GROUPS", {"all": ["slow"]})
         answer = call("run slow --scale tiny --seeds 1")
         assert answer[0] == code and Path(data.file).exists() == (code == 0)
         if code:
@@ -282,7 +305,7 @@ def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake
 
 def test_the_published_models_are_of_the_settings_as_they_are_now():
     folder = REPOSITORY / "results/standin/models"
-    needed = grids.needed_models(grids.chosen_figures(["causal3dident"]), "tiny", 1, folder)
+    needed = needed_models(chosen_figures(["causal3dident"]), "tiny", 1, folder)
     published = {model: model.missing(files) for model, files in needed.items() if model.directory.exists()}
     assert len(published) == len(list(folder.glob("*/*"))) > 0
     assert not any(published.values()), published
@@ -294,12 +317,14 @@ def test_models_whose_data_set_cannot_be_had_are_left_out_and_the_others_trained
 ):
     (tmp_path / "break.py").write_text("raise SystemExit(3)")
     cells = []
-    for data in (grids.DataSet(*broken), None):
+    for data in (DataSet(*broken), None):
         cell = fake_figure("slow", ("--steps", "1")).cells("tiny")[0]
         setting = dataclasses.replace(cell.setting, name="other" if data else "free", data=data)
         cells.append(dataclasses.replace(cell, setting=setting))
-    monkeypatch.setattr(grids, "FIGURES", {"slow": dataclasses.replace(fake_figure("slow", ()), cells=lambda _: cells)})
-    monkeypatch.setattr(grids, "GROUPS", {"all": ["slow"]})
+    monkeypatch.setattr(
+        figures, "FIGURES", {"slow": dataclasses.replace(fake_figure("slow", ()), make_cells=lambda *_: cells)}
+    )
+    monkeypatch.setattr(figures, "GROUPS", {"all": ["slow"]})
     reason = "break.py ended with exit code 3" if broken[1] else "other.csv is missing: get it from its authors"
     code, out, err = call("run all --scale tiny --seeds 2")
     assert code == 2 and "2 models are left out: " + reason in out and "free_seed2 done" in out
@@ -321,11 +346,11 @@ def test_list_counts_models_and_tells_what_they_need(call, tmp_path, monkeypatch
     # 126 numeric ones, 30 of MPI3D-Complex and 9 with other encoding sizes, of which Figure 13 shares three more, and the
     # 42 of Causal3DIdent, which its four figures share
     assert "207 models" in lines["together"] and "0 done" in lines["together"]
-    assert lines["fig6"].endswith(f"main_causal3dident.py + {grids.CAUSAL_DATA.file} (missing)")
-    Path(grids.CAUSAL_DATA.file).parent.mkdir(parents=True)
-    Path(grids.CAUSAL_DATA.file).touch()
-    assert call("list fig6")[1].splitlines()[1].endswith(f"main_causal3dident.py + {grids.CAUSAL_DATA.file}")
-    for script in {script for figure in grids.FIGURES.values() for script in figure.scripts}:
+    assert lines["fig6"].endswith(f"main_causal3dident.py + {causal3dident.DATA.file} (missing)")
+    Path(causal3dident.DATA.file).parent.mkdir(parents=True)
+    Path(causal3dident.DATA.file).touch()
+    assert call("list fig6")[1].splitlines()[1].endswith(f"main_causal3dident.py + {causal3dident.DATA.file}")
+    for script in {model.setting.script for model in needed_models(FIGURES.values(), "paper", 1, "models")}:
         assert (REPOSITORY / script).exists()
 
 
@@ -386,8 +411,8 @@ def test_models_are_trained_once_failures_listed_and_the_same_command_does_the_r
 def started(words, path):
     """reproduce.py with the fake figures in a process of its own; waits until `path` is there."""
     code = "import sys; sys.path[:0] = ['.', sys.argv[1]]\n" + (
-        "from tests.test_reproduce import fake_figure\nimport pathlib, grids, reproduce\n"
-        "grids.ROOT, grids.FIGURES = pathlib.Path.cwd(), {'slow': fake_figure('slow', ('--steps', '60'))}\n"
+        "from tests.test_reproduce import fake_figure\nimport pathlib, reproduce\nfrom grids import figures, models\n"
+        "models.ROOT, figures.FIGURES = pathlib.Path.cwd(), {'slow': fake_figure('slow', ('--steps', '60'))}\n"
         "reproduce.run_script(lambda: reproduce.main(sys.argv[2:]))"
     )
     process = subprocess.Popen(
@@ -432,7 +457,7 @@ def test_a_job_gives_what_to_requeue_and_the_next_one_goes_on(fake, tmp_path):
     """The signal of SLURM before the time limit, and a second SIGTERM while the checkpoint is written."""
     fake(slow="--steps 60")
     (tmp_path / "logs").mkdir()
-    model = grids.Model(grids.FIGURES["slow"].cells("tiny")[0].setting, 1, Path("models"))
+    model = Model(figures.FIGURES["slow"].cells("tiny")[0].setting, 1, Path("models"))
     job = jobs.make_job(model, model.commands([]), jobs.threads(1))
     answer = []
 
@@ -503,59 +528,73 @@ def test_slurm_is_asked_for_what_the_flags_say(fake, call, monkeypatch):
 
 def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch):
     shorter = ("--batch-size", "32", "--train-steps", "20", "--num-eval-batches", "1")
-    monkeypatch.setitem(grids.NUMERIC_FLAGS, "tiny", (*grids.NUMERIC_FLAGS["tiny"], *shorter))
+    monkeypatch.setitem(numeric.FLAGS, "tiny", (*numeric.FLAGS["tiny"], *shorter))
     code, out, err = call(f"run table5 --scale tiny --seeds 1 --jobs 2 --models {tmp_path}/models")
     assert code == 0, err
-    model = grids.Model(grids.numeric_setting("tiny", "independent", 3, 1), 1, tmp_path / "models")
+    model = Model(numeric_setting("tiny", "independent", 3, 1), 1, tmp_path / "models")
     assert (model.directory / "results.csv").exists()
     # the downstream tasks as `run` asks for them, in this process and with fewer steps
     monkeypatch.setattr(eval_numeric_predict, "STEPS", 20)
-    [(_, script, *flags)] = model.commands([grids.PREDICT, grids.CLASSIFY])
+    [(_, script, *flags)] = model.commands([PREDICT, CLASSIFY])
     assert Path(script).name == "eval_numeric_predict.py" and eval_numeric_predict.main(flags) == 0
-    assert model.missing([grids.RESULTS, grids.PREDICT, grids.CLASSIFY]) == []
+    assert model.missing([RESULTS, PREDICT, CLASSIFY]) == []
     (model.directory / "results.csv").unlink()
     code, out, _ = call(f"run table5 --scale tiny --seeds 1 --models {tmp_path}/models --dry-run")
     assert code == 0 and "1 are done, 1 to do" in out and out.rstrip().endswith("--seed 2 --evaluate")
-    [(_, script, *flags)] = model.commands([grids.RESULTS])
-    assert main_numeric.main(flags) == 0 and model.missing([grids.RESULTS]) == []
+    [(_, script, *flags)] = model.commands([RESULTS])
+    assert main_numeric.main(flags) == 0 and model.missing([RESULTS]) == []
     code, out, _ = call(f"report table5 --models {tmp_path}/models --output {tmp_path}/report")
     assert code == 0 and out.startswith("tiny scale: 48 of 48 cells computed")
     # the same models are none of the next larger problem
     shutil.move(tmp_path / "models/numeric-tiny", tmp_path / "models/numeric-fast")
     for directory in (tmp_path / "models/numeric-fast").iterdir():
         directory.rename(directory.with_name(directory.name.replace("select_3_perturb_1", "select_8_perturb_2")))
-    for command in ("run", "report", "list"):
-        assert is_one_line_error(
-            call(f"{command} table5 --scale fast --models {tmp_path}/models"), "args.json", "fast scale"
-        )
+    assert is_one_line_error(call(f"report table5 --scale fast --models {tmp_path}/models"), "args.json", "fast scale")
+    code, _, err = call(f"run table5 --scale fast --seeds 1 --models {tmp_path}/models")
+    assert code == 2 and err.count("\n") == 2 == err.count("seed1 is damaged") == err.count("at fast scale has")
+    code, out, _ = call(f"list --scale fast --models {tmp_path}/models")
+    assert code == 2 and out.count("seed1  damaged: ") == 2 == out.count("at fast scale has") and "0 done" in out
 
 
 # --------------------------------------------------------------------------------------------------------------
 # the report
 
 
-def write_model(models, setting, seed, results, file=grids.RESULTS, **changed):
+def write_model(models, setting, seed, results, file=RESULTS, **changed):
     """A finished model directory with the given rows in `file`."""
-    model = grids.Model(setting, seed, Path(models))
+    model = Model(setting, seed, Path(models))
     model.directory.mkdir(parents=True, exist_ok=True)
-    stored = grids.expected_args(setting) | {"seed": seed, "finished": True, "train_seconds": 2.5}
-    stored["downstream"] = grids.PREDICT.recorded[setting.scale]
+    stored = expected_args(setting) | {"seed": seed, "finished": True, "train_seconds": 2.5}
+    stored["precision"] = "fp32" if stored["precision"] == "auto" else stored["precision"]
+    for weights in setting.experiment.weight_files:
+        (model.directory / weights).touch()
+    stored["downstream"] = PREDICT.recorded[setting.scale]
     (model.directory / "args.json").write_text(json.dumps(stored | changed))
     pd.DataFrame(results, columns=list(file.columns)).to_csv(model.directory / file.name, index=False)
     return model.directory
 
 
+def causal_rows(setting, **own):
+    """Rows of results.csv of a model of Causal3DIdent: scores 0.5, but (linear, nonlinear) of the factors named."""
+    rows, types = [], causal3dident.CAUSAL_IMAGE | causal3dident.CAUSAL_TEXT
+    for keys in setting.experiment.result_rows(trained_args(setting)):
+        modality, factor = keys["modality"], keys["factor_name"]
+        scores, kind = own.get(factor, (0.5, 0.5)), "discrete" if types[factor] else "continuous"
+        rows.append((0, modality, factor, kind, *((None, None, *scores) if types[factor] else (*scores, None, None))))
+    return rows
+
+
 def test_a_model_counts_whatever_its_checkpoints_and_workers_but_not_with_other_steps(tmp_path):
-    [cell] = itertools.islice(grids.FIGURES["fig6"].cells("tiny"), 1)
-    row = [(0, "image", "object_shape", "discrete", None, None, 0.5, 0.6)]
+    [cell] = itertools.islice(FIGURES["fig6"].cells("tiny"), 1)
+    rows = causal_rows(cell.setting)
     for changed in ({"checkpoint_steps": 7, "workers": 3, "save_all_checkpoints": True}, {"train_steps": 7}):
-        write_model(tmp_path, cell.setting, 1, row, grids.CAUSAL_RESULTS, **changed)
-        model = grids.Model(cell.setting, 1, tmp_path)
+        write_model(tmp_path, cell.setting, 1, rows, causal3dident.RESULTS, **changed)
+        model = Model(cell.setting, 1, tmp_path)
         if "train_steps" in changed:
-            with pytest.raises(grids.InputError, match="--train-steps 7, but"):
-                model.missing([grids.CAUSAL_RESULTS])
+            with pytest.raises(InputError, match="--train-steps 7, but"):
+                model.missing([causal3dident.RESULTS])
         else:
-            assert model.missing([grids.CAUSAL_RESULTS]) == []
+            assert model.missing([causal3dident.RESULTS]) == []
 
 
 @pytest.fixture
@@ -568,14 +607,15 @@ def undrawn(monkeypatch):
 
 
 def table5_rows(scale, nonlinear, linear):
-    names = ["m_x", "m_t", *(f"s_{i}" for i in range(grids.SEMANTICS[scale]))]
-    return [(encoding, name, linear, nonlinear) for encoding in ("hz_x", "hz_t") for name in names]
+    """Rows of results.csv of Table 5, independent semantics."""
+    setting = next(cell.setting for cell in FIGURES["table5"].cells(scale))
+    return [(*keys.values(), linear, nonlinear) for keys in setting.experiment.result_rows(trained_args(setting))]
 
 
 @pytest.fixture
 def fast_models(tmp_path):
     """Folder with three models of Table 5, independent: nonlinear R² 0.9, 0.8, 1.0, linear −0.2, 0.1, 0.1."""
-    setting = grids.numeric_setting("fast", "independent", 8, 2)
+    setting = numeric_setting("fast", "independent", 8, 2)
     for seed, nonlinear, linear in ((1, 0.9, -0.2), (2, 0.8, 0.1), (3, 1.0, 0.1)):
         write_model(tmp_path / "models", setting, seed, table5_rows("fast", nonlinear, linear))
     return tmp_path / "models"
@@ -617,7 +657,7 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
 
 
 def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn, fast_models, tmp_path):
-    setting = grids.numeric_setting("tiny", "independent", 3, 1)
+    setting = numeric_setting("tiny", "independent", 3, 1)
     write_model(fast_models, setting, 1, table5_rows("tiny", 0.5, 0.5))
     code, out, _ = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["fast", "tiny", "report:"]
@@ -630,10 +670,10 @@ def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn,
 
 
 def test_mpi3d_is_reported_beside_the_paper_and_a_figure_without_its_numbers_alone(call, undrawn, tmp_path):
-    for cell in grids.FIGURES["fig13"].cells("fast"):
+    for cell in FIGURES["fig13"].cells("fast"):
         where = [(0, modality, factor, 0.5, 1.0 if factor == "OBJ_COLOR" else -0.01)
-                 for modality in ("image", "text") for factor in grids.MPI3D_GRID]  # fmt: skip
-        write_model(tmp_path / "models", cell.setting, 1, where, grids.MPI3D_RESULTS)
+                 for modality in ("image", "text") for factor in mpi3d.MPI3D_GRID]  # fmt: skip
+        write_model(tmp_path / "models", cell.setting, 1, where, mpi3d.RESULTS)
     code, out, err = call(f"report mpi3d --models {tmp_path}/models --output {tmp_path}/report")
     assert code == 0, err
     table = pd.read_csv(tmp_path / "report/fast/fig5.csv")
@@ -651,11 +691,10 @@ def test_mpi3d_is_reported_beside_the_paper_and_a_figure_without_its_numbers_alo
 @pytest.mark.parametrize("damage", [False, True])
 def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, tmp_path, monkeypatch, damage):
     """The real picture of Figure 16 beside the paper's, whose panels have no cell where a caption does not state a factor."""
-    rows = [(0, "text", "object_shape", "discrete", None, None, 0.4, 1.0),
-            (1, "text", "text_phrasing", "discrete", None, None, 0.2, None if damage else -0.1)]  # fmt: skip
     monkeypatch.setattr(report, "plot_score_grid", lambda panels, path, title: path.write_bytes(b"drawn"))
-    setting = next(iter(grids.FIGURES["fig16"].cells("fast"))).setting
-    write_model(tmp_path / "models", setting, 1, rows, grids.CAUSAL_RESULTS)
+    setting = next(iter(FIGURES["fig16"].cells("fast"))).setting
+    rows = causal_rows(setting, object_shape=(0.4, 1.0), text_phrasing=(0.2, None if damage else -0.1))
+    write_model(tmp_path / "models", setting, 1, rows, causal3dident.RESULTS)
     code, _, err = call(f"report fig16 --models {tmp_path}/models --output {tmp_path}/report")
     if damage:  # a score that must be there is not
         assert code == 2 and "no finite mcc_mlp of text text_phrasing" in err and len(err.splitlines()) == 1
@@ -688,7 +727,7 @@ def test_a_damaged_file_is_named_and_not_averaged(call, undrawn, fast_models, tm
 
 @pytest.mark.parametrize("changed", [{"protocol": "paper"}, {"recipe": "paper"}, {"semantics_n": 4}])
 def test_models_of_another_protocol_recipe_or_scale_are_refused(call, fast_models, tmp_path, changed):
-    setting = grids.numeric_setting("fast", "independent", 8, 2)
+    setting = numeric_setting("fast", "independent", 8, 2)
     write_model(fast_models, setting, 2, table5_rows("fast", 0.9, 0.9), **changed)
     name = next(iter(changed)).replace("_", "-")
     for command in (f"report table5 --output {tmp_path}/report", "run table5 --dry-run"):
@@ -697,32 +736,187 @@ def test_models_of_another_protocol_recipe_or_scale_are_refused(call, fast_model
     assert not (tmp_path / "report").exists()
 
 
+def test_what_a_recipe_leaves_open_is_held_as_it_came_out(call, fast_models, tmp_path):
+    """The steps and batches of the size of the encodings; the precision is the device's, if it is one that it decides."""
+    setting, rows = numeric_setting("fast", "independent", 8, 2), table5_rows("fast", 0.9, 0.1)
+    assert {name: expected_args(setting)[name] for name in ("train_steps", "final_batch_size", "precision")} == {
+        "train_steps": 4200,
+        "final_batch_size": 1152,
+        "precision": "auto",
+    }
+    for precision in ("bf16", "fp32"):
+        write_model(fast_models, setting, 2, rows, precision=precision)
+        assert call(f"list table5 --scale fast --models {fast_models}")[0] == 0
+    for changed in ({"train_steps": 10}, {"final_batch_size": 0}, {"precision": "tf32"}):
+        write_model(fast_models, setting, 2, rows, **changed)
+        flag = f"--{next(iter(changed)).replace('_', '-')} {next(iter(changed.values()))}, but"
+        code, out, _ = call(f"list table5 --scale fast --models {fast_models}")
+        assert code == 2 and "2 done" in out and "ind_select_8_perturb_2_seed2  damaged: " in out and flag in out
+        for command in (f"report table5 --output {tmp_path}/report", "run table5 --dry-run"):
+            assert is_one_line_error(call(f"{command} --scale fast --models {fast_models}"), flag)
+
+
+def without(lines, number):
+    return [line for i, line in enumerate(lines) if i != number]
+
+
+DAMAGES = {
+    "a row less": lambda lines: without(lines, 2),
+    "a row twice": lambda lines: [*lines, lines[2]],
+    "a row instead of another": lambda lines: [*without(lines, 2), lines[-1]],
+    "a word": lambda lines: [*lines[:-1], re.sub("[^,]+$", "high", lines[-1])],
+    "NaN": lambda lines: [*lines[:-1], re.sub("[^,]+$", "NaN", lines[-1])],
+    "nothing": lambda lines: [*lines[:-1], re.sub("[^,]+$", "", lines[-1])],
+    "no row": lambda lines: lines[:1],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["results.csv", "results_predict.csv", "results_classify.csv"])
+def test_results_that_are_not_whole_do_not_count_anywhere(call, undrawn, tmp_path, monkeypatch, file, damage):
+    figure = "fig3" if file == "results.csv" else "fig4"
+    setting, words = numeric_setting("tiny", "independent", 1), f"{figure} --scale tiny --models {tmp_path}/models"
+    rows = [(*keys.values(), 0.5, 0.5) for keys in setting.experiment.result_rows(trained_args(setting))]
+    for seed in (1, 2):
+        write_model(tmp_path / "models", setting, seed, rows)
+        write_model(tmp_path / "models", setting, seed, [(task, 0.5) for task in numeric.TASKS], PREDICT)
+        directory = write_model(tmp_path / "models", setting, seed, [(0.5, 0.5)], CLASSIFY)
+    assert "2 done" in call(f"list {words}")[1]
+    lines = (directory / file).read_text().splitlines()
+    if file == "results_classify.csv" and "row" in damage:
+        lines = [lines[0], *({"no row": 0, "a row less": 0}.get(damage, 2) * lines[1:])]
+    else:
+        lines = DAMAGES[damage](lines)
+    (directory / file).write_text("\n".join(lines) + "\n")
+    for named in (figure, "numeric"):
+        code, out, _ = call(f"list {words.replace(figure, named, 1)}")
+        assert code == 2 and "1 done" in out and f"{directory}  damaged: {directory / file} is damaged" in out
+    code, out, err = call(f"run {words} --dry-run")
+    assert code == 2 and err.count("\n") == 1 and f"seed2 is damaged and was left alone: {directory / file}" in err
+    assert "24 models, 1 are done, 1 damaged, 22 to do" in out and len(out.splitlines()) == 23
+    monkeypatch.setattr(report, "plot_score_curves", lambda *args: args[-2].write_bytes(b"drawn"))
+    answer = call(f"report {words} --output {tmp_path}/report")
+    assert is_one_line_error(answer, str(directory / file), "left out of the report")
+    table = pd.read_csv(tmp_path / f"report/tiny/{figure}.csv")
+    if figure == "fig3":
+        assert set(table.seeds) == {0, 1}
+    else:  # the other file of the same model is whole
+        lost = table.metric == ("r2" if file == "results_predict.csv" else "mcc")
+        assert set(table[lost].seeds) == {0, 1} and set(table[~lost].seeds) == {0, 2}
+
+
+def test_scores_that_do_not_apply_may_be_empty_and_no_others(tmp_path):
+    [cell] = itertools.islice(FIGURES["fig6"].cells("tiny"), 1)
+    model = Model(cell.setting, 1, tmp_path)
+    write_model(tmp_path, cell.setting, 1, causal_rows(cell.setting), causal3dident.RESULTS)
+    assert model.missing([causal3dident.RESULTS]) == []
+    for factor, scores in (("object_shape", (None, 0.5)), ("spotlight_pos", (0.5, None)), ("spotlight_pos", ("x", 1))):
+        rows = causal_rows(cell.setting, **{factor: scores})
+        write_model(tmp_path, cell.setting, 1, rows, causal3dident.RESULTS)
+        with pytest.raises(InputError, match=f"no finite .* of image {factor}"):
+            model.missing([causal3dident.RESULTS])
+    rows = [(*row[:3], "discrete", *row[4:]) for row in causal_rows(cell.setting)]
+    write_model(tmp_path, cell.setting, 1, rows, causal3dident.RESULTS)
+    with pytest.raises(InputError, match="no finite mcc_logreg of image object_alpharot"):
+        model.missing([causal3dident.RESULTS])
+
+
+def test_a_finished_model_without_any_of_its_weights_does_not_count(call, undrawn, fast_models, tmp_path):
+    directory = fast_models / "numeric-fast/ind_select_8_perturb_2_seed2"
+    weights = sorted(directory.glob("*.pt"))
+    assert len(weights) > 1
+    weights.pop().unlink()
+    assert "3 done" in call(f"list table5 --scale fast --models {fast_models}")[1]
+    for path in weights:
+        path.unlink()
+    code, out, _ = call(f"list table5 --scale fast --models {fast_models}")
+    assert code == 2 and "2 done" in out and f"{directory}  damaged: {directory} has none of its weights" in out
+    answer = call(f"run table5 --scale fast --models {fast_models} --dry-run")
+    assert is_one_line_error(answer, "seed2 is damaged", "weights") and "2 are done, 1 damaged, 3 to do" in answer[1]
+    answer = call(f"report table5 --scale fast --models {fast_models} --output {tmp_path}/report")
+    assert is_one_line_error(answer, str(directory), "weights", "left out of the report")
+    assert set(pd.read_csv(tmp_path / "report/fast/table5.csv").seeds) == {0, 2}
+    assert set(pd.read_csv(tmp_path / "report/fast/models.csv").model.str[-1]) == {"1", "3"}
+
+
+def test_a_copy_of_a_published_model_counts_without_weights_and_another_of_its_name_does_not(tmp_path):
+    published = REPOSITORY / "results/standin/models"
+    shutil.copytree(published, tmp_path / "models")
+    needed = needed_models(chosen_figures(["causal3dident"]), "tiny", 1, tmp_path / "models")
+    lacking, damaged = models.checked(needed)
+    assert len(lacking) == len(needed) and not any(lacking.values()) and not damaged
+    model = next(iter(needed))
+    stored = json.loads((model.directory / "args.json").read_text())
+    (model.directory / "args.json").write_text(json.dumps(stored | {"started": "later"}))
+    assert list(models.checked(needed)[1]) == [model]
+
+
+def test_a_damaged_model_is_a_failure_and_the_others_are_trained(fake, call):
+    fake(good="--steps 2")
+    assert call("run good --scale tiny --seeds 3")[0] == 0
+    models = Path("models/fake-tiny")
+    (models / "good_seed1/args.json").write_text("{")
+    (models / "good_seed2/results.csv").write_text("factor,score\n")
+    shutil.rmtree(models / "good_seed3")
+    code, out, err = call("run good --scale tiny --seeds 3")
+    assert code == 2 and "3 models, 0 are done, 2 damaged, 1 to do" in out and "good_seed3 done" in out
+    first, second = err.splitlines()
+    assert first.startswith("good_seed1 is damaged and was left alone: models/fake-tiny/good_seed1/args.json")
+    assert second.startswith("good_seed2 is damaged and was left alone: models/fake-tiny/good_seed2/results.csv")
+    assert (starts("good_seed2"), (models / "good_seed1/args.json").read_text()) == (1, "{")
+    code, out, _ = call("list good --scale tiny")
+    assert code == 2 and re.findall(r"good_seed\d  (\w+)", out) == ["damaged", "damaged", "done"] and "1 done" in out
+
+
+def test_whatever_is_text_is_escaped_in_the_report(fake, call, undrawn, monkeypatch):
+    fake(good="--steps 1")
+    evil = "<script>&'\""
+    [cell] = figures.FIGURES["good"].cells("tiny")
+    cells = [
+        dataclasses.replace(cell, panel=(evil, evil), row=evil, column=evil, learned=False),
+        dataclasses.replace(cell, panel=(evil, evil), row="s", column="s"),
+    ]
+    figure = dataclasses.replace(
+        figures.FIGURES["good"], title=evil, experiment=evil, name="x<i>1", make_cells=lambda *_: cells
+    )
+    figures.FIGURES.update(good=figure)
+    assert call("run good --scale tiny --seeds 2")[0] == 0
+    Path("models/fake-tiny/good_seed2/results.csv").write_text("<script>,score\n")
+    Path("models").rename("<script>models")
+    monkeypatch.setattr(report, "ABSENT", -1)
+    code, _, err = call("report good --models <script>models")
+    assert code == 2 and "<script>models/fake-tiny/good_seed2/results.csv is damaged" in err
+    page = Path("report/index.html").read_text()
+    assert "<script" not in page and "<i>" not in page and evil not in page
+    assert page.count("&lt;script&gt;") >= 8 and "Left out: &lt;script&gt;models" in page
+
+
 def test_models_of_an_earlier_version_with_fewer_flags_count_as_trained_without_them(tmp_path):
-    setting = grids.numeric_setting("fast", "independent", 8, 2)
+    setting = numeric_setting("fast", "independent", 8, 2)
     directory = write_model(tmp_path, setting, 2, [])
     stored = json.loads((directory / "args.json").read_text())
-    model = grids.Model(setting, 2, tmp_path)
+    model = Model(setting, 2, tmp_path)
     assert stored.pop("optimiser") == "adam"
     (directory / "args.json").write_text(json.dumps(stored))
     assert model.stored()["optimiser"] == "adam"
     del stored["lr"]
     (directory / "args.json").write_text(json.dumps(stored))
-    with pytest.raises(grids.InputError, match="has no 'lr'"):
+    with pytest.raises(InputError, match="has no 'lr'"):
         model.stored()
 
 
 def test_downstream_scores_are_drawn_as_curves_and_a_correlation_may_be_negative(call, tmp_path):
     for selected in range(1, 5):
-        setting = grids.numeric_setting("tiny", "independent", selected)
+        setting = numeric_setting("tiny", "independent", selected)
         tasks = [(f"y{i}", 0.1 * selected) for i in range(1, 5)]
-        write_model(tmp_path / "models", setting, 1, tasks, grids.PREDICT)
-        write_model(tmp_path / "models", setting, 1, [(-0.25, 0.5)], grids.CLASSIFY)
+        write_model(tmp_path / "models", setting, 1, tasks, PREDICT)
+        write_model(tmp_path / "models", setting, 1, [(-0.25, 0.5)], CLASSIFY)
     assert call(f"report fig4 --models {tmp_path}/models --output {tmp_path}/report")[0] == 0
     table = pd.read_csv(tmp_path / "report/tiny/fig4.csv")
     assert set(table[table.task == "id"]["mean"].dropna()) == {-0.25}
     assert table[(table.task == "y2") & (table.semantics == "independent")]["mean"].tolist() == [0.1, 0.2, 0.3, 0.4]
     assert (tmp_path / "report/tiny/fig4.png").stat().st_size > 10_000
-    write_model(tmp_path / "models", setting, 1, tasks, grids.PREDICT, downstream={"protocol": "paper"})
+    write_model(tmp_path / "models", setting, 1, tasks, PREDICT, downstream={"protocol": "paper"})
     assert is_one_line_error(
         call(f"report fig4 --models {tmp_path}/models --output {tmp_path}/report"), "protocol paper"
     )

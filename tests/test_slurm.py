@@ -48,8 +48,8 @@ def until(condition, seconds=120):
 def reproduced(words, cwd):
     """reproduce.py in a process of its own, with the small models instead of the tiny ones."""
     code = (
-        "import sys, grids, jobs, reproduce\n"
-        f"grids.NUMERIC_FLAGS['tiny'] = (*grids.NUMERIC_FLAGS['tiny'], *{SMALL.split()!r})\n"
+        "import sys, reproduce\nfrom grids import jobs, numeric\n"
+        f"numeric.FLAGS['tiny'] = (*numeric.FLAGS['tiny'], *{SMALL.split()!r})\n"
         "jobs.POLL_SECONDS = 1\n"
         "reproduce.run_script(lambda: reproduce.main(sys.argv[1:]))"
     )

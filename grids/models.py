@@ -1,0 +1,233 @@
+"""Models on disk: what is trained, where it lies, whether it is whole, and the commands that make what it lacks.
+
+A Model is a Setting and a seed. What its args.json and its results must hold is asked of the class of its experiment.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from running.command_line import InputError
+from running.files import read_csv, read_json
+from running.training import LATER_FLAGS
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = "results/standin/models"  # models without their weights
+SCALES = {
+    "paper": "the paper's runs: its dimensions, settings, recipe and steps, with --protocol code",
+    "fast": "the paper's dimensions and settings, trained with the fast recipe",
+    "tiny": "a smaller problem with fewer semantics, not comparable with the paper's numbers",
+}
+COMPARED = ("paper", "fast")  # scales whose numbers stand beside the paper's
+BLENDER = ".venv-blender/bin/python"  # interpreter of the scripts that render
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResultFile:
+    """A CSV in a model directory, with the columns `keys`, which tell its rows apart, and `scores`, which are numbers.
+
+    applies: where some scores do not apply to some rows, dict factor_type → prefix of those that do; rows: the keys of every
+    row, none: those that the experiment names. A file that the training does not write has a script and its flags at each
+    scale, the record in args.json of how it was made, and what this must hold at each scale.
+    """
+
+    name: str
+    keys: tuple
+    scores: tuple
+    applies: dict = dataclasses.field(default_factory=dict)
+    rows: tuple = ()
+    script: str = ""
+    flags: dict = dataclasses.field(default_factory=dict)
+    record: str = ""
+    recorded: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def columns(self):
+        """Names of all columns."""
+        return (*self.keys, *self.scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """What the models of an experiment are trained on: its last file, and the commands that make it or, without, its source.
+
+    A command is a script and its flags; another interpreter than this one stands before them.
+    """
+
+    file: str
+    commands: tuple = ()
+    source: str = ""
+
+    def missing(self):
+        """Commands (lists of words) that make the data set, none if it is there; InputError if only a user can get it."""
+        if Path(self.file).exists():
+            return []
+        if not self.commands:
+            raise InputError(f"{self.file} is missing: {self.source}")
+        commands = []
+        for command in self.commands:
+            python, script, *flags = command if command[0] == BLENDER else (sys.executable, *command)
+            if not (ROOT / python).exists():
+                raise InputError(
+                    f"{self.file} is missing, and {python}, which renders it; `make blender` installs that"
+                )
+            commands.append([str(ROOT / python), str(ROOT / script), *flags])
+        return commands
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is trained, but for the seed: the class of the experiment, and its training script with flags."""
+
+    experiment: type
+    scale: str
+    name: str
+    script: str
+    flags: tuple
+    data: DataSet | None = None
+
+    @property
+    def folder(self):
+        """Name of the folder of all models of this experiment and scale."""
+        return self.experiment.name if self.scale == "paper" else f"{self.experiment.name}-{self.scale}"
+
+
+@functools.cache
+def trained_args(setting):
+    """Namespace of all flags of a model of this setting; only the precision may be "auto": the device decides it."""
+    args, _ = setting.experiment.parse_flags(list(setting.flags))
+    setting.experiment.settle(args)
+    return args
+
+
+def expected_args(setting):
+    """Dict of what args.json of a model of this setting holds: every flag but the seed on which a result depends."""
+    free = setting.experiment.parser().freely | {"seed"}
+    return {name: value for name, value in vars(trained_args(setting)).items() if name not in free}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A setting and a seed, with its place under `models`."""
+
+    setting: Setting
+    seed: int
+    models: Path
+
+    @property
+    def name(self):
+        """Name of the model directory."""
+        return f"{self.setting.name}_seed{self.seed}"
+
+    @property
+    def directory(self):
+        """Path of the model directory."""
+        return Path(self.models) / self.setting.folder / self.name
+
+    def log(self, suffix=".log"):
+        """Path of the log, or of another file that goes with the model's jobs."""
+        return Path(self.models) / "logs" / self.setting.folder / f"{self.name}{suffix}"
+
+    def stored(self):
+        """Dict of args.json, {} if there is none; InputError if it is damaged or of another setting, recipe or scale."""
+        file = self.directory / "args.json"
+        if not file.exists():
+            return {}
+        stored = LATER_FLAGS | read_json(file)
+        for name, value in (expected_args(self.setting) | {"seed": self.seed}).items():
+            if name not in stored:
+                raise InputError(f"{file} has no {name!r}: it is damaged, or another script's; move the model away")
+            right = ("fp32", "bf16") if value == "auto" else (value,)
+            if stored[name] not in right:
+                flag, right = f"--{name.replace('_', '-')}", " or ".join(map(str, right))
+                raise InputError(
+                    f"{file} has {flag} {stored[name]}, but {self.name} at {self.setting.scale} scale has {right}; "
+                    "move the model away, or name another folder with --models"
+                )
+        return stored
+
+    def finished(self):
+        """Whether it is trained and evaluated; InputError, also that of `stored`, if nothing is left of its weights.
+
+        Models published in results/, and copies of them, have no weights and count.
+        """
+        if not self.stored().get("finished"):
+            return False
+        args, weights = self.directory / "args.json", self.setting.experiment.weight_files
+        published = ROOT / PUBLISHED / self.setting.folder / self.name / "args.json"
+        if any((self.directory / name).exists() for name in weights):
+            return True
+        if published.exists() and published.read_bytes() == args.read_bytes():
+            return True
+        raise InputError(
+            f"{self.directory} has none of its weights ({', '.join(weights)}); move it away to train it again"
+        )
+
+    def missing(self, files):
+        """Those of `files` that this model does not have yet; InputError that names what is damaged."""
+        if not self.finished():
+            return list(files)
+        missing = [file for file in files if not (self.directory / file.name).exists()]
+        for file in files:
+            if file not in missing:
+                self.read(file)
+        return missing
+
+    def read(self, file):
+        """Rows (dicts) of a ResultFile, scores as floats; InputError that names it if it is not whole or made otherwise."""
+        path, setting = self.directory / file.name, self.setting
+        if file.record:
+            record = self.stored().get(file.record, {})
+            for name, value in file.recorded[setting.scale].items():
+                if record.get(name) != value:
+                    raise InputError(
+                        f"{path} was made with {name} {record.get(name)}, and the {setting.scale} scale has {value}; "
+                        "remove it and `run` makes it again"
+                    )
+        table = read_csv(path, file.columns, gaps=True)
+        scores = {name: pd.to_numeric(table[name], errors="coerce") for name in file.scores}
+        rows = table.assign(**scores).to_dict("records")
+        for keys in file.rows or setting.experiment.result_rows(trained_args(setting)):
+            found = [row for row in rows if keys.items() <= row.items()]
+            wrong = ["expected one row"]
+            if len(found) == 1:
+                prefix = file.applies.get(found[0].get("factor_type"), "")
+                needed = [score for score in file.scores if score.startswith(prefix)]
+                wrong = [f"no finite {score}" for score in needed if not math.isfinite(found[0][score])]
+            if wrong:
+                row = " ".join(keys.values()) or "the model"
+                raise InputError(f"{path} is damaged: {wrong[0]} of {row}; remove it and make it again")
+        return rows
+
+    def scripts(self, files):
+        """Names of the scripts that make `files`, the training's first."""
+        return list(dict.fromkeys([self.setting.script, *(file.script for file in files if file.script)]))
+
+    def commands(self, files):
+        """Commands that make `files`: lists of words, the training first, each script once."""
+        setting, commands = self.setting, {}
+        place = ["--model-dir", str(self.directory.parent), "--model-id", self.name]
+        if not self.finished():
+            commands[setting.script] = [*setting.flags, *place, "--seed", str(self.seed), "--resume"]
+        for file in files:
+            if file.script:
+                flags = file.flags[setting.scale]
+                commands[file.script] = ["--model-id", str(self.directory), *flags, "--overwrite"]
+            elif setting.script not in commands:  # trained, but the file is gone
+                commands[setting.script] = [*place, "--seed", str(self.seed + 1), "--evaluate"]
+        return [[sys.executable, str(ROOT / script), *flags] for script, flags in commands.items()]
+
+
+def checked(needed):
+    """(lacking, damaged) of a dict Model → ResultFiles: Model → those that it lacks, and Model → what is wrong with it."""
+    lacking, damaged = {}, {}
+    for model, files in needed.items():
+        try:
+            lacking[model] = model.missing(files)
+        except InputError as error:
+            damaged[model] = str(error)
+    return lacking, damaged
