@@ -19,7 +19,6 @@ trained otherwise is named and does not count. Logs lie in models/logs/.
 
 import contextlib
 import itertools
-import os
 import shlex
 import shutil
 import subprocess
@@ -45,16 +44,8 @@ def last_line(log):
 
 def shown(commands):
     """Commands of one model or data set, one after another, as a user would type them from the repository."""
-    return " && ".join(
-        shlex.join(
-            [
-                "python" if python == sys.executable else os.path.relpath(python, models.ROOT),
-                os.path.relpath(script, models.ROOT),
-                *words,
-            ]
-        )
-        for python, script, *words in commands
-    )
+    words = " && ".join(map(shlex.join, commands))
+    return words.replace(sys.executable, "python").replace(f"{models.ROOT}/", "")
 
 
 def prepare_data(work, dry_run):
@@ -141,12 +132,12 @@ def show_list(args):
         for model, state in states.items():
             everything[model] = everything.get(model, True) and state == "done"
         settings = dict.fromkeys(model.setting for model in needed)
-        scripts = [script for model, files in needed.items() for script in model.scripts(files)]
+        needs = [setting.script for setting in settings] + [file.script for files in needed.values() for file in files]
         data = [setting.data.file for setting in settings if setting.data]
-        needs = dict.fromkeys([*scripts, *(f"{file}{'' if Path(file).exists() else ' (missing)'}" for file in data)])
+        needs += [f"{file}{'' if Path(file).exists() else ' (missing)'}" for file in data]
         done = sum(state == "done" for state in states.values())
         counts = f"{len(settings):3} settings {len(needed):4} models {done:4} done"
-        print(f"{figure.name:7} {figure.title:44} {counts}   {' + '.join(needs)}")
+        print(f"{figure.name:7} {figure.title:44} {counts}   {' + '.join(dict.fromkeys(filter(None, needs)))}")
         for model in states if args.names else damaged:
             print(f"        {model.directory}  {states[model]}")
         code = 2 if damaged else code
@@ -166,29 +157,29 @@ def parse_flags(argv):
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
-        command.add_argument("names", nargs="+" if name == "run" else "*", metavar="NAME", help=known)
-        command.add_argument("--models", default="models", help="folder of all models (%(default)s)")
-        if name != "report":
-            command.add_argument("--scale", choices=tuple(SCALES), default="paper", help="(%(default)s)")
-            command.add_argument(
-                "--seeds", type=integer(1), default=3, help="seeds 1 … N of each setting (%(default)s)"
-            )
+        add = command.add_argument
+        add("names", nargs="+" if name == "run" else "*", metavar="NAME", help=known)
+        add("--models", default="models", help="folder of all models (%(default)s)")
+        if name == "report":
+            add("--scale", choices=tuple(SCALES), help="this one alone (all that have models)")
+            add("--output", default="report", help="folder of the report (%(default)s)")
         else:
-            command.add_argument("--scale", choices=tuple(SCALES), help="this one alone (all that have models)")
-            command.add_argument("--output", default="report", help="folder of the report (%(default)s)")
-    command = commands.choices["run"]
-    command.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
-    command.add_argument("--cluster", choices=("local", "slurm"), default="local", help="(%(default)s)")
-    command.add_argument("--jobs", type=integer(1),
-                         help="models at a time (here: one a GPU, or one a core up to 8; SLURM: 32)")  # fmt: skip
-    command.add_argument("--gpus-per-job", type=integer(0), default=1,
-                         help="0 stays on the CPU; here, a machine without GPUs uses its CPU (%(default)s)")  # fmt: skip
-    command.add_argument("--cpus-per-job", type=integer(1), help="threads (here: the cores shared out; SLURM: 4)")
-    group = command.add_argument_group("SLURM; account and the like come from the environment, as SBATCH_ACCOUNT")
-    group.add_argument("--partition", help="(the cluster's default)")
-    group.add_argument("--time", type=integer(1), default=720, metavar="MINUTES",
-                       help="a job that takes longer is requeued and goes on (%(default)s)")  # fmt: skip
-    group.add_argument("--mem", type=number(0, above=True), default=8.0, metavar="GB", help="a job (%(default)s)")
+            scales = "; ".join(f"{scale}: {text}" for scale, text in SCALES.items())
+            add("--scale", choices=tuple(SCALES), default="paper", help=f"{scales} (%(default)s)")
+            add("--seeds", type=integer(1), default=3, help="seeds 1 … N of each setting (%(default)s)")
+    add = commands.choices["run"].add_argument
+    add("--dry-run", action="store_true", help="print the commands and do nothing")
+    add("--cluster", choices=("local", "slurm"), default="local", help="(%(default)s)")
+    add("--jobs", type=integer(1), help="models at a time (here: one a GPU, or one a core up to 8; SLURM: 32)")
+    gpus = "0 stays on the CPU; here, a machine without GPUs uses its CPU (%(default)s)"
+    add("--gpus-per-job", type=integer(0), default=1, help=gpus)
+    add("--cpus-per-job", type=integer(1), help="threads (here: the cores shared out; SLURM: 4)")
+    slurm = "SLURM; account and the like come from the environment, as SBATCH_ACCOUNT"
+    add = commands.choices["run"].add_argument_group(slurm).add_argument
+    add("--partition", help="(the cluster's default)")
+    limit = "a job that takes longer is requeued and goes on (%(default)s)"
+    add("--time", type=integer(1), default=720, metavar="MINUTES", help=limit)
+    add("--mem", type=number(0, above=True), default=8.0, metavar="GB", help="a job (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -99,17 +99,17 @@ def causal3dident_cells(figure, scale):
 
 FIGURES = tuple(
     Figure(
-        f"fig{number}",
+        name,
         f"{probe} scores on Causal3DIdent, {modality}",
         "causal3dident",
         causal3dident_cells,
         "causal3dident.csv",
-        options={"probe": probe, "modality": modality},
+        {"probe": probe, "modality": modality},
     )
-    for number, probe, modality in (
-        (6, "nonlinear", "image"),
-        (16, "nonlinear", "text"),
-        (17, "linear", "image"),
-        (18, "linear", "text"),
+    for name, probe, modality in (
+        ("fig6", "nonlinear", "image"),
+        ("fig16", "nonlinear", "text"),
+        ("fig17", "linear", "image"),
+        ("fig18", "linear", "text"),
     )
 )

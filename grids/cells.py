@@ -46,8 +46,8 @@ class Figure:
     experiment: str
     make_cells: Callable
     paper: str = ""
-    curves: bool = False
     options: dict = dataclasses.field(default_factory=dict)
+    curves: bool = False
 
     @property
     def number(self):

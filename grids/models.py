@@ -45,11 +45,6 @@ class ResultFile:
     record: str = ""
     recorded: dict = dataclasses.field(default_factory=dict)
 
-    @property
-    def columns(self):
-        """Names of all columns."""
-        return (*self.keys, *self.scores)
-
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
@@ -188,7 +183,7 @@ class Model:
                         f"{path} was made with {name} {record.get(name)}, and the {setting.scale} scale has {value}; "
                         "remove it and `run` makes it again"
                     )
-        table = read_csv(path, file.columns, gaps=True)
+        table = read_csv(path, (*file.keys, *file.scores), gaps=True)
         scores = {name: pd.to_numeric(table[name], errors="coerce") for name in file.scores}
         rows = table.assign(**scores).to_dict("records")
         for keys in file.rows or setting.experiment.result_rows(trained_args(setting)):
@@ -202,10 +197,6 @@ class Model:
                 row = " ".join(keys.values()) or "the model"
                 raise InputError(f"{path} is damaged: {wrong[0]} of {row}; remove it and make it again")
         return rows
-
-    def scripts(self, files):
-        """Names of the scripts that make `files`, the training's first."""
-        return list(dict.fromkeys([self.setting.script, *(file.script for file in files if file.script)]))
 
     def commands(self, files):
         """Commands that make `files`: lists of words, the training first, each script once."""

@@ -54,13 +54,14 @@ def mpi3d_cells(figure, scale):
 
 
 FIGURES = (
-    Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", mpi3d_cells, "mpi3d.csv", options={"metric": "mcc_mlp"}),
-    Figure("fig12", "linear MCC on MPI3D-Complex", "mpi3d", mpi3d_cells, "mpi3d.csv", options={"metric": "mcc_logreg"}),
+    Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", mpi3d_cells, "mpi3d.csv", {"metric": "mcc_mlp"}),
+    Figure("fig12", "linear MCC on MPI3D-Complex", "mpi3d", mpi3d_cells, "mpi3d.csv", {"metric": "mcc_logreg"}),
     Figure(
         "fig13",
         "encoding sizes on MPI3D-Complex",
         "mpi3d",
         mpi3d_cells,
-        options={"metric": "mcc_mlp", "sizes": (1, 2, 3, 4)},
+        "",
+        {"metric": "mcc_mlp", "sizes": (1, 2, 3, 4)},
     ),
 )

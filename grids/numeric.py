@@ -67,27 +67,22 @@ def numeric_setting(scale, semantics, selected, perturbed=0, encoding_size=0):
 def numeric_cells(figure, scale):
     """Cells of a figure, a column for each subset under its bias, or of a table, whose one subset has a column a factor.
 
-    options: "bias" of a figure, or "sizes" of a table: number of semantics → (selected, perturbed, encoding size, 0: the
-    right one); "metrics": columns of results.csv, none: the downstream tasks.
+    options: "bias", "selection" or "perturbation", or of a table number of semantics → (selected, perturbed, encoding size, 0:
+    the right one); "metrics": columns of results.csv, or "tasks".
     """
-    n, bias, metrics = SEMANTICS[scale], figure.options.get("bias"), figure.options.get("metrics")
-    biases = {
-        "selection": [(size, 0, 0) for size in range(1, n + 1)],
-        "perturbation": [(n, size, 0) for size in range(n)],
-    }
-    sizes = biases[bias] if bias else [figure.options["sizes"][n]]
-    for semantics, (selected, perturbed, size), metric in itertools.product(
-        ("independent", "dependent"), sizes, metrics or [None]
-    ):
+    n, bias = SEMANTICS[scale], figure.options["bias"]
+    is_table = isinstance(bias, dict)
+    selections, perturbations = [(size, 0, 0) for size in range(1, n + 1)], [(n, size, 0) for size in range(n)]
+    sizes = [bias[n]] if is_table else selections if bias == "selection" else perturbations
+    combinations = itertools.product(("independent", "dependent"), sizes, figure.options["metrics"])
+    for semantics, (selected, perturbed, size), metric in combinations:
         setting, side = numeric_setting(scale, semantics, selected, perturbed, size), f"{semantics} semantics"
         subset = subset_name(selected if bias == "selection" else perturbed)
-        if not metric:
-            keys = {"figure": figure.number, "bias": bias, "subset": subset, "semantics": semantics}
-            yield from task_cells(setting, keys, subset, side)
+        keys = {"figure": figure.number, "bias": bias, "subset": subset}
+        if metric == "tasks":
+            yield from task_cells(setting, {**keys, "semantics": semantics}, subset, side)
             continue
-        if bias:
-            keys = {"figure": figure.number, "bias": bias, "subset": subset}
-        else:
+        if is_table:
             keys = {"table": figure.number, "selected": subset_name(selected), "perturbed": subset}
             keys["encoding_size"] = size or selected - perturbed
         for encoding, factor in itertools.product(ENCODINGS, ["m_x", "m_t", *range(n)]):
@@ -98,7 +93,11 @@ def numeric_cells(figure, scale):
             learned = (is_semantic and perturbed <= factor < selected) if foretold else None
             own = {**keys, "metric": metric, "semantics": semantics, "encoding": encoding, "factor": shown}
             where = {"encoding": encoding, "predicted_factors": stored}
-            place = ((ENCODINGS[encoding], side), shown, subset) if bias else ((METRICS[metric], side), encoding, shown)
+            in_figure, in_table = (
+                ((ENCODINGS[encoding], side), shown, subset),
+                ((METRICS[metric], side), encoding, shown),
+            )
+            place = in_table if is_table else in_figure
             yield Cell(own, *place, setting, RESULTS, where, metric, learned)
 
 
@@ -112,30 +111,24 @@ def task_cells(setting, keys, subset, side):
         yield Cell(own, panel, task, subset, setting, CLASSIFY, {}, score, clipped=False)
 
 
-def _figure(name, title, paper, curves=False, **options):
-    return Figure(name, title, "numeric", numeric_cells, f"numeric_{paper}.csv", curves, options)
-
-
-FIGURES = (
-    *(
-        _figure(f"fig{number}", f"{METRICS[metric]} under {bias} bias", "identification", bias=bias, metrics=(metric,))
-        for number, metric, bias in (
-            (3, "r2_nonlinear", "selection"),
-            (7, "r2_nonlinear", "perturbation"),
-            (8, "r2_linear", "selection"),
-            (9, "r2_linear", "perturbation"),
-        )
-    ),
-    _figure("fig4", "downstream tasks under selection bias", "downstream", curves=True, bias="selection"),
-    _figure("fig10", "downstream tasks under perturbation bias", "downstream", curves=True, bias="perturbation"),
-    _figure(
-        "table4", "encoding larger than the truth", "ablations", sizes={10: (3, 0, 5), 4: (2, 0, 3)}, metrics=METRICS
-    ),
-    _figure(
-        "table5",
-        "selection and perturbation bias at once",
-        "ablations",
-        sizes={10: (8, 2, 0), 4: (3, 1, 0)},
-        metrics=METRICS,
-    ),
+FIGURES = tuple(
+    Figure(
+        name,
+        title,
+        "numeric",
+        numeric_cells,
+        f"numeric_{paper}.csv",
+        {"bias": bias, "metrics": metrics},
+        curves=metrics == ["tasks"],
+    )
+    for name, title, paper, bias, metrics in (
+        ("fig3", "nonlinear R² under selection bias", "identification", "selection", ["r2_nonlinear"]),
+        ("fig4", "downstream tasks under selection bias", "downstream", "selection", ["tasks"]),
+        ("fig7", "nonlinear R² under perturbation bias", "identification", "perturbation", ["r2_nonlinear"]),
+        ("fig8", "linear R² under selection bias", "identification", "selection", ["r2_linear"]),
+        ("fig9", "linear R² under perturbation bias", "identification", "perturbation", ["r2_linear"]),
+        ("fig10", "downstream tasks under perturbation bias", "downstream", "perturbation", ["tasks"]),
+        ("table4", "encoding larger than the truth", "ablations", {10: (3, 0, 5), 4: (2, 0, 3)}, METRICS),
+        ("table5", "selection and perturbation bias at once", "ablations", {10: (8, 2, 0), 4: (3, 1, 0)}, METRICS),
+    )
 )

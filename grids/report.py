@@ -1,9 +1,9 @@
 """The report of reproduce.py: from the models on disk to tables, pictures and one page, beside the paper's numbers."""
 
 import base64
+import functools
 import html
 import math
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +15,7 @@ from running.command_line import InputError
 from running.files import write_bytes, write_csv
 from running.pictures import plot_beside_paper, plot_score_curves, plot_score_grid
 
-HIDDEN = ["panel_row", "panel_column", "row", "column", "learned", "setting", "source", "runs"]
+HIDDEN = ["panel", "row", "column", "learned", "source", "runs"]  # columns that no CSV shows
 CLOSE, NEAR = 0.05, 0.1  # differences from the paper's numbers
 # Table 5 prints 0.98 and 0.99 where the theory, its linear rows and its dependent rows have 0
 MISPRINTED = {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", "factor": "s_9"}
@@ -26,13 +26,11 @@ def models_of(setting, models, damaged):
 
     Those without weights are left out and named in `damaged`, path → message.
     """
-    seeds = sorted(
-        int(match.group(1))
-        for path in (Path(models) / setting.folder).glob(f"{setting.name}_seed*")
-        if (match := re.fullmatch(r".*_seed(\d+)", path.name))
-    )
-    found = []
-    for model in (Model(setting, seed, Path(models)) for seed in seeds):
+    prefix, found = f"{setting.name}_seed", []
+    names = [path.name.removeprefix(prefix) for path in (Path(models) / setting.folder).glob(f"{prefix}*")]
+    for model in [
+        Model(setting, seed, Path(models)) for seed in sorted(int(name) for name in names if name.isdecimal())
+    ]:
         model.stored()
         try:
             if model.finished():
@@ -42,50 +40,48 @@ def models_of(setting, models, damaged):
     return found
 
 
+def read_results(models, damaged, setting, file):
+    """Dict model name → rows of a ResultFile, of the Models of a setting; what is not whole is left out as in `models_of`."""
+    results = {}
+    for model in models_of(setting, models, damaged):
+        path = model.directory / file.name
+        try:
+            if path.exists():
+                results[model.name] = model.read(file)
+        except InputError as error:
+            damaged[path] = str(error)
+    return results
+
+
 def cell_value(cell, rows):
     """The cell's number in the rows (dicts) of its file."""
     value = next(row[cell.score] for row in rows if cell.where.items() <= row.items())
     return min(max(value, 0.0), 1.0) if cell.clipped else value
 
 
-def measured(figure, scale, models, damaged):
+def measured(figure, scale, results):
     """DataFrame of a figure's cells: keys, mean, std (over seeds, n − 1), seeds; at COMPARED scales paper, difference, note.
 
-    Models and files that are not whole are left out and named in `damaged`, path → message.
+    results(setting, file): dict model name → rows of that file.
     """
-    cells, groups = figure.cells(scale), {}
-    runs = [{} for _ in cells]
-    for cell, values in zip(cells, runs, strict=True):
-        groups.setdefault((cell.setting, cell.file), []).append((cell, values))
-    for (setting, file), members in groups.items():
-        for model in models_of(setting, models, damaged):
-            path = model.directory / file.name
-            if path in damaged or not path.exists():
-                continue
-            try:
-                rows = model.read(file)
-            except InputError as error:
-                damaged[path] = str(error)
-                continue
-            for cell, values in members:
-                values[model.name] = cell_value(cell, rows)
-    records = []
-    for cell, values in zip(cells, runs, strict=True):
-        series, place = pd.Series(values, dtype=float), {"panel_row": cell.panel[0], "panel_column": cell.panel[1]}
-        place |= {"row": cell.row, "column": cell.column, "learned": cell.learned}
-        records.append({**cell.keys, "mean": series.mean(), "std": series.std(), "seeds": len(series), **place,
-                        "setting": cell.setting.name, "source": cell.source, "runs": values})  # fmt: skip
+    records, cells = [], figure.cells(scale)
+    for cell in cells:
+        runs = {name: cell_value(cell, rows) for name, rows in results(cell.setting, cell.file).items()}
+        values, hidden = pd.Series(runs, dtype=float), {name: getattr(cell, name, runs) for name in HIDDEN}
+        records.append({**cell.keys, "mean": values.mean(), "std": values.std(), "seeds": len(values), **hidden})
     table = pd.DataFrame(records)
     if scale not in COMPARED:
         return table
+    table["paper"] = math.nan
     if figure.paper:
         paper = pd.read_csv(ROOT / "paper" / figure.paper, keep_default_na=False).rename(columns={"value": "paper"})
-        table = table.merge(paper, on=list(cells[0].keys), how="left", validate="one_to_one")
-    else:
-        table["paper"] = math.nan
+        table = table.drop(columns="paper").merge(paper, on=list(cells[0].keys), how="left", validate="one_to_one")
     misprinted = pd.Series([MISPRINTED.items() <= cell.keys.items() for cell in cells])
     table["difference"] = (table["mean"] - table.paper).mask(misprinted)
     table["note"] = misprinted.map({True: "paper: misprint", False: ""})
+    distance = table.difference.abs().round(9)
+    table["nearness"] = pd.cut(distance, (-1, CLOSE, NEAR, math.inf), labels=("close", "near", "far")).astype(object)
+    table.loc[misprinted, "nearness"] = "misprint"
     return table
 
 
@@ -100,10 +96,10 @@ def summarise(tables, scale):
             if "semantics" in table:
                 parts["independent_"] = table[table.semantics == "independent"]
             for name, part in parts.items():
-                difference = part.difference.dropna().abs().round(9)
-                row[f"{name}compared"] = len(difference)
-                row |= {f"{name}within_{bound}": int((difference <= bound).sum()) for bound in (CLOSE, NEAR)}
-            row["misprints"] = int((table.note != "").sum())
+                row[f"{name}compared"] = int(part.nearness.isin(["close", "near", "far"]).sum())
+                row[f"{name}within_{CLOSE}"] = int((part.nearness == "close").sum())
+                row[f"{name}within_{NEAR}"] = int(part.nearness.isin(["close", "near"]).sum())
+            row["misprints"] = int((table.nearness == "misprint").sum())
         if len(cells := foretold([table])):
             row |= {"foretold": len(cells), "as_foretold": int(cells.holds.sum())}
         rows.append(row)
@@ -147,12 +143,12 @@ def durations(figures, scale, models):
 
 
 def panels_of(table, value):
-    """Dict (panel row, panel column) → DataFrame (rows × columns of the panel) of one column of a figure's table.
+    """Dict panel → DataFrame (rows × columns of the panel) of one column of a figure's table.
 
     Where a panel has no cell, since captions do not state a factor, numbers are NaN and texts empty.
     """
     panels = {}
-    for panel, part in table.groupby(["panel_row", "panel_column"], sort=False):
+    for panel, part in table.groupby("panel", sort=False):
         pivoted = part.pivot(index="row", columns="column", values=value).loc[part.row.unique(), part.column.unique()]
         panels[panel] = pivoted if table[value].dtype.kind in "biuf" else pivoted.fillna("")
     return panels
@@ -206,14 +202,6 @@ def cell_text(row, decimals):
     return text
 
 
-def cell_colour(row):
-    """Class in STYLE of one cell: how near the paper it is."""
-    difference = abs(round(row.get("difference", math.nan), 9))
-    if row.get("note"):
-        return "misprint"
-    return "" if math.isnan(difference) else "close" if difference <= CLOSE else "near" if difference <= NEAR else "far"
-
-
 def table_html(table, kind="", **formats):
     """HTML of a DataFrame without its index, its texts escaped; kind: its class in STYLE."""
     styler = table.style.hide().format(escape="html", **formats).format_index(escape="html", axis=1)
@@ -221,15 +209,14 @@ def table_html(table, kind="", **formats):
 
 
 def figure_tables(table):
-    """HTML of a figure's numbers, a table for each panel."""
-    decimals = printed_decimals(table) if "paper" in table else 0
-    text = table.apply(cell_text, axis=1, decimals=decimals)
-    table = table.assign(text=text, colour=table.apply(cell_colour, axis=1))
-    colours, parts = panels_of(table, "colour"), []
-    for panel, texts in panels_of(table, "text").items():
-        styler = texts.rename_axis(index=None, columns=None).style.set_td_classes(colours[panel])
-        styler = styler.format_index(escape="html").format_index(escape="html", axis=1)
-        parts.append(styler.set_caption(html.escape(f"{panel[1]}, {panel[0]}")).to_html())
+    """HTML of a figure's numbers, a table for each panel; the colours tell how near the paper they are."""
+    compared, parts = "paper" in table, []
+    text = table.apply(cell_text, axis=1, decimals=printed_decimals(table) if compared else 0)
+    classes = panels_of(table, "nearness") if compared else {}
+    for panel, texts in panels_of(table.assign(text=text), "text").items():
+        styler = texts.rename_axis(index=None, columns=None).style.format_index(escape="html")
+        styler = styler.format_index(escape="html", axis=1).set_caption(html.escape(f"{panel[1]}, {panel[0]}"))
+        parts.append((styler.set_td_classes(classes[panel]) if compared else styler).to_html())
     return "\n".join(parts)
 
 
@@ -244,17 +231,15 @@ def pattern(tables, scale):
         if cells.empty:
             continue
         broken = cells[~cells.holds]
-        rest = " The rest, with their runs:" if len(broken) else ""
         held = f"{cells.holds.sum()} of {len(cells)} cells ({cells.holds.mean():.1%}) are so"
+        rest = "" if broken.empty else " The rest, with their runs:"
         parts.append(f"<p>{html.escape(experiment)}: {held}.{rest}</p>")
         if len(broken):
-            columns = {
-                "setting, encoding, factor": broken.source,
-                "expected": broken.learned.map({True: f"≥ {LEARNED}", False: f"≤ {ABSENT}"}),
-                "mean": broken["mean"],
-                "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs],
-            }
-            parts.append(table_html(pd.DataFrame(columns), "text", precision=3))
+            shown = broken[["source", "learned", "mean", "runs"]]
+            shown.columns = ["setting, encoding, factor", "expected", "mean", "runs"]
+            shown["expected"] = shown.expected.map({True: f"≥ {LEARNED}", False: f"≤ {ABSENT}"})
+            shown["runs"] = [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in shown.runs]
+            parts.append(table_html(shown, "text", precision=3))
     return "\n".join(parts) if parts[1:] else ""
 
 
@@ -298,8 +283,9 @@ def write_report(args):
     """
     figures = chosen_figures(args.names or ["all"])
     output, sections, lines, damaged = Path(args.output), [], [], {}
+    results = functools.cache(functools.partial(read_results, args.models, damaged))
     for scale in [args.scale] if args.scale else SCALES:
-        tables = {figure: measured(figure, scale, args.models, damaged) for figure in figures}
+        tables = {figure: measured(figure, scale, results) for figure in figures}
         if not any(table.seeds.any() for table in tables.values()):
             continue
         folder = output / scale
@@ -311,7 +297,9 @@ def write_report(args):
         pictures = {}
         for figure, table in tables.items():
             if table.seeds.any():
-                write_csv(table.drop(columns=HIDDEN).round(4), folder / f"{figure.name}.csv")
+                write_csv(
+                    table.drop(columns=[*HIDDEN, "nearness"], errors="ignore").round(4), folder / f"{figure.name}.csv"
+                )
                 pictures[figure] = draw(figure, table, scale, folder)
         sections.append(scale_section(scale, tables, summary, pictures))
     if not lines and not damaged:

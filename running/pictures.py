@@ -14,6 +14,9 @@ from matplotlib.backend_bases import FigureCanvasBase
 from running.command_line import InputError
 from running.files import replaced
 
+# Texts in cells stay out of the layout: they lie within the axes, and measuring them takes most of the time.
+IN_CELL = {"ha": "center", "va": "center", "in_layout": False}
+
 
 def check_picture(path):
     """Raise InputError unless a picture can be written to `path`: before anything is computed for it."""
@@ -53,7 +56,7 @@ def draw_cells(axes, table, fontsize, text, is_dark):
     for (row, column), value in np.ndenumerate(table.to_numpy(float)):
         if np.isfinite(value):
             colour = "white" if is_dark(value) else "black"
-            axes.text(column, row, text(value), ha="center", va="center", fontsize=fontsize, color=colour)
+            axes.text(column, row, text(value), fontsize=fontsize, color=colour, **IN_CELL)
     slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, table.columns)) > 5 else {}
     axes.set_xticks(range(len(table.columns)), table.columns, **slanted)
     axes.set_yticks(range(len(table.index)), table.index)
@@ -85,13 +88,7 @@ def difference_heatmap(axes, differences):
 def note_cell(axes, row, column, text):
     """Cover a cell of a heatmap with a small text on grey."""
     axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color="lightgray", zorder=4))
-    axes.text(column, row, text, ha="center", va="center", fontsize=6, linespacing=1.3, zorder=5)
-
-
-def outside_layout(axes):
-    """Take the values in the cells out of the layout: they lie within `axes`, and measuring them takes most of the time."""
-    for text in axes.texts:
-        text.set_in_layout(False)
+    axes.text(column, row, text, fontsize=6, linespacing=1.3, zorder=5, **IN_CELL)
 
 
 def plot_factor_scores(tables, path, title, highlighted=()):
@@ -124,7 +121,6 @@ def plot_score_grid(panels, path, title):
     figure, axes = panel_subplots(panels, 1.0 + 0.48 * columns, 0.8 + 0.3 * rows, margin=0.6)
     for panel, scores in panels.items():
         score_heatmap(axes[panel], scores)
-        outside_layout(axes[panel])
     save_figure(figure, path, title)
 
 
@@ -144,7 +140,6 @@ def plot_beside_paper(ours, paper, differences, notes, decimals, path, title):
                 note_cell(axes[1], row, column, f"{paper[panel].iat[row, column]:.{decimals}f}\n{note}")
                 note_cell(axes[2], row, column, note)
         for ax, what in zip(axes, ("ours", "paper", "ours − paper"), strict=True):
-            outside_layout(ax)
             ax.set_title(f"{what}: {panel[1]}, {panel[0]}", fontsize=9, loc="left")
     save_figure(figure, path, title, dpi=100)
 

@@ -570,7 +570,7 @@ def write_model(models, setting, seed, results, file=RESULTS, **changed):
         (model.directory / weights).touch()
     stored["downstream"] = PREDICT.recorded[setting.scale]
     (model.directory / "args.json").write_text(json.dumps(stored | changed))
-    pd.DataFrame(results, columns=list(file.columns)).to_csv(model.directory / file.name, index=False)
+    pd.DataFrame(results, columns=[*file.keys, *file.scores]).to_csv(model.directory / file.name, index=False)
     return model.directory
 
 
