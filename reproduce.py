@@ -51,8 +51,7 @@ def shown(commands):
 def prepare_data(work, dry_run):
     """Make the data sets of `work` (Model → commands) that are not there, or print with `dry_run` how.
 
-    Takes the models out of `work` whose data set cannot be had; returns dict reason → list of them. Raises InputError with
-    the first reason if no model is left.
+    Takes the models out of `work` whose data set cannot be had; returns dict reason → list of them.
     """
     left_out = {}
     for data_set in dict.fromkeys(model.setting.data for model in work if model.setting.data):
@@ -69,13 +68,14 @@ def prepare_data(work, dry_run):
             print(f"{len(without)} models are left out: {error}", flush=True)
             for model in without:
                 del work[model]
-    if left_out and not work:
-        raise InputError(next(iter(left_out)))
     return left_out
 
 
 def run(args):
-    """`run`: train and evaluate what is missing; returns the exit code, 2 if a model failed, is damaged or was left out."""
+    """`run`: train and evaluate what is missing; returns the exit code, 2 if a model failed, is damaged or was left out.
+
+    Raises InputError if no model's data set can be had.
+    """
     if args.cluster == "slurm" and not args.dry_run and not (shutil.which("sbatch") and shutil.which("srun")):
         raise InputError(
             "--cluster slurm needs SLURM's sbatch and srun in the PATH; run this on a login node of the cluster, or use "
@@ -87,6 +87,8 @@ def run(args):
     counts = f"{len(lacking) - len(work)} are done, " + (f"{len(damaged)} damaged, " if damaged else "")
     print(f"{args.scale} scale: {len(needed)} models, {counts}{len(work)} to do", flush=True)
     left_out = prepare_data(work, args.dry_run)
+    if left_out and not work and not damaged:
+        raise InputError(next(iter(left_out)))
     if args.dry_run:
         for commands in work.values():
             print(shown(commands))

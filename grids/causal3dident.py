@@ -1,5 +1,6 @@
 """Causal3DIdent: Figures 6 and 16 to 18."""
 
+import functools
 import itertools
 
 from datasets import (
@@ -24,23 +25,26 @@ STANDIN = "data/causal3dident_standin"
 STANDIN_DATA = DataSet(
     f"{STANDIN}/contact_sheet.png",
     (
-        (f"{CAUSAL_TOOLS}/generate_latents.py", "--output-folder", STANDIN, "--n-points", "24000", "--seed", "0"),
-        (f"{CAUSAL_TOOLS}/generate_text.py", "--output-folder", STANDIN),
-        (BLENDER, f"{CAUSAL_TOOLS}/generate_images.py", "--output-folder", STANDIN, "--size", "64", "--samples", "32"),
-        (f"{CAUSAL_TOOLS}/contact_sheet.py", "--output-folder", STANDIN),
+        f"{CAUSAL_TOOLS}/generate_latents.py --output-folder {STANDIN} --n-points 24000 --seed 0",
+        f"{CAUSAL_TOOLS}/generate_text.py --output-folder {STANDIN}",
+        f"{BLENDER} {CAUSAL_TOOLS}/generate_images.py --output-folder {STANDIN} --size 64 --samples 32",
+        f"{CAUSAL_TOOLS}/contact_sheet.py --output-folder {STANDIN}",
     ),
 )
 FLAGS = {
-    "paper": (),
-    "fast": ("--recipe", "fast"),
-    "tiny": ("--recipe", "fast", "--datapath", STANDIN, "--log-steps", "250", "--checkpoint-steps", "500"),
+    "paper": "",
+    "fast": "--recipe fast",
+    "tiny": f"--recipe fast --datapath {STANDIN} --log-steps 250 --checkpoint-steps 500",
 }
-RESULTS = ResultFile(
-    "results.csv",
-    ("ix", "modality", "factor_name", "factor_type"),
-    ("r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp"),
-    applies={"continuous": "r2", "discrete": "mcc"},
-)
+SCORES = {
+    ("linear", "r2"): "r2_linreg",
+    ("nonlinear", "r2"): "r2_krreg",
+    ("linear", "mcc"): "mcc_logreg",
+    ("nonlinear", "mcc"): "mcc_mlp",
+}
+APPLIES = {"continuous": "r2", "discrete": "mcc"}
+KEYS = ("ix", "modality", "factor_name", "factor_type")
+RESULTS = ResultFile("results.csv", KEYS, tuple(SCORES.values()), APPLIES)
 PAPER_SPELLING = {"spotlight_color_index": "splotlight_color_index"}  # in the tables of the paper's numbers
 # Causes of each semantics; the hues have noise of their own besides.
 CAUSES = {
@@ -71,7 +75,6 @@ def causal3dident_cells(figure, scale):
     Columns have the number of their --bias-id, and perturbations before it the paper's, in the paper's order.
     """
     probe, modality = figure.options["probe"], figure.options["modality"]
-    linear, nonlinear = {"r2": "r2_linreg", "mcc": "mcc_logreg"}, {"r2": "r2_krreg", "mcc": "mcc_mlp"}
     factors, data = CAUSAL_IMAGE if modality == "image" else CAUSAL_TEXT, STANDIN_DATA if scale == "tiny" else DATA
     for (factor, values), bias_type in itertools.product(factors.items(), CAUSAL_BIAS_TYPES):
         selection, metric = bias_type == "selections", "mcc" if values else "r2"
@@ -82,34 +85,28 @@ def causal3dident_cells(figure, scale):
             added = (*(bias.selected[-1:] if selection else bias.perturbed[:1]), "∅")[0]
             number = f"{bias_id}" if selection else f"{len(CAUSAL_BIAS_IDS) - bias_id} (id {bias_id})"
             column = f"{number}: {'+ ' if bias_id > (0 if selection else 1) else ''}{added}"
-            flags = (*FLAGS[scale], "--bias-type", bias_type, "--bias-id", str(bias_id))
-            name = f"{bias_type}_{bias_id}"
+            name, flags = f"{bias_type}_{bias_id}", f"{FLAGS[scale]} --bias-type {bias_type} --bias-id {bias_id}"
             setting = Setting(Causal3dIdentExperiment, scale, name, "main_causal3dident.py", flags, data)
-            keys = {"figure": figure.number, "probe": probe, "metric": metric, "bias_type": bias_type, "bias_id": bias_id,
-                    "modality": modality, "factor": PAPER_SPELLING.get(factor, factor)}  # fmt: skip
-            panel, where = (
-                (f"{modality} encoding", f"{bias_type[:-1]} bias"),
-                {"modality": modality, "factor_name": factor},
-            )
-            score, learned = (
-                (nonlinear[metric], foretold(bias, factor)) if probe == "nonlinear" else (linear[metric], None)
-            )
+            keys = {
+                "figure": figure.number,
+                "probe": probe,
+                "metric": metric,
+                "bias_type": bias_type,
+                "bias_id": bias_id,
+            }
+            keys |= {"modality": modality, "factor": PAPER_SPELLING.get(factor, factor)}
+            panel = (f"{modality} encoding", f"{bias_type[:-1]} bias")
+            where, score = {"modality": modality, "factor_name": factor}, SCORES[probe, metric]
+            learned = foretold(bias, factor) if probe == "nonlinear" else None
             yield Cell(keys, panel, factor, column, setting, RESULTS, where, score, learned, clipped=metric == "r2")
 
 
-FIGURES = tuple(
-    Figure(
-        name,
-        f"{probe} scores on Causal3DIdent, {modality}",
-        "causal3dident",
-        causal3dident_cells,
-        "causal3dident.csv",
-        {"probe": probe, "modality": modality},
-    )
-    for name, probe, modality in (
-        ("fig6", "nonlinear", "image"),
-        ("fig16", "nonlinear", "text"),
-        ("fig17", "linear", "image"),
-        ("fig18", "linear", "text"),
-    )
+_figure = functools.partial(
+    Figure, experiment="causal3dident", make_cells=causal3dident_cells, paper="causal3dident.csv"
+)
+FIGURES = (
+    _figure("fig6", "nonlinear scores on Causal3DIdent, image", options={"probe": "nonlinear", "modality": "image"}),
+    _figure("fig16", "nonlinear scores on Causal3DIdent, text", options={"probe": "nonlinear", "modality": "text"}),
+    _figure("fig17", "linear scores on Causal3DIdent, image", options={"probe": "linear", "modality": "image"}),
+    _figure("fig18", "linear scores on Causal3DIdent, text", options={"probe": "linear", "modality": "text"}),
 )

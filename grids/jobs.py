@@ -55,10 +55,10 @@ class ModelJob:
         """Run one command to its end; returns its exit code."""
         print("$", shlex.join(command), file=log, flush=True)
         self.told = False
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         # The lock is handed down, so that a child that outlives its job still holds it.
-        self.child = subprocess.Popen(command, env=os.environ | self.environment, stdin=subprocess.DEVNULL, stdout=log,
-                                      stderr=log, start_new_session=True, pass_fds=(lock.fileno(),),
-                                      preexec_fn=self.set_signals)  # fmt: skip
+        own = {"start_new_session": True, "pass_fds": (lock.fileno(),), "preexec_fn": self.set_signals}
+        self.child = subprocess.Popen(command, env=os.environ | self.environment, **streams, **own)
         while self.child.poll() is None:
             if self.stopped:
                 self.tell()
@@ -156,8 +156,7 @@ def run_here(work, options, ended):
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
-    mask = (signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT}))
-    with ThreadPoolExecutor(count, initializer=mask[0], initargs=mask[1]) as pool:
+    with ThreadPoolExecutor(count, "", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT})) as pool:
         try:
             futures = {pool.submit(submit_and_wait, *item): item[0] for item in work.items()}
             for future in as_completed(futures):
@@ -200,14 +199,16 @@ def run_on_slurm(work, options, ended):
     if new:
         first = next(iter(new))
         executor = submitit.SlurmExecutor(first.log().parent / "submitit", max_num_timeout=10**6)
-        parameters = {"job_name": first.setting.folder, "time": options.time, "cpus_per_task": cpus,
-                      "mem": f"{int(options.mem * 1024)}MB", "array_parallelism": options.jobs or 32,
-                      "additional_parameters": {"requeue": True}}  # fmt: skip
-        if options.gpus_per_job:
-            parameters["gpus_per_node"] = options.gpus_per_job
-        if options.partition:
-            parameters["partition"] = options.partition
-        executor.update_parameters(**parameters)
+        chosen = {"gpus_per_node": options.gpus_per_job, "partition": options.partition}
+        executor.update_parameters(
+            job_name=first.setting.folder,
+            time=options.time,
+            cpus_per_task=cpus,
+            mem=f"{int(options.mem * 1024)}MB",
+            array_parallelism=options.jobs or 32,
+            additional_parameters={"requeue": True},
+            **{name: value for name, value in chosen.items() if value},
+        )
         try:
             jobs = executor.submit_array(list(new.values()))
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
@@ -216,8 +217,8 @@ def run_on_slurm(work, options, ended):
         for model, job in zip(new, jobs, strict=True):
             model.log(".job").write_text(f"{job.job_id}\n")
             waiting[job.job_id] = model
-        print(f"submitted {len(jobs)} jobs as {jobs[0].job_id.split('_')[0]}; Ctrl-C leaves them in the queue, the same command "
-              "waits for them again", flush=True)  # fmt: skip
+        array = f"submitted {len(jobs)} jobs as {jobs[0].job_id.split('_')[0]}"
+        print(f"{array}; Ctrl-C leaves them in the queue, the same command waits for them again", flush=True)
     absences = dict.fromkeys(waiting, 0)
     while waiting:
         time.sleep(POLL_SECONDS)

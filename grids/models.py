@@ -23,6 +23,7 @@ SCALES = {
     "tiny": "a smaller problem with fewer semantics, not comparable with the paper's numbers",
 }
 COMPARED = ("paper", "fast")  # scales whose numbers stand beside the paper's
+AUTO_PRECISIONS = (("auto", "fp32"), ("auto", "bf16"))  # what a device may make of it
 BLENDER = ".venv-blender/bin/python"  # interpreter of the scripts that render
 
 
@@ -31,8 +32,8 @@ class ResultFile:
     """A CSV in a model directory, with the columns `keys`, which tell its rows apart, and `scores`, which are numbers.
 
     applies: where some scores do not apply to some rows, dict factor_type → prefix of those that do; rows: the keys of every
-    row, none: those that the experiment names. A file that the training does not write has a script and its flags at each
-    scale, the record in args.json of how it was made, and what this must hold at each scale.
+    row, none: those that the experiment names. A file that the training does not write has a script and dict scale → its
+    flags, if any, and the name of the record of how it was made in args.json, and dict scale → what this must hold.
     """
 
     name: str
@@ -50,7 +51,7 @@ class ResultFile:
 class DataSet:
     """What the models of an experiment are trained on: its last file, and the commands that make it or, without, its source.
 
-    A command is a script and its flags; another interpreter than this one stands before them.
+    A command is a script and its flags; another interpreter than this one stands before it.
     """
 
     file: str
@@ -63,15 +64,11 @@ class DataSet:
             return []
         if not self.commands:
             raise InputError(f"{self.file} is missing: {self.source}")
-        commands = []
-        for command in self.commands:
-            python, script, *flags = command if command[0] == BLENDER else (sys.executable, *command)
-            if not (ROOT / python).exists():
-                raise InputError(
-                    f"{self.file} is missing, and {python}, which renders it; `make blender` installs that"
-                )
-            commands.append([str(ROOT / python), str(ROOT / script), *flags])
-        return commands
+        commands = [command.split() for command in self.commands]
+        commands = [words if words[0] == BLENDER else [sys.executable, *words] for words in commands]
+        if lost := [python for python, *_ in commands if not (ROOT / python).exists()]:
+            raise InputError(f"{self.file} is missing, and {lost[0]}, which renders it; `make blender` installs that")
+        return [[str(ROOT / python), str(ROOT / script), *flags] for python, script, *flags in commands]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Setting:
     scale: str
     name: str
     script: str
-    flags: tuple
+    flags: str
     data: DataSet | None = None
 
     @property
@@ -94,11 +91,12 @@ class Setting:
 @functools.cache
 def trained_args(setting):
     """Namespace of all flags of a model of this setting; only the precision may be "auto": the device decides it."""
-    args, _ = setting.experiment.parse_flags(list(setting.flags))
+    args, _ = setting.experiment.parse_flags(setting.flags.split())
     setting.experiment.settle(args)
     return args
 
 
+@functools.cache
 def expected_args(setting):
     """Dict of what args.json of a model of this setting holds: every flag but the seed on which a result depends."""
     free = setting.experiment.parser().freely | {"seed"}
@@ -136,12 +134,10 @@ class Model:
         for name, value in (expected_args(self.setting) | {"seed": self.seed}).items():
             if name not in stored:
                 raise InputError(f"{file} has no {name!r}: it is damaged, or another script's; move the model away")
-            right = ("fp32", "bf16") if value == "auto" else (value,)
-            if stored[name] not in right:
-                flag, right = f"--{name.replace('_', '-')}", " or ".join(map(str, right))
+            if stored[name] != value and (value, stored[name]) not in AUTO_PRECISIONS:
                 raise InputError(
-                    f"{file} has {flag} {stored[name]}, but {self.name} at {self.setting.scale} scale has {right}; "
-                    "move the model away, or name another folder with --models"
+                    f"{file} has --{name.replace('_', '-')} {stored[name]}, but {self.name} at {self.setting.scale} scale "
+                    f"has {value}; move the model away, or name another folder with --models"
                 )
         return stored
 
@@ -154,13 +150,11 @@ class Model:
             return False
         args, weights = self.directory / "args.json", self.setting.experiment.weight_files
         published = ROOT / PUBLISHED / self.setting.folder / self.name / "args.json"
-        if any((self.directory / name).exists() for name in weights):
-            return True
-        if published.exists() and published.read_bytes() == args.read_bytes():
-            return True
-        raise InputError(
-            f"{self.directory} has none of its weights ({', '.join(weights)}); move it away to train it again"
-        )
+        is_published = published.exists() and published.read_bytes() == args.read_bytes()
+        if not is_published and not any((self.directory / name).exists() for name in weights):
+            names = ", ".join(weights)
+            raise InputError(f"{self.directory} has none of its weights ({names}); move it away to train it again")
+        return True
 
     def missing(self, files):
         """Those of `files` that this model does not have yet; InputError that names what is damaged."""
@@ -176,12 +170,13 @@ class Model:
         """Rows (dicts) of a ResultFile, scores as floats; InputError that names it if it is not whole or made otherwise."""
         path, setting = self.directory / file.name, self.setting
         if file.record:
-            record = self.stored().get(file.record, {})
+            record = self.stored().get(file.record)
             for name, value in file.recorded[setting.scale].items():
-                if record.get(name) != value:
+                made = record.get(name) if isinstance(record, dict) else None
+                if made != value:
                     raise InputError(
-                        f"{path} was made with {name} {record.get(name)}, and the {setting.scale} scale has {value}; "
-                        "remove it and `run` makes it again"
+                        f"{path} was made with {name} {made}, and the {setting.scale} scale has {value}; remove it and `run` "
+                        "makes it again"
                     )
         table = read_csv(path, (*file.keys, *file.scores), gaps=True)
         scores = {name: pd.to_numeric(table[name], errors="coerce") for name in file.scores}
@@ -203,10 +198,10 @@ class Model:
         setting, commands = self.setting, {}
         place = ["--model-dir", str(self.directory.parent), "--model-id", self.name]
         if not self.finished():
-            commands[setting.script] = [*setting.flags, *place, "--seed", str(self.seed), "--resume"]
+            commands[setting.script] = [*setting.flags.split(), *place, "--seed", str(self.seed), "--resume"]
         for file in files:
             if file.script:
-                flags = file.flags[setting.scale]
+                flags = file.flags.get(setting.scale, "").split()
                 commands[file.script] = ["--model-id", str(self.directory), *flags, "--overwrite"]
             elif setting.script not in commands:  # trained, but the file is gone
                 commands[setting.script] = [*place, "--seed", str(self.seed + 1), "--evaluate"]

@@ -1,5 +1,6 @@
 """MPI3D-Complex: Figures 5, 12 and 13."""
 
+import functools
 import itertools
 
 from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, MPI3D_SOURCE, mpi3d_setting
@@ -14,14 +15,14 @@ DATA = DataSet(
     source=f"put {MPI3D_FILE} of {MPI3D_SOURCE} into {FOLDER}, and write its captions with `python {CAPTIONS}`",
 )
 # 20 × 20 positions: from fewer pairs than 5,760 the probes do not learn the places of 288 combinations of five factors
-STANDIN_IMAGES = (
-    f"rendering_data/MPI3D/render_standin_images.py --output-dir {STANDIN} --overwrite --grid 4 4 2 3 3 20 20"
-)
 STANDIN_DATA = DataSet(
     f"{STANDIN}/vocab_perturbation_4.json",
-    (tuple(STANDIN_IMAGES.split()), (CAPTIONS, "--output-dir", STANDIN, "--overwrite")),
+    (
+        f"rendering_data/MPI3D/render_standin_images.py --output-dir {STANDIN} --overwrite --grid 4 4 2 3 3 20 20",
+        f"{CAPTIONS} --output-dir {STANDIN} --overwrite",
+    ),
 )
-FLAGS = {"paper": (), "fast": ("--recipe", "fast"), "tiny": ("--recipe", "fast", "--datapath", STANDIN)}
+FLAGS = {"paper": "", "fast": "--recipe fast", "tiny": f"--recipe fast --datapath {STANDIN}"}
 RESULTS = ResultFile("results.csv", ("ix", "modality", "semantic_name"), ("mcc_logreg", "mcc_mlp"))
 OWN_SIZE = 3  # dimensions of the encodings of every run with so few unbiased semantics
 
@@ -41,9 +42,9 @@ def mpi3d_cells(figure, scale):
             added = (*(bias.selected[-1:] if bias_type == "selection" else bias.perturbed[:1]), "∅")[0]
             keys, side = {"bias_type": bias_type, "bias_id": bias_id}, f"{bias_type} bias"
             column = f"{bias_id}: {'+ ' if bias_id else ''}{added}"
-        name, flags = f"{bias_type}_{bias_id}", (*FLAGS[scale], "--bias-type", bias_type, "--bias-id", str(bias_id))
+        name, flags = f"{bias_type}_{bias_id}", f"{FLAGS[scale]} --bias-type {bias_type} --bias-id {bias_id}"
         if size != OWN_SIZE:
-            name, flags = f"{name}_size_{size}", (*flags, "--encoding-size", str(size))
+            name, flags = f"{name}_size_{size}", f"{flags} --encoding-size {size}"
         data = STANDIN_DATA if scale == "tiny" else DATA
         setting = Setting(Mpi3dExperiment, scale, name, "main_mpi3dreal.py", flags, data)
         for modality, factor in itertools.product(("image", "text"), MPI3D_GRID):
@@ -53,15 +54,9 @@ def mpi3d_cells(figure, scale):
             yield Cell(own, panel, factor, column, setting, RESULTS, where, metric, learned, clipped=False)
 
 
+_figure = functools.partial(Figure, experiment="mpi3d", make_cells=mpi3d_cells)
 FIGURES = (
-    Figure("fig5", "nonlinear MCC on MPI3D-Complex", "mpi3d", mpi3d_cells, "mpi3d.csv", {"metric": "mcc_mlp"}),
-    Figure("fig12", "linear MCC on MPI3D-Complex", "mpi3d", mpi3d_cells, "mpi3d.csv", {"metric": "mcc_logreg"}),
-    Figure(
-        "fig13",
-        "encoding sizes on MPI3D-Complex",
-        "mpi3d",
-        mpi3d_cells,
-        "",
-        {"metric": "mcc_mlp", "sizes": (1, 2, 3, 4)},
-    ),
+    _figure("fig5", "nonlinear MCC on MPI3D-Complex", paper="mpi3d.csv", options={"metric": "mcc_mlp"}),
+    _figure("fig12", "linear MCC on MPI3D-Complex", paper="mpi3d.csv", options={"metric": "mcc_logreg"}),
+    _figure("fig13", "encoding sizes on MPI3D-Complex", options={"metric": "mcc_mlp", "sizes": (1, 2, 3, 4)}),
 )

@@ -8,32 +8,24 @@ from grids.models import SCALES, ResultFile, Setting
 from main_numeric import NumericExperiment
 
 SEMANTICS = {"paper": 10, "fast": 10, "tiny": 4}
-TINY = (
-    "--semantics-n 4 --modality-n 2 --batch-size 256 --final-batch-size 0 --train-steps 800 --log-steps 200 "
-    "--num-eval-batches 2"
-)
 FLAGS = {
-    "paper": ("--mlp-eval",),
-    "fast": ("--recipe", "fast", "--mlp-eval"),
-    "tiny": ("--recipe", "fast", "--mlp-eval", *TINY.split()),
+    "paper": "--mlp-eval",
+    "fast": "--recipe fast --mlp-eval",
+    "tiny": "--recipe fast --mlp-eval --semantics-n 4 --modality-n 2 --batch-size 256 --final-batch-size 0 "
+    "--train-steps 800 --log-steps 200 --num-eval-batches 2",
 }
 METRICS = {"r2_linear": "linear R²", "r2_nonlinear": "nonlinear R²"}
 ENCODINGS = {"hz_x": "image encoding", "hz_t": "text encoding"}
 RESULTS = ResultFile("results.csv", ("encoding", "predicted_factors"), tuple(METRICS))
-DOWNSTREAM = {
-    "script": "eval_numeric_predict.py",
-    # ten thousand full-batch steps are most of a tiny model's time: they get a fifth of the samples
-    "flags": {"paper": (), "fast": (), "tiny": ("--num-eval-batches", "1")},
-    "record": "downstream",
-    "recorded": {
-        scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32"}
-        for scale in SCALES
-    },
-}
 TASKS = ("y1", "y2", "y3", "y4")
-PREDICT = ResultFile(
-    "results_predict.csv", ("task",), ("metric_scores",), rows=tuple({"task": task} for task in TASKS), **DOWNSTREAM
-)
+# ten thousand full-batch steps are most of a tiny model's time: they get a fifth of the samples
+DOWNSTREAM = {"script": "eval_numeric_predict.py", "flags": {"tiny": "--num-eval-batches 1"}, "record": "downstream"}
+DOWNSTREAM["recorded"] = {
+    scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32"}
+    for scale in SCALES
+}
+TASK_ROWS = tuple({"task": task} for task in TASKS)
+PREDICT = ResultFile("results_predict.csv", ("task",), ("metric_scores",), rows=TASK_ROWS, **DOWNSTREAM)
 CLASSIFY = ResultFile("results_classify.csv", (), ("iid", "ood"), rows=({},), **DOWNSTREAM)
 
 
@@ -50,18 +42,18 @@ def subset_name(size):
 def numeric_setting(scale, semantics, selected, perturbed=0, encoding_size=0):
     """Setting in which the text speaks of the first `selected` semantics and may state the first `perturbed` wrongly."""
     n = SEMANTICS[scale]
-    name, flags = semantics[:3], [*FLAGS[scale], "--theta-value", str(prefix(selected, n))]
+    name, flags = semantics[:3], f"{FLAGS[scale]} --theta-value {prefix(selected, n)}"
     if selected < n or not perturbed:
         name += f"_select_{selected}"
     if perturbed:
         name += f"_perturb_{perturbed}"
-        flags += ["--beta-value", str(prefix(perturbed, n))]
+        flags += f" --beta-value {prefix(perturbed, n)}"
     if encoding_size:
         name += f"_size_{encoding_size}"
-        flags += ["--encoding-size", str(encoding_size)]
+        flags += f" --encoding-size {encoding_size}"
     if semantics == "dependent":
-        flags.append("--causal-dependence")
-    return Setting(NumericExperiment, scale, name, "main_numeric.py", tuple(flags))
+        flags += " --causal-dependence"
+    return Setting(NumericExperiment, scale, name, "main_numeric.py", flags)
 
 
 def numeric_cells(figure, scale):

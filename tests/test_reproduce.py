@@ -111,7 +111,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(**settings):
-        fakes = {name: fake_figure(name, tuple(flags.split())) for name, flags in settings.items()}
+        fakes = {name: fake_figure(name, flags) for name, flags in settings.items()}
         monkeypatch.setattr(figures, "FIGURES", fakes)
         monkeypatch.setattr(figures, "GROUPS", {"all": list(fakes)})
 
@@ -284,9 +284,9 @@ def test_what_renders_is_run_by_blender_s_python_and_missed_in_one_line(call, tm
 
 def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake, call, tmp_path, monkeypatch):
     (tmp_path / "make_data.py").write_text("import sys; open(sys.argv[1], 'x').close()")
-    made = DataSet("data.csv", (("make_data.py", "data.csv"),))
+    made = DataSet("data.csv", ("make_data.py data.csv",))
     for data, code in ((made, 0), (DataSet("other.csv", (), "get it from its authors"), 2)):
-        figure = fake_figure("slow", ("--steps", "1"))
+        figure = fake_figure("slow", "--steps 1")
         cell = figure.cells("tiny")[0]
         setting = dataclasses.replace(cell.setting, name=Path(data.file).stem, data=data)
         figure = dataclasses.replace(
@@ -311,18 +311,18 @@ def test_the_published_models_are_of_the_settings_as_they_are_now():
     assert not any(published.values()), published
 
 
-@pytest.mark.parametrize("broken", [("other.csv", (), "get it from its authors"), ("other.csv", (("break.py",),), "")])
+@pytest.mark.parametrize("broken", [("other.csv", (), "get it from its authors"), ("other.csv", ("break.py",), "")])
 def test_models_whose_data_set_cannot_be_had_are_left_out_and_the_others_trained(
     fake, call, tmp_path, monkeypatch, broken
 ):
     (tmp_path / "break.py").write_text("raise SystemExit(3)")
     cells = []
     for data in (DataSet(*broken), None):
-        cell = fake_figure("slow", ("--steps", "1")).cells("tiny")[0]
+        cell = fake_figure("slow", "--steps 1").cells("tiny")[0]
         setting = dataclasses.replace(cell.setting, name="other" if data else "free", data=data)
         cells.append(dataclasses.replace(cell, setting=setting))
     monkeypatch.setattr(
-        figures, "FIGURES", {"slow": dataclasses.replace(fake_figure("slow", ()), make_cells=lambda *_: cells)}
+        figures, "FIGURES", {"slow": dataclasses.replace(fake_figure("slow", ""), make_cells=lambda *_: cells)}
     )
     monkeypatch.setattr(figures, "GROUPS", {"all": ["slow"]})
     reason = "break.py ended with exit code 3" if broken[1] else "other.csv is missing: get it from its authors"
@@ -412,7 +412,7 @@ def started(words, path):
     """reproduce.py with the fake figures in a process of its own; waits until `path` is there."""
     code = "import sys; sys.path[:0] = ['.', sys.argv[1]]\n" + (
         "from tests.test_reproduce import fake_figure\nimport pathlib, reproduce\nfrom grids import figures, models\n"
-        "models.ROOT, figures.FIGURES = pathlib.Path.cwd(), {'slow': fake_figure('slow', ('--steps', '60'))}\n"
+        "models.ROOT, figures.FIGURES = pathlib.Path.cwd(), {'slow': fake_figure('slow', '--steps 60')}\n"
         "reproduce.run_script(lambda: reproduce.main(sys.argv[2:]))"
     )
     process = subprocess.Popen(
@@ -527,8 +527,8 @@ def test_slurm_is_asked_for_what_the_flags_say(fake, call, monkeypatch):
 
 
 def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch):
-    shorter = ("--batch-size", "32", "--train-steps", "20", "--num-eval-batches", "1")
-    monkeypatch.setitem(numeric.FLAGS, "tiny", (*numeric.FLAGS["tiny"], *shorter))
+    shorter = "--batch-size 32 --train-steps 20 --num-eval-batches 1"
+    monkeypatch.setitem(numeric.FLAGS, "tiny", f"{numeric.FLAGS['tiny']} {shorter}")
     code, out, err = call(f"run table5 --scale tiny --seeds 1 --jobs 2 --models {tmp_path}/models")
     assert code == 0, err
     model = Model(numeric_setting("tiny", "independent", 3, 1), 1, tmp_path / "models")

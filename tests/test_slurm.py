@@ -49,7 +49,7 @@ def reproduced(words, cwd):
     """reproduce.py in a process of its own, with the small models instead of the tiny ones."""
     code = (
         "import sys, reproduce\nfrom grids import jobs, numeric\n"
-        f"numeric.FLAGS['tiny'] = (*numeric.FLAGS['tiny'], *{SMALL.split()!r})\n"
+        f"numeric.FLAGS['tiny'] += ' {SMALL}'\n"
         "jobs.POLL_SECONDS = 1\n"
         "reproduce.run_script(lambda: reproduce.main(sys.argv[1:]))"
     )
