@@ -21,33 +21,22 @@ CLOSE, NEAR = 0.05, 0.1  # differences from the paper's numbers
 MISPRINTED = {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", "factor": "s_9"}
 
 
-def models_of(setting, models, damaged):
-    """Finished Models of a setting, in order of their seeds; InputError if one is of another setting or scale.
+def read_results(models, damaged, setting, file):
+    """Dict Model → rows of a ResultFile, for each finished Model of a setting, in order of their seeds.
 
-    Those without weights are left out and named in `damaged`, path → message.
+    What is not whole is left out, and named in `damaged`, path → message. InputError if a model is of another setting or scale.
     """
-    prefix, found = f"{setting.name}_seed", []
-    names = [path.name.removeprefix(prefix) for path in (Path(models) / setting.folder).glob(f"{prefix}*")]
-    for model in [
-        Model(setting, seed, Path(models)) for seed in sorted(int(name) for name in names if name.isdecimal())
-    ]:
+    prefix, results = f"{setting.name}_seed", {}
+    seeds = [path.name.removeprefix(prefix) for path in (Path(models) / setting.folder).glob(f"{prefix}*")]
+    for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
+        model = Model(setting, seed, Path(models))
         model.stored()
+        path = model.directory
         try:
             if model.finished():
-                found.append(model)
-        except InputError as error:
-            damaged[model.directory] = str(error)
-    return found
-
-
-def read_results(models, damaged, setting, file):
-    """Dict model name → rows of a ResultFile, of the Models of a setting; what is not whole is left out as in `models_of`."""
-    results = {}
-    for model in models_of(setting, models, damaged):
-        path = model.directory / file.name
-        try:
-            if path.exists():
-                results[model.name] = model.read(file)
+                path /= file.name
+                if path.exists():
+                    results[model] = model.read(file)
         except InputError as error:
             damaged[path] = str(error)
     return results
@@ -62,11 +51,11 @@ def cell_value(cell, rows):
 def measured(figure, scale, results):
     """DataFrame of a figure's cells: keys, mean, std (over seeds, n − 1), seeds; at COMPARED scales paper, difference, note.
 
-    results(setting, file): dict model name → rows of that file.
+    results(setting, file): dict Model → rows of that file.
     """
     records, cells = [], figure.cells(scale)
     for cell in cells:
-        runs = {name: cell_value(cell, rows) for name, rows in results(cell.setting, cell.file).items()}
+        runs = {model.name: cell_value(cell, rows) for model, rows in results(cell.setting, cell.file).items()}
         values, hidden = pd.Series(runs, dtype=float), {name: getattr(cell, name, runs) for name in HIDDEN}
         records.append({**cell.keys, "mean": values.mean(), "std": values.std(), "seeds": len(values), **hidden})
     table = pd.DataFrame(records)
@@ -133,12 +122,12 @@ def foretold(tables):
     return cells.assign(holds=(cells["mean"] >= LEARNED).where(cells.learned.astype(bool), cells["mean"] <= ABSENT))
 
 
-def durations(figures, scale, models):
-    """DataFrame of the finished models: seconds of training and of evaluation, and the device."""
-    columns, rows = ["train_seconds", "eval_seconds", "device"], []
-    for setting in dict.fromkeys(cell.setting for figure in figures for cell in figure.cells(scale)):
-        for model in models_of(setting, models, {}):
-            rows.append([model.name, scale, *map(model.stored().get, columns)])
+def durations(figures, scale, results):
+    """DataFrame of the models behind the figures: seconds of training and of evaluation, and the device."""
+    cells = [cell for figure in figures for cell in figure.cells(scale)]
+    found = dict.fromkeys(model for cell in cells for model in results(cell.setting, cell.file))
+    columns = ["train_seconds", "eval_seconds", "device"]
+    rows = [[model.name, scale, *map(model.stored().get, columns)] for model in found]
     return pd.DataFrame(rows, columns=["model", "scale", *columns])
 
 
@@ -293,20 +282,17 @@ def write_report(args):
         summary = summarise(tables, scale)
         lines.append(f"{scale} scale: {counts_in_words(summary, scale)}.")
         write_csv(summary, folder / "summary.csv")
-        write_csv(durations(figures, scale, args.models), folder / "models.csv")
+        write_csv(durations(figures, scale, results), folder / "models.csv")
         pictures = {}
         for figure, table in tables.items():
             if table.seeds.any():
-                write_csv(
-                    table.drop(columns=[*HIDDEN, "nearness"], errors="ignore").round(4), folder / f"{figure.name}.csv"
-                )
+                shown = table.drop(columns=[*HIDDEN, "nearness"], errors="ignore").round(4)
+                write_csv(shown, folder / f"{figure.name}.csv")
                 pictures[figure] = draw(figure, table, scale, folder)
         sections.append(scale_section(scale, tables, summary, pictures))
     if not lines and not damaged:
-        names = ", ".join(figure.name for figure in figures)
-        raise InputError(
-            f"no finished model of {names} lies under {args.models}/; `python reproduce.py run` trains them"
-        )
+        names, where = ", ".join(figure.name for figure in figures), f"lies under {args.models}/"
+        raise InputError(f"no finished model of {names} {where}; `python reproduce.py run` trains them")
     if lines:
         left_out = [f"Left out: {message}" for message in damaged.values()]
         write_bytes(output / "index.html", page([*lines, *left_out], sections).encode())
