@@ -151,10 +151,7 @@ def run_here(work, options, ended):
             time.sleep(0.1)
         slots.put(slot)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
     with ThreadPoolExecutor(count, "", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT})) as pool:
         try:
