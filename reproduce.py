@@ -149,7 +149,7 @@ def show_list(args):
 
 def parse_flags(argv):
     """Namespace of the command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report")
     known = ", ".join([*figures.FIGURES, *figures.GROUPS])
     for name, function, text in (

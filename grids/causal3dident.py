@@ -3,18 +3,18 @@
 import functools
 import itertools
 
-from datasets import (
+from datasets import causal_bias
+from grids.cells import Cell, Figure
+from grids.models import BLENDER, DataSet, ResultFile, Setting
+from main_causal3dident import Causal3dIdentExperiment
+from reading.causal3dident import (
     CAUSAL_BIAS_IDS,
     CAUSAL_BIAS_TYPES,
     CAUSAL_IMAGE,
     CAUSAL_TEXT,
     CAUSAL_TOOLS,
-    causal_setting,
     causal_text_factor,
 )
-from grids.cells import Cell, Figure
-from grids.models import BLENDER, DataSet, ResultFile, Setting
-from main_causal3dident import Causal3dIdentExperiment
 
 DATA = DataSet(
     "data/Causal3DIDent/latents_image.csv",
@@ -79,7 +79,7 @@ def causal3dident_cells(figure, scale):
     for (factor, values), bias_type in itertools.product(factors.items(), CAUSAL_BIAS_TYPES):
         selection, metric = bias_type == "selections", "mcc" if values else "r2"
         for bias_id in CAUSAL_BIAS_IDS if selection else reversed(CAUSAL_BIAS_IDS):
-            bias = causal_setting(bias_type, bias_id)
+            bias = causal_bias(bias_type, bias_id)
             if modality == "text" and factor not in [*map(causal_text_factor, bias.selected), "text_phrasing"]:
                 continue
             added = (*(bias.selected[-1:] if selection else bias.perturbed[:1]), "∅")[0]

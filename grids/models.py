@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from running.command_line import InputError
+from running.directory import LATER_FLAGS
 from running.files import read_csv, read_json
-from running.training import LATER_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = "results/standin/models"  # models without their weights

@@ -3,7 +3,7 @@
 import functools
 import itertools
 
-from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, MPI3D_SOURCE, mpi3d_setting
+from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, MPI3D_SOURCE, mpi3d_bias
 from grids.cells import Cell, Figure
 from grids.models import DataSet, ResultFile, Setting
 from main_mpi3dreal import Mpi3dExperiment
@@ -35,7 +35,7 @@ def mpi3d_cells(figure, scale):
     metric, sizes = figure.options["metric"], figure.options.get("sizes")
     biases = itertools.product(BIAS_TYPES, BIAS_IDS, [OWN_SIZE])
     for bias_type, bias_id, size in [("selection", 0, size) for size in sizes] if sizes else biases:
-        bias = mpi3d_setting(bias_type, bias_id)
+        bias = mpi3d_bias(bias_type, bias_id)
         if sizes:
             keys, side, column = {"encoding_size": size}, "colour selected", f"size {size}"
         else:

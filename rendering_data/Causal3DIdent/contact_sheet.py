@@ -27,7 +27,7 @@ LINE = 42  # characters of a caption's line
 
 def parse_flags(argv):
     """The Namespace of the command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     settings = {
         "choices": CAUSAL_SETTINGS,

@@ -271,7 +271,7 @@ def batch_indices(count, n_batches, batch_index):
 
 def parse_flags(argv):
     """The Namespace of the command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     none = "folder assets of a clone of Multimodal3DIdent (none: stand-in shapes)"
     parser.add_argument("--assets", type=Path, metavar="DIR", help=none)

@@ -109,7 +109,7 @@ def sample_tables(size, seed, protocol):
 
 def parse_flags(argv):
     """The Namespace of the command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     parser.add_argument("--n-points", type=integer(1), required=True, help="samples")
     parser.add_argument("--seed", type=integer(0), default=0, help="of every random number (%(default)s)")

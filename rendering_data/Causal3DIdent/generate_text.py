@@ -103,7 +103,7 @@ def captions(latents, n_factors):
 
 def parse_flags(argv):
     """The Namespace of the command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     seed = "taken as by the other scripts, and without effect: the phrasings are latents"
     parser.add_argument("--seed", type=integer(0), default=0, help=seed)

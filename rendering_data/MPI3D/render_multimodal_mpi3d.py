@@ -116,7 +116,7 @@ def render(folder, sizes, train_ratio, seed):
 
 def main(argv=None):
     """Write the captions; returns the exit code."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser = Parser(__doc__)
     parser.add_argument("--output-dir", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
     parser.add_argument("--seed", type=integer(0), default=0, help="of the split and the captions (%(default)s)")
     parser.add_argument(

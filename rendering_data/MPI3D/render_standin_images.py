@@ -197,7 +197,7 @@ def write_images(path, sizes, pixels=SIZE):
 
 def main(argv=None):
     """Draw the images; returns the exit code."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser = Parser(__doc__)
     parser.add_argument("--output-dir", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
     default, names = [4, 4, 2, 3, 3, 10, 10], f"values of {', '.join(MPI3D_GRID)} (4 4 2 3 3 10 10)"
     parser.add_argument("--grid", type=integer(1), nargs=7, metavar="SIZE", default=default, help=names)

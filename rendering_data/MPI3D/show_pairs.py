@@ -19,7 +19,7 @@ from running.pictures import check_picture, plot_captioned_images
 
 def main(argv=None):
     """Draw the picture; returns the exit code."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]))
+    parser = Parser(__doc__)
     parser.add_argument("--datapath", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
     parser.add_argument("--output", default="mpi3d_pairs.png", help="picture to write (%(default)s)")
     parser.add_argument("--count", type=integer(1), default=4, help="test pairs to show, the first ones (%(default)s)")
