@@ -27,7 +27,7 @@ import torch
 
 from datasets import MPI3D_FILE, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, EpochOrder, load_mpi3d
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
-from running.training import describe_device
+from running.devices import describe_device
 
 BATCH_SIZE = 256
 

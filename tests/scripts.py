@@ -1,8 +1,41 @@
 """What tests of scripts and of the folders that they write and read share."""
 
 import pytest
+from torch import nn
 
+import image_text
+import mlp_probes
 from running.command_line import run_script
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program may catch it."""
+
+
+class SmallImageEncoder(nn.Module):
+    """Stands for the ResNet-18, with its batch normalisation, for images of 8 × side pixels: seconds instead of minutes."""
+
+    def __init__(self, encoding_size, mean, std, hidden_size=100, side=8):
+        super().__init__()
+        self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4 * side**2, encoding_size)
+
+    def forward(self, images):
+        x = images.permute(0, 3, 1, 2).float() / 255
+        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
+
+
+def small_image_text_run(script, encoder, datapath, flags, tmp_path, capsys, monkeypatch):
+    """run(flags) → (exit code, stdout, stderr) of a training script with a small encoder, short probes and no drawing."""
+    monkeypatch.setattr(image_text, "ImageEncoder", encoder)
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 8)
+    monkeypatch.setattr(script, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
+
+    def call(more="", model="m", base=flags):
+        argv = ["--datapath", datapath, *base.split(), "--model-dir", tmp_path / "models", "--model-id", model]
+        return outcome(capsys, script.main, *argv, *more.split())
+
+    return call
 
 
 def exit_code(main, *flags):

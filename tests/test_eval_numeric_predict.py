@@ -25,6 +25,7 @@ from benchmarks.numeric_downstream import (
 )
 from running import pictures
 from running.command_line import run_script
+from tests.scripts import contents
 
 ROOT = Path(main_numeric.__file__).parent
 RESULTS = ["downstream.png", "results_classify.csv", "results_predict.csv"]
@@ -32,10 +33,6 @@ RESULTS = ["downstream.png", "results_classify.csv", "results_predict.csv"]
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from reading.causal3dident import CAUSAL_SEMANTICS as SELECTED
 from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED
 from rendering_data.Causal3DIdent.generate_text import TEMPLATES
 from running.command_line import InputError
-from tests.scripts import replace
+from tests.scripts import Killed, replace
 
 
 def as_jpg(folder):
@@ -171,10 +171,6 @@ def test_a_damaged_map_is_made_again(causal3dident, damage):
     (name,) = maps(causal3dident)
     replace(causal3dident / name, damage((causal3dident / name).read_bytes()))
     assert np.array_equal(first_pixels(causal3dident), before)
-
-
-class Killed(BaseException):
-    """Stands for Ctrl-C and the like."""
 
 
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device"), InputError("damaged")])

@@ -1,5 +1,6 @@
 """main_causal3dident.py as a user runs it: the files it writes, killing and resuming, and one line for whatever is wrong."""
 
+import functools
 import itertools
 import json
 import random
@@ -8,19 +9,17 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 
 import datasets
 import encoders
 import image_text
 import main_causal3dident
-import mlp_probes
 import probes
 from image_text import ImageTextExperiment
 from main_causal3dident import Causal3dIdentExperiment
 from reading import images as image_reading
 from running import experiment
-from running.command_line import run_script
+from tests.scripts import Killed, SmallImageEncoder, contents, small_image_text_run
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
 FILES = [
@@ -39,39 +38,15 @@ IMAGE = [*DISCRETE, "object_alpharot", "object_betarot", "object_gammarot", "spo
 TEXT = [*DISCRETE, "spotlight_pos", "text_phrasing"]  # of selections 3
 
 
-class SmallImageEncoder(nn.Module):
-    """Stands for the ResNet-18, with its batch normalisation: seconds instead of minutes."""
-
-    def __init__(self, encoding_size, mean, std, hidden_size=100):
-        super().__init__()
-        self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4 * 9, encoding_size)
-
-    def forward(self, images):
-        x = images.permute(0, 3, 1, 2).float() / 255
-        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
+SmallImageEncoder = functools.partial(SmallImageEncoder, side=3)  # images of 24 × 24 pixels
 
 
 @pytest.fixture
 def run(tmp_path, causal3dident, capsys, monkeypatch):
     """run(flags) → (exit code, stdout, stderr) of the script with a small encoder, short probes and no drawing."""
-    monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
-    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 8)
-    monkeypatch.setattr(main_causal3dident, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
-
-    def call(flags="", model="m", base=FLAGS):
-        argv = ["--datapath", str(causal3dident), *base.split(), "--model-dir", str(tmp_path / "models")]
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: main_causal3dident.main([*argv, "--model-id", model, *flags.split()]))
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-def contents(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return small_image_text_run(
+        main_causal3dident, SmallImageEncoder, causal3dident, FLAGS, tmp_path, capsys, monkeypatch
+    )
 
 
 def test_a_run_writes_the_specified_files(run, tmp_path):
@@ -200,10 +175,6 @@ def test_pixels_are_normalised_as_specified(run, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------
 # killed and resumed, evaluated again
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the program may catch it."""
 
 
 def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch):

@@ -15,21 +15,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 
 import encoders
 import image_text
 import main_mpi3dreal
-import mlp_probes
 import probes
 from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_bias
 from image_text import ImageTextExperiment
 from losses import image_text_contrastive_loss
 from main_mpi3dreal import Mpi3dExperiment
 from running import experiment
-from running.command_line import run_script
 from running.directory import LATER_FLAGS
 from running.schedules import temperature
+from tests.scripts import Killed, SmallImageEncoder, contents, small_image_text_run
 
 ROOT = Path(main_mpi3dreal.__file__).parent
 FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
@@ -44,39 +42,10 @@ FILES = [
 ]
 
 
-class SmallImageEncoder(nn.Module):
-    """Stands for the ResNet-18, with its batch normalisation: seconds instead of minutes."""
-
-    def __init__(self, encoding_size, mean, std, hidden_size=100):
-        super().__init__()
-        self.convolution, self.normalisation = nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4 * 64, encoding_size)
-
-    def forward(self, images):
-        x = images.permute(0, 3, 1, 2).float() / 255
-        return self.linear(self.normalisation(self.convolution(x)).relu().flatten(1))
-
-
 @pytest.fixture
 def run(tmp_path, mpi3d, capsys, monkeypatch):
-    """run(flags) → (exit code, stdout, stderr) of main_mpi3dreal.py with a small encoder, short probes and no drawing."""
-    monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
-    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 8)
-    monkeypatch.setattr(main_mpi3dreal, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
-
-    def call(flags="", model="m", base=FLAGS):
-        argv = ["--datapath", str(mpi3d), *base.split(), "--model-dir", str(tmp_path / "models"), "--model-id", model]
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: main_mpi3dreal.main([*argv, *flags.split()]))
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-def contents(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """run(flags) → (exit code, stdout, stderr) of the script with a small encoder, short probes and no drawing."""
+    return small_image_text_run(main_mpi3dreal, SmallImageEncoder, mpi3d, FLAGS, tmp_path, capsys, monkeypatch)
 
 
 def test_a_run_writes_the_specified_files(run, tmp_path):
@@ -291,10 +260,6 @@ def test_encoders_are_saved_while_training_goes_on(run, tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------
 # killed and resumed
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the program may catch it."""
 
 
 def outcome(directory):

@@ -20,6 +20,7 @@ from main_numeric import NumericExperiment
 from running import directory as model_directory
 from running import experiment
 from tests.conftest import TINY
+from tests.scripts import contents
 
 ROOT = Path(main_numeric.__file__).parent
 FILES = [
@@ -33,10 +34,6 @@ FILES = [
     "results.png",
     "train_log.csv",
 ]
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture

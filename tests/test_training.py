@@ -27,6 +27,7 @@ from running.command_line import InputError
 from running.devices import encoder_precision
 from running.directory import load_torch, load_weights, save_weights
 from tests.conftest import TINY
+from tests.scripts import Killed
 
 ROOT = Path(training.__file__).parents[1]
 SEED = "--seed 3"
@@ -37,10 +38,6 @@ def outcome(directory):
     weights = {name: (directory / name).read_bytes() for name in ("f_x.pt", "f_t.pt", "g_x.pt", "g_t.pt")}
     log = pd.read_csv(directory / "train_log.csv").drop(columns="seconds")
     return weights, (directory / "results.csv").read_bytes(), log.to_csv()
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the program may catch it."""
 
 
 def killed_after(monkeypatch, steps):
