@@ -328,11 +328,12 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
     splits = {"train": slice(0, fit), "fit": slice(fit, test), "test": slice(test, None)}
     parts = {split: (file, part) for split, part in splits.items()}
     captions, vocabulary = load_captions(parts, texts / "vocab.json", texts / "tokens.npz")
+    entries = numbered_images(folder / "images")
     counts = {
         image_path.name: total,
         text_path.name: len(text["text_phrasing"]),
         f"text/{name}/text_raw.txt": sum(len(part.index) for part in captions.values()),
-        "images/": len(numbered_images(folder / "images")),
+        "images/": len(entries),
     }
     _check_counts(folder, counts, "samples")
     _check_factors(text_path, image, text, bias)
@@ -346,4 +347,5 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
         values = {name: column[part] for name, column in told.items()}
         check_captions(file, captions[split], values, stated, silent, first_line=1 + part.start)
         loaded[split] = Split(torch.arange(total)[part], captions[split], _tensors(image, part), _tensors(text, part))
-    return ImageTextPairs(Images(open_image_folder(folder / "images"), device, workers), loaded, vocabulary), bias
+    images = open_image_folder(folder / "images", entries)
+    return ImageTextPairs(Images(images, device, workers), loaded, vocabulary), bias

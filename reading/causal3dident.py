@@ -69,7 +69,7 @@ def read_latents(path, factors, names=()):
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header = [name.replace("splotlight", "spotlight") for name in next(reader, [])]
-            rows = dict((reader.line_num, row) for row in reader if row)
+            lines = list(reader)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {CAUSAL_TOOLS}/generate_latents.py writes it") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -79,16 +79,19 @@ def read_latents(path, factors, names=()):
         raise InputError(f"{path} has the column {twice[0]} in two spellings; remove one of them")
     if missing := [name for name in wanted if name not in header]:
         raise InputError(f"{path} has no column {', '.join(missing)}; {CAUSAL_TOOLS}/generate_latents.py writes it")
+    rows = [row for row in lines if row]
     if not rows:
         raise InputError(f"{path} has no rows; {CAUSAL_TOOLS}/generate_latents.py writes them")
-    if longer := next((line for line, row in rows.items() if len(row) > len(header)), None):
+    numbers = [number for number, row in enumerate(lines, 2) if row]
+    if max(map(len, rows)) > len(header):
+        longer = next(number for number, row in zip(numbers, rows, strict=True) if len(row) > len(header))
         raise InputError(f"{path}, line {longer} has more values than there are columns; make the file again")
-    cells = dict(zip(header, itertools.zip_longest(header, *rows.values(), fillvalue=""), strict=True))
-    cells, lines = {name: cells[name][1:] for name in wanted}, list(rows)
-    table = {name: checked_factor(path, name, cells[name], size, lines) for name, size in factors.items()}
+    cells = dict(zip(header, itertools.zip_longest(header, *rows, fillvalue=""), strict=True))
+    cells = {name: cells[name][1:] for name in wanted}
+    table = {name: checked_factor(path, name, cells[name], size, numbers) for name, size in factors.items()}
     for name in names:
         if "" in cells[name]:
-            raise InputError(f"{path}, line {lines[cells[name].index('')]}: {name} is missing; make the file again")
+            raise InputError(f"{path}, line {numbers[cells[name].index('')]}: {name} is missing; make the file again")
         table[name] = np.array(cells[name])
     return table
 

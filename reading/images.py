@@ -127,28 +127,29 @@ def _map_images(path, start, shape):
     return np.memmap(path, np.uint8, mode="c", offset=start, shape=shape)
 
 
-def open_image_folder(folder):
+def open_image_folder(folder, entries=None):
     """Memory map (N, H, W, 3) uint8 of the images 0.png, 1.png, … of a folder, in order of their numbers; .jpg is read too.
 
     They are decoded once, into a file beside the folder whose name carries a digest of their names, sizes and times of
     modification; images that have changed since are decoded again, and the older file removed. Raises InputError that
-    names an image that is missing, damaged or of another size than the first.
+    names an image that is missing, damaged or of another size than the first. entries: what `numbered_images` of the folder
+    returned, if it has been asked.
     """
     folder = Path(folder)
-    entries = numbered_images(folder)
+    entries = entries or numbered_images(folder)
     digest = hashlib.blake2b(digest_size=8)
     for entry in entries:
         status = entry.stat()
         digest.update(f"{entry.name}/{status.st_size}/{status.st_mtime_ns}\n".encode())
-    digest, paths = digest.hexdigest(), [Path(entry.path) for entry in entries]
+    digest = digest.hexdigest()
     decoded = folder.with_name(f"{folder.name}.{digest}.npy")
-    if (images := _map_decoded(decoded, len(paths))) is not None:
+    if (images := _map_decoded(decoded, len(entries))) is not None:
         return images
     with locked(folder.with_name(f".{folder.name}.lock")):  # jobs that start together: one decodes, the others wait
-        if (images := _map_decoded(decoded, len(paths))) is not None:
+        if (images := _map_decoded(decoded, len(entries))) is not None:
             return images
         with _made_once(decoded, "the images are decoded") as temporary, open(temporary, "wb") as file:
-            shape = _decode_images(paths, file, decoded)
+            shape = _decode_images([Path(entry.path) for entry in entries], file, decoded)
             start = file.tell() - math.prod(shape)
     for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
         if other != decoded:
