@@ -1,4 +1,4 @@
-"""Images with captions, as tensors: opened in a second, never read whole, and gathered without a line of Python per sample.
+"""Images with captions, as tensors: opened in seconds, never read whole, and gathered without a line of Python per sample.
 
 MPI3D-Complex in one folder:
 

@@ -17,6 +17,7 @@ import cloudpickle
 import submitit
 
 from running.command_line import InputError
+from running.cores import usable_cores
 
 # A job shall not need to import this module, wherever it runs.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -128,7 +129,7 @@ def run_here(work, options, ended):
     Each has its share of the cores and, where there are GPUs, its own one; more jobs than GPUs share them. Raises InputError
     if a job is to have more GPUs than there are.
     """
-    gpus, cores = visible_gpus(options.gpus_per_job), len(os.sched_getaffinity(0))
+    gpus, cores = visible_gpus(options.gpus_per_job), usable_cores()
     if gpus and options.gpus_per_job > len(gpus):
         raise InputError(f"--gpus-per-job {options.gpus_per_job} is more than the {len(gpus)} of this machine")
     count = min(options.jobs or (len(gpus) // options.gpus_per_job if gpus else min(cores, 8)), len(work))
