@@ -17,6 +17,7 @@ from losses import image_text_contrastive_loss
 from running.command_line import InputError, integer, number
 from running.directory import save_weights
 from running.experiment import Experiment
+from running.ranks import Share, summed
 from running.schedules import FIRST_BATCHES_UNTIL, SPARE_UNTIL, batch_size, temperature, visible_dimensions
 
 NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
@@ -191,14 +192,16 @@ class ImageTextExperiment(Experiment):
 
     def loss(self, share_done):
         """Contrastive loss of the next batch by the cosine, and the penalty of lengths, which the cosine does not see."""
-        args, pairs, rows = self.args, self.pairs, self.order.next(batch_size(self.args, share_done))
+        args, pairs, share = self.args, self.pairs, Share(batch_size(self.args, share_done))
+        rows = share.rows(self.order.next(share.total))
         visible = visible_dimensions(args, self.encoding_size, share_done)
         with self.encoder_precision():
             h_x = self.modules["encoder_img"](pairs.images_of("train", rows))[:, :visible]
             h_t = self.modules["encoder_txt"](pairs.tokens_of("train", rows))[:, :visible]
-        loss = image_text_contrastive_loss(h_x, h_t, temperature(args, share_done), NEGATIVES[args.protocol])
+        loss = image_text_contrastive_loss(h_x, h_t, temperature(args, share_done), NEGATIVES[args.protocol], share)
         if args.norm_penalty:
-            loss = loss + share_done * args.norm_penalty * (length_variance(h_x) + length_variance(h_t))
+            variances = length_variance(h_x, share.total) + length_variance(h_t, share.total)
+            loss = loss + share_done * args.norm_penalty * variances
         return loss
 
     def monitor(self):
@@ -324,10 +327,14 @@ def whiten(encoder, inputs):
     layer.weight.copy_(transform @ layer.weight.double())
 
 
-def length_variance(h):
-    """Variance of the lengths of (B, D) encodings in units of their squared mean, a constant; a scalar tensor."""
+def length_variance(h, total):
+    """Variance of the lengths of encodings in units of their squared mean, a constant; a scalar tensor.
+
+    h: (B, D), those of this process, of a batch of `total`; the variance is their part of it.
+    """
     lengths = h.float().norm(dim=1)
-    return (lengths / lengths.mean().detach() - 1).square().mean()
+    mean = summed(lengths.detach().sum()) / total
+    return (lengths / mean - 1).square().sum() / total
 
 
 def by_type(targets):

@@ -10,6 +10,22 @@ BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 SMALLEST_NORM = 1e-8  # an encoding shorter than this is similar to none (as torch's cosine_similarity)
 
 
+class WholeBatch:
+    """The share of a batch of `total` pairs that is all of it. A loss may be given a smaller one, and is then its pairs' part of
+    the mean over all: the parts, and their gradients, add up.
+
+    first: number of the share's first pair in the batch; gather: makes (total, D) rows of all pairs, with their gradients, of
+    the share's own.
+    """
+
+    def __init__(self, total):
+        self.total, self.first = total, 0
+
+    def gather(self, rows):
+        """The rows themselves."""
+        return rows
+
+
 def textbook_multimodal_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0):
     """Eq. 2 of the paper as it is estimated, with the B × M × D tensor of differences; arguments as below, unchecked.
 
@@ -47,12 +63,13 @@ def textbook_image_text_loss(h_x, h_t, tau=1.0, negatives="both"):
 # The same, in blocks
 
 
-def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0):
+def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0, share=None):
     """`textbook_multimodal_loss`, a scalar tensor.
 
     h_x, h_t: (B, D) float encodings of B pairs. negatives_x, negatives_t: (M, D) encodings of independent draws of the
     anchor's own modality; left out, an anchor's negatives are the M = B − 1 other anchors of the batch. The B × M
     distances are formed in blocks of rows and never kept: a block yields its part of the gradients in the same pass.
+    share: of a larger batch, as `WholeBatch` has it, of which these are the pairs, and the negatives as many rows of another.
     Raises ValueError for shapes that do not fit and for p < 1.
     """
     if h_x.ndim != 2 or h_x.shape != h_t.shape:
@@ -61,8 +78,8 @@ def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=
         raise ValueError(f"the exponent p is {p}; it must be at least 1")
     if (negatives_x is None) != (negatives_t is None):
         raise ValueError("negatives_x and negatives_t: give both or neither")
-    in_batch = negatives_x is None
-    if in_batch and len(h_x) < 2:
+    in_batch, share = negatives_x is None, share or WholeBatch(len(h_x))
+    if in_batch and share.total < 2:
         raise ValueError("negatives from the batch need at least two pairs")
     if not in_batch:
         for name, negatives in (("negatives_x", negatives_x), ("negatives_t", negatives_t)):
@@ -75,19 +92,21 @@ def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=
         h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t, negatives_x, negatives_t)
     )
     with torch.autocast(h_x.device.type, enabled=False):
-        loss_x = _AnchorLoss.apply(h_x, h_t, negatives_x, p, tau, in_batch)
-        loss_t = _AnchorLoss.apply(h_t, h_x, negatives_t, p, tau, in_batch)
+        negatives_x, negatives_t = share.gather(negatives_x), share.gather(negatives_t)
+        themselves = share.first if in_batch else None
+        loss_x = _AnchorLoss.apply(h_x, h_t, negatives_x, p, tau, share.total, themselves)
+        loss_t = _AnchorLoss.apply(h_t, h_x, negatives_t, p, tau, share.total, themselves)
     return (loss_x + loss_t) / 2
 
 
-def image_text_contrastive_loss(h_x, h_t, tau=1.0, negatives="both"):
+def image_text_contrastive_loss(h_x, h_t, tau=1.0, negatives="both", share=None):
     """Contrastive loss of image and text encodings by cosine similarity; a scalar tensor.
 
     Each of the 2B encodings is classified as its partner of the other modality, by the cross-entropy of the similarities
     over τ. negatives "both": among the 2B − 1 other encodings of both modalities (Chen et al., 2020, as the paper's runs
     have it); "cross": among the B of the other modality, Eq. 1 of the paper. Either matrix of similarities is symmetric in
-    the modalities, so it is computed once. h_x, h_t: (B, D) float encodings of B pairs. Raises ValueError for shapes that do
-    not fit.
+    the modalities, so it is computed once. h_x, h_t: (B, D) float encodings of B pairs. share: of a larger batch, as
+    `WholeBatch` has it, of which these are the pairs. Raises ValueError for shapes that do not fit.
     """
     if h_x.ndim != 2 or h_x.shape != h_t.shape:
         raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
@@ -95,43 +114,51 @@ def image_text_contrastive_loss(h_x, h_t, tau=1.0, negatives="both"):
         raise ValueError(f"negatives {negatives!r} are none of: both, cross")
     # half-precision encodings are compared in float32, whatever precision produced them
     h_x, h_t = (h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t))
-    return _CosineLoss.apply(h_x, h_t, tau, negatives)
+    return _CosineLoss.apply(h_x, h_t, tau, negatives, share or WholeBatch(len(h_x)))
 
 
 class _CosineLoss(torch.autograd.Function):
     """The loss with its gradients, which are formed at once: backward knows no precision but that of the encoders."""
 
     @staticmethod
-    def forward(ctx, h_x, h_t, tau, negatives):
+    def forward(ctx, h_x, h_t, tau, negatives, share):
         with torch.enable_grad(), torch.autocast(h_x.device.type, enabled=False):
             h_x, h_t = (h.detach().requires_grad_() for h in (h_x, h_t))
-            loss = _cosine_loss(h_x, h_t, tau, negatives)
+            loss = _cosine_loss(h_x, h_t, tau, negatives, share)
             ctx.save_for_backward(*torch.autograd.grad(loss, (h_x, h_t)))
         return loss.detach()
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *(grad_output * gradient for gradient in ctx.saved_tensors), None, None
+        return *(grad_output * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
-def _cosine_loss(h_x, h_t, tau, negatives):
-    unit_x, unit_t = (h / h.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM) for h in (h_x, h_t))
+def _cosine_loss(h_x, h_t, tau, negatives, share):
+    own_x, own_t = (h / h.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM) for h in (h_x, h_t))
+    pairs, total, first = len(own_x), share.total, share.first
+    unit_x, unit_t = share.gather(own_x), share.gather(own_t)
     if negatives == "cross":
-        similarities = unit_x @ unit_t.T / tau
-        log_sums = similarities.logsumexp(dim=1) + similarities.logsumexp(dim=0)
-        return (log_sums / 2 - similarities.diagonal()).mean()
-    units = torch.cat((unit_x, unit_t))
-    similarities = units @ units.T / tau
-    itself = torch.eye(len(units), dtype=torch.bool, device=units.device)
+        from_x = own_x @ unit_t.T / tau
+        sums_x = from_x.logsumexp(dim=1)
+        # of the whole batch, the similarities from t are the columns of the same matrix
+        sums_t = from_x.logsumexp(dim=0) if pairs == total else (own_t @ unit_x.T / tau).logsumexp(dim=1)
+        return ((sums_x + sums_t) / 2 - from_x.diagonal(offset=first)).sum() / total
+    similarities = torch.cat((own_x, own_t)) @ torch.cat((unit_x, unit_t)).T / tau
+    itself = torch.zeros_like(similarities, dtype=torch.bool)
+    itself[:pairs].diagonal(offset=first).fill_(True)
+    itself[pairs:].diagonal(offset=total + first).fill_(True)
     log_sums = similarities.masked_fill(itself, -math.inf).logsumexp(dim=1)
-    return log_sums.mean() - similarities.diagonal(offset=len(unit_x)).mean()
+    return log_sums.sum() / (2 * total) - similarities[:pairs].diagonal(offset=total + first).sum() / total
 
 
 class _AnchorLoss(torch.autograd.Function):
-    """ℓ(a, p; n). A block of rows holds all their negatives, so its soft-max weights, and with them the gradients, are final."""
+    """ℓ(a, p; n), or the anchors' part of it where the batch has a `total` of more; `themselves`: which negative is the first
+    anchor itself, None for none. A block of rows holds all their negatives, so its soft-max weights, and with them the gradients,
+    are final.
+    """
 
     @staticmethod
-    def forward(ctx, anchors, positives, negatives, p, tau, in_batch):
+    def forward(ctx, anchors, positives, negatives, p, tau, total, themselves):
         rows, columns = len(anchors), len(negatives)
         difference = anchors.double() - positives.double()
         positive_distance = difference.abs().pow(p).sum(dim=1, keepdim=True) / tau
@@ -147,31 +174,31 @@ class _AnchorLoss(torch.autograd.Function):
         for start in range(0, rows, block_rows):
             block = slice(start, start + block_rows)
             logits = negative_logits(a[block], n, p, tau)
-            if in_batch:  # a diagonal of the block is the anchors themselves
-                logits.diagonal(offset=start).fill_(-math.inf)
+            if themselves is not None:  # a diagonal of the block
+                logits.diagonal(offset=themselves + start).fill_(-math.inf)
             # soft-max over the negatives and the positive; divided by their sum only once they have become (rows, D)
             positive_logit = -positive_distance[block]
             largest = torch.maximum(logits.amax(dim=1, keepdim=True), positive_logit)
             weights = logits.sub_(largest).to(anchors.dtype).exp_()
             positive = torch.exp(positive_logit - largest)
-            total = weights.sum(dim=1, keepdim=True).double() + positive
-            log_sums.append(largest + total.log())
-            positive_weights.append(positive / total)
-            block_grad_a, block_grad_n = gradients(weights, total.to(weights.dtype), a[block], n, p, tau)
+            weight_sum = weights.sum(dim=1, keepdim=True).double() + positive
+            log_sums.append(largest + weight_sum.log())
+            positive_weights.append(positive / weight_sum)
+            block_grad_a, block_grad_n = gradients(weights, weight_sum.to(weights.dtype), a[block], n, p, tau)
             grad_a.append(block_grad_a)
             grad_n += block_grad_n
         # ∂/∂d of d + logsumexp(−d, …) is 1 − (soft-max weight of the positive)
         slope = p / tau * difference.abs().pow(p - 1) * difference.sign()
         grad_positive = ((1 - torch.cat(positive_weights)) * slope).to(anchors.dtype)
         grad_anchors = torch.cat(grad_a) + grad_positive
-        ctx.save_for_backward(grad_anchors / rows, -grad_positive / rows, grad_n / rows)
-        loss = positive_distance.mean() + torch.cat(log_sums).mean() - math.log(columns + (not in_batch))
+        ctx.save_for_backward(grad_anchors / total, -grad_positive / total, grad_n / total)
+        candidates = columns + (themselves is None)
+        loss = positive_distance.sum() / total + torch.cat(log_sums).sum() / total - rows / total * math.log(candidates)
         return loss.to(anchors.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_anchors, grad_positives, grad_negatives = ctx.saved_tensors
-        return grad_output * grad_anchors, grad_output * grad_positives, grad_output * grad_negatives, None, None, None
+        return *(grad_output * gradient for gradient in ctx.saved_tensors), None, None, None, None
 
 
 def _squared_distance_logits(a, n, p, tau):

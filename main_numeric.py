@@ -26,10 +26,10 @@ from running.command_line import InputError, integer, number, run_script
 from running.directory import load_weights, save_weights
 from running.experiment import Experiment, run_experiment
 from running.pictures import plot_factor_scores
+from running.ranks import Share
 from running.schedules import batch_size
 
-# "paper": exactly the paper's training. "fast": the same block identified from far fewer samples, as
-# benchmarks/time_to_identification.py shows.
+# "paper": the paper's training. "fast": the same block from far fewer samples, as benchmarks/time_to_identification.py shows
 RECIPES = {
     "paper": {
         "init": "default",
@@ -170,23 +170,23 @@ class NumericExperiment(Experiment):
 
     # training
 
-    def sample(self, count, generator):
-        """`count` fresh Latents z, and the encodings (h_x, h_t) of their observations, (count, D)."""
+    def sample(self, count, generator, own=lambda rows: rows):
+        """`count` fresh Latents z, and the encodings (h_x, h_t) of the observations of those that own((count, d)) leaves."""
         z = self.latents.sample(count, generator)
         g_x, g_t, f_x, f_t = (self.networks[name] for name in ("g_x", "g_t", "f_x", "f_t"))
-        x, t = g_x(z.z_x), g_t(z.z_t)
+        x, t = g_x(own(z.z_x)), g_t(own(z.z_t))
         with self.encoder_precision():
             return z, f_x(x), f_t(t)
 
     def loss(self, share_done):
         """Eq. 2 of the paper on one fresh batch; with independent negatives a second batch comes in the same pass."""
-        pairs, generator = batch_size(self.args, share_done), self.generators["train"]
+        share, generator = Share(batch_size(self.args, share_done)), self.generators["train"]
         if self.args.negatives == "batch":
-            _, h_x, h_t = self.sample(pairs, generator)
-            return multimodal_contrastive_loss(h_x, h_t)
-        _, h_x, h_t = self.sample(2 * pairs, generator)
+            _, h_x, h_t = self.sample(share.total, generator, share.rows)
+            return multimodal_contrastive_loss(h_x, h_t, share=share)
+        _, h_x, h_t = self.sample(2 * share.total, generator, share.rows)
         (h_x, negatives_x), (h_t, negatives_t) = h_x.chunk(2), h_t.chunk(2)
-        return multimodal_contrastive_loss(h_x, h_t, negatives_x, negatives_t)
+        return multimodal_contrastive_loss(h_x, h_t, negatives_x, negatives_t, share=share)
 
     def monitor(self):
         """Linear R² of every factor from both encodings, on samples of the monitor's own, the same for every line."""

@@ -75,15 +75,25 @@ def run_script(main):
     """Run `main` as a script: what a user can mend ends as one line on stderr with exit code 2, Ctrl-C as one with 130."""
     try:
         sys.exit(main())
-    except InputError as error:
-        message, code = str(error), 2
-    except OSError as error:  # a full disk, a directory that cannot be written
-        place = f": {error.filename}" if error.filename else ""
-        message, code = f"{error.strerror or error}{place}; nothing that was complete has been lost", 2
+    except (InputError, OSError) as error:
+        message, code = message_of(error), 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say_error(message)
     sys.exit(code)
+
+
+def message_of(error):
+    """Text for a user of an InputError, or of an OSError: a full disk, a directory that cannot be written."""
+    if isinstance(error, InputError):
+        return str(error)
+    place = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{place}; nothing that was complete has been lost"
+
+
+def say_error(message):
+    """Print a message as one line to stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def integer(minimum, *, or_zero=False):

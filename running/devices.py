@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from running.command_line import InputError
+from running.ranks import own_gpu
 
 
 def select_device(no_cuda):
-    """torch.device of a run: a GPU if there is one, unless `no_cuda`."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
-    if device.type == "cpu":
-        _keep_freed_memory()
-    return device
+    """torch.device of a run: a GPU if there is one, unless `no_cuda`; each of several processes has its own, or InputError."""
+    if torch.cuda.is_available() and not no_cuda:
+        return own_gpu()
+    _keep_freed_memory()
+    return torch.device("cpu")
 
 
 def settled_precision(precision, device):

@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from running import ranks
 from running.command_line import InputError, Parser, integer, number
 from running.devices import describe_device, encoder_precision, select_device, settled_precision
 from running.directory import (
@@ -30,7 +31,7 @@ from running.directory import (
     write_args,
 )
 from running.files import write_csv, write_json
-from running.schedules import LR_SCHEDULES
+from running.schedules import LR_SCHEDULES, smallest_batch
 from running.training import after_training, train
 
 
@@ -38,13 +39,14 @@ class Experiment(abc.ABC):
     """What one experiment has of its own. The class is a setting's flags; an object is one model of a setting.
 
     Of the class: name; recipes, dict name → dict flag → value; weight_files, what a trained model consists of. Of an object:
-    args and device; modules, dict name → nn.Module that is trained; generators, dict name → torch.Generator or what else has
-    its get_state and set_state: every source of randomness of `loss`, the order of the data too; rates, dict name of a
-    module → factor of its learning rate, 1 where there is none; keep_steps: steps between two calls of `keep`, 0 for none.
+    args and device; modules, dict name → nn.Module that is trained; networks, these and what is not trained, None for these
+    alone; generators, dict name → torch.Generator or what else has its get_state and set_state: every source of randomness of
+    `loss`, the order of the data too; rates, dict name of a module → factor of its learning rate, 1 where there is none;
+    keep_steps: steps between two calls of `keep`, 0 for none.
     """
 
     name, recipes, weight_files = "", {}, ()
-    rates, keep_steps = None, 0
+    networks, rates, keep_steps = None, None, 0
 
     @classmethod
     def parser(cls):
@@ -97,11 +99,14 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, directory):
-        """Set all weights from the training seed; what is not trained is kept in the directory, or read from there."""
+        """Set all weights from the training seed; what is not trained is kept in the directory, or read from there.
+
+        Called in the first of several processes alone, as `monitor`, `keep` and `evaluate`; the others have its weights then.
+        """
 
     @abc.abstractmethod
     def loss(self, share_done):
-        """The loss of one fresh batch, a scalar tensor, when that share of the steps is done."""
+        """The loss of one fresh batch, a scalar tensor, when that share of the steps is done; of several processes, its part."""
 
     @abc.abstractmethod
     def monitor(self):
@@ -175,34 +180,65 @@ def add_run_flags(parser):
 
 
 def run_experiment(experiment_class, argv=None):
-    """Train and evaluate a model, or with --evaluate evaluate one again; returns the exit code."""
+    """Train and evaluate a model, or with --evaluate evaluate one again; returns the exit code.
+
+    Each of several processes that torchrun has started trains on its share of every batch; the first does all else.
+    """
+    with ranks.joined():
+        ranks.require_alike({"flags": " ".join(sys.argv[1:] if argv is None else argv)})
+        args, given, directory = ranks.from_first(lambda: settled_flags(experiment_class, argv))
+        if args.evaluate:
+            return evaluate_again(experiment_class, args, directory) if ranks.rank() == 0 else 0
+        if args.resume and ranks.from_first(lambda: is_finished(directory)):
+            print(f"{directory} is finished already: nothing to resume")
+            return 0
+        with ranks.agreed():
+            device = select_device(args.no_cuda)
+            args.precision = settled_precision(args.precision, device)
+            experiment = experiment_class(args, device)
+            details = provenance(device) | experiment.details()
+            details |= {"processes": ranks.size()} if ranks.size() > 1 else {}
+        ranks.require_alike({"precision": args.precision, "versions": details["versions"], "data": details.get("data"),
+                             "GPU": describe_device(device) if device.type == "cuda" else None})  # fmt: skip
+        details = ranks.from_first(lambda: begin(experiment, directory, details, "no_cuda" in given))
+        ranks.share_weights((experiment.networks or experiment.modules).values())
+        progress = train(experiment, directory)
+        return finish(experiment, directory, progress, details) if ranks.rank() == 0 else 0
+
+
+def settled_flags(experiment_class, argv):
+    """(args, given, directory) of a command line: all flags settled but the precision; InputError for what does not fit."""
     parser = experiment_class.parser()
     args, given = parser.parse(argv)
     directory = find_directory(args, experiment_class.default_id(args))
     adopt_stored_flags(args, given, parser, directory)
     refuse_to_overwrite(args, directory)
     experiment_class.settle(args)
-    device = select_device(args.no_cuda)
-    if args.evaluate:
-        return evaluate_again(experiment_class, args, directory, device)
-    args.precision = settled_precision(args.precision, device)
-    if args.resume and is_finished(directory):
-        print(f"{directory} is finished already: nothing to resume")
-        return 0
-    if args.seed is None:
+    if args.seed is None and not args.evaluate:
         args.seed = drawn_seed()
-    experiment = experiment_class(args, device)
-    details = provenance(device) | experiment.details()
+    if ranks.size() > smallest_batch(args) and not args.evaluate:
+        raise InputError(f"{ranks.size()} processes share a batch of {smallest_batch(args)} pairs, and each needs one; start "
+                         "fewer, or raise --batch-size")  # fmt: skip
+    return args, given, directory
+
+
+def begin(experiment, directory, details, no_cuda_given):
+    """Make the directory or go on in it, and draw the weights; returns the details that args.json has beside the flags."""
+    args = experiment.args
     if args.resume and (directory / "args.json").exists():
         stored = stored_args(directory)
         experiment.check_stored(stored)
-        details |= check_machine(directory, stored, details, "no_cuda" in given)
+        details |= check_machine(directory, stored, details, no_cuda_given)
     start_directory(directory, args, details)
     print(f"model        {directory}, seed {args.seed}")
     print_description(experiment)
-
     experiment.draw(directory)
-    progress = train(experiment, directory)
+    return details
+
+
+def finish(experiment, directory, progress, details):
+    """Write the weights, evaluate, and say in args.json that the run is finished; returns the exit code."""
+    args = experiment.args
     for name, state in experiment.weights().items():
         save_weights(state, directory / f"{name}.pt")
     details |= {"eval_seed": args.seed + 1, "train_seconds": round(progress.seconds, 1)}
@@ -212,8 +248,9 @@ def run_experiment(experiment_class, argv=None):
     return 0
 
 
-def evaluate_again(experiment_class, args, directory, device):
+def evaluate_again(experiment_class, args, directory):
     """--evaluate: results.csv of a trained model by another seed; the results of an earlier one are kept beside it."""
+    device = select_device(args.no_cuda)
     stored, seed = take_evaluation_seed(args, directory)
     # in full, also where the device does not have the precision of the training
     args.seed, args.precision = stored["seed"], "fp32"

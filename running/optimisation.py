@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.adam import adam
 
 from running.devices import matrix_precision
+from running.ranks import add_up
 from running.schedules import learning_rate
 
 GRADIENT_NORM = 2.0  # to which larger gradients are clipped
@@ -27,7 +28,8 @@ def training_step(experiment, optimiser, share_done):
     """One step of a run: forward, backward, whitening, clipping, update; returns (loss, norm of the gradient), 0-d tensors.
 
     experiment: has `args` and loss(share_done), a scalar tensor of one fresh batch, whose own gradients are formed with it; so
-    what is left to backward is the encoders', in their precision.
+    what is left to backward is the encoders', in their precision. Of several processes each has its part of the loss and of the
+    gradients, and they are summed.
     """
     args = experiment.args
     optimiser.zero_grad()
@@ -36,6 +38,7 @@ def training_step(experiment, optimiser, share_done):
         loss.backward()
     # the graph is freed now: its nodes would lie between the next step's activations and scatter the heap
     loss = loss.detach()
+    add_up([loss, *(parameter.grad for parameter in optimiser.parameters if parameter.grad is not None)])
     return loss, optimiser.step(learning_rate(args, share_done))
 
 
@@ -225,9 +228,14 @@ class InputWhitening:
     @torch.no_grad()
     def precondition(self):
         """Whiten the gradients in place, after the covariances and their inverses were updated where they are due."""
+        moments, counts = {}, {}
         for name, blocks in self._inputs.items():
             blocks = [block.flatten(0, -2).float() for block in blocks]
-            covariance = sum(block.T @ block for block in blocks) / sum(map(len, blocks))
+            moments[name] = sum(block.T @ block for block in blocks)
+            counts[name] = moments[name].new_full((), sum(map(len, blocks)))
+        add_up([*moments.values(), *counts.values()])
+        for name, moment in moments.items():
+            covariance = moment / counts[name]
             if name in self._covariances:
                 self._covariances[name].lerp_(covariance, 1 - COVARIANCE_DECAY)
             else:

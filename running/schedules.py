@@ -34,6 +34,12 @@ def batch_size(args, share_done):
     return round(args.batch_size * growth**share_done)
 
 
+def smallest_batch(args):
+    """Pairs in the smallest batch of a run."""
+    sizes = (args.batch_size, args.final_batch_size, vars(args).get("first_batch_size", 0))
+    return min(size for size in sizes if size)
+
+
 def temperature(args, share_done):
     """τ of a step: --first-tau at first, --tau at last, a straight line between TAU_LEAVES and TAU_ARRIVES."""
     if not args.first_tau:

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from running import ranks
 from running.command_line import InputError
 from running.directory import load_state, load_torch, save_torch
 from running.files import write_csv
@@ -42,13 +43,20 @@ def train(experiment, directory):
     optimiser = make_optimiser(experiment.modules, args, experiment.rates)
     for module in experiment.modules.values():
         module.train()
-    if checkpoint.exists():
-        progress = _load_checkpoint(checkpoint, experiment, optimiser)
+        ranks.share_batch_norms(module)
+    if ranks.from_first(checkpoint.exists):
+        content = ranks.from_first(lambda: load_torch(checkpoint))
+        with ranks.agreed():
+            progress = _adopt_checkpoint(content, checkpoint, experiment, optimiser)
         print(f"resumed from step {progress.step} of {args.train_steps}")
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=experiment.device)
     already, started = progress.seconds, time.perf_counter()
     bar = tqdm(
-        total=args.train_steps, initial=progress.step, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05
+        total=args.train_steps,
+        initial=progress.step,
+        unit="step",
+        smoothing=0.05,
+        disable=ranks.rank() > 0 or not sys.stderr.isatty(),
     )
 
     def mean_loss():
@@ -69,6 +77,26 @@ def train(experiment, directory):
         _save_checkpoint(checkpoint, progress, experiment, optimiser)
         write_csv(pd.DataFrame(progress.log), directory / "train_log.csv")
 
+    def keep():
+        mean_loss()
+        experiment.keep(directory, progress.step)
+
+    def log():
+        row = {"step": progress.step, "loss": mean_loss(), "lr": learning_rate(args, share_done),
+               "seconds": round(seconds(), 3)}  # fmt: skip
+        columns, text = experiment.monitor()
+        progress.log.append({**row, **columns})
+        loss_sum.zero_()
+        progress.loss_steps = 0
+        save()
+        bar.write(_progress_line(progress, args.train_steps, text), file=sys.stdout)
+        sys.stdout.flush()
+
+    def end():
+        save()
+        bar.close()
+        _end_by(number, f"after step {progress.step} of {args.train_steps}", args)
+
     with bar, _StopSignals() as stop:
         while progress.step < args.train_steps:
             share_done = progress.step / args.train_steps
@@ -77,32 +105,24 @@ def train(experiment, directory):
             progress.step += 1
             progress.loss_steps += 1
             if experiment.keep_steps and progress.step % experiment.keep_steps == 0:
-                mean_loss()
-                experiment.keep(directory, progress.step)
+                ranks.from_first(keep)
             if bar.update():
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if progress.step % args.log_steps == 0 or progress.step == args.train_steps:
-                row = {"step": progress.step, "loss": mean_loss(), "lr": learning_rate(args, share_done),
-                       "seconds": round(seconds(), 3)}  # fmt: skip
-                columns, text = experiment.monitor()
-                progress.log.append({**row, **columns})
-                loss_sum.zero_()
+                ranks.from_first(log)
+                loss_sum.zero_()  # as the first process has done
                 progress.loss_steps = 0
-                save()
-                bar.write(_progress_line(progress, args.train_steps, text), file=sys.stdout)
-                sys.stdout.flush()
-            if stop.signal:
-                save()
-                bar.close()
-                _end_by(stop.signal, f"after step {progress.step} of {args.train_steps}", args)
+            if number := stop.decided():
+                ranks.from_first(end)
     return progress
 
 
 def _end_by(number, where, args):
     print(
         f"stopped by {signal.Signals(number).name} {where}; the checkpoint is written, continue with: "
-        f"python {Path(sys.argv[0]).name} --model-dir {args.model_dir} --model-id {args.model_id} --resume",
+        f"{ranks.launcher()} {Path(sys.argv[0]).name} --model-dir {args.model_dir} --model-id {args.model_id} --resume",
         file=sys.stderr,
+        flush=True,
     )
     sys.exit(128 + number)
 
@@ -141,8 +161,8 @@ def _save_checkpoint(path, progress, experiment, optimiser):
     save_torch(content, path)
 
 
-def _load_checkpoint(path, experiment, optimiser):
-    content = load_torch(path)
+def _adopt_checkpoint(content, path, experiment, optimiser):
+    """Put the dict that `path` holds in its place; returns the Progress, or raises InputError if it is of another run."""
     try:
         for name, module in experiment.modules.items():
             load_state(module, content["modules"][name], path)
@@ -166,10 +186,15 @@ def _load_checkpoint(path, experiment, optimiser):
 
 
 class _StopSignals:
-    """Context that notes the first SIGINT or SIGTERM in `signal` and leaves the second to do what it did before."""
+    """Context that notes the first SIGINT or SIGTERM in `signal` and leaves the second to do what it did before.
+
+    Of several processes none heeds a second one: torchrun hands on what its scheduler may have sent to all of them.
+    """
 
     def __enter__(self):
         self.signal = None
+        self._interval = self._steps_left = 1
+        self._asked = time.perf_counter()
         self._previous = {}
         with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -178,7 +203,24 @@ class _StopSignals:
 
     def _note(self, number, frame):
         self.signal = signal.Signals(number)
-        self._restore()
+        if ranks.size() == 1:
+            self._restore()
+
+    def decided(self):
+        """The signal that ends the run after this step, None for none: the same in all processes, which all ask after each.
+
+        They tell each other about once a second.
+        """
+        if ranks.size() == 1:
+            return self.signal
+        self._steps_left -= 1
+        if self._steps_left:
+            return None
+        number, seconds = ranks.largest(self.signal or 0, time.perf_counter() - self._asked)
+        self._asked = time.perf_counter()
+        self._interval = max(1, min(2 * self._interval, round(self._interval / max(seconds, 1e-3))))
+        self._steps_left = self._interval
+        return int(number) or None
 
     def _restore(self):
         for signum, handler in self._previous.items():

@@ -226,9 +226,9 @@ def test_the_encoders_that_are_kept_have_no_spare_dimensions(run, tmp_path, monk
 
 def test_the_penalty_is_of_relative_lengths_alone():
     h = torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.8, -2.4]], requires_grad=True)  # lengths 5, 1, 3
-    variance = image_text.length_variance(h)
+    variance = image_text.length_variance(h, 3)
     assert variance.item() == pytest.approx(8 / 27, abs=1e-6)
-    assert image_text.length_variance(100 * h).item() == pytest.approx(8 / 27, abs=1e-6)
+    assert image_text.length_variance(100 * h, 3).item() == pytest.approx(8 / 27, abs=1e-6)
     variance.backward()
     expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]]) * 4 / 27
     torch.testing.assert_close(h.grad, expected, rtol=0, atol=1e-6)

@@ -44,10 +44,10 @@ def killed_after(monkeypatch, steps):
     """Have the run die in the middle of a step once `steps` steps were done in this process."""
     real, count = main_numeric.multimodal_contrastive_loss, iter(range(10**9))
 
-    def dying(*arguments):
+    def dying(*arguments, **options):
         if next(count) == steps:
             raise Killed
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(main_numeric, "multimodal_contrastive_loss", dying)
 
@@ -179,10 +179,10 @@ def test_resuming_from_a_checkpoint_between_two_lines_of_the_log(tmp_path, run, 
     run(SEED, "whole")
     real, count = main_numeric.multimodal_contrastive_loss, iter(range(10**9))
 
-    def signalled(*arguments):
+    def signalled(*arguments, **options):
         if next(count) == 16:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(main_numeric, "multimodal_contrastive_loss", signalled)
