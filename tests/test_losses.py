@@ -42,13 +42,17 @@ def test_value_and_gradients_in_float64(p, tau, pairs, negatives, dimensions, mo
         assert relative(found, wanted) < 1e-10
 
 
+@pytest.mark.parametrize("form", ["cpu", "cuda"])
+@pytest.mark.parametrize("dimensions", [1, 10])
 @pytest.mark.parametrize(
     "scale, offset",
     [(1.0, 0.0), (1e-4, 0.0), (30.0, 0.0), (1e4, 0.0), (1.0, 1e3), (0.01, 100.0)],
     ids=["unit", "collapsed", "spread", "far apart", "far from the origin", "collapsed and far"],
 )
-def test_float32_is_within_1e_5_also_at_extremes(scale, offset):
-    h_x, noise, n_x, n_t = encodings((300, 300, 300, 300), 10, scale, offset)
+def test_float32_is_within_1e_5_also_at_extremes(scale, offset, form, dimensions, monkeypatch):
+    """In the form of a CPU and in that of a GPU, whose distances have no float64 product."""
+    monkeypatch.setitem(losses.SQUARED_DISTANCE_LOGITS, "cpu", losses.SQUARED_DISTANCE_LOGITS[form])
+    h_x, noise, n_x, n_t = encodings((300, 300, 300, 300), dimensions, scale, offset)
     h_t = (h_x + 0.1 * (noise - offset)).float().double()
     tensors = (h_x, h_t, n_x, n_t)
     value, gradients = value_and_gradients(multimodal_contrastive_loss, tensors, torch.float32)
