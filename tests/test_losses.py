@@ -63,6 +63,38 @@ def test_float32_is_within_1e_5_also_at_extremes(scale, offset, form, dimensions
         assert relative(found, wanted) < 1e-5 or wanted.norm() < 1e-30
 
 
+class PartOfBatch:
+    """A share of a batch whose other rows are at hand: `gather` takes its own and finds the batch they are of."""
+
+    def __init__(self, total, first, stop, batches):
+        self.total, self.first, self.rows, self.batches = total, first, slice(first, stop), batches
+
+    def gather(self, rows):
+        return next(batch for batch in self.batches if torch.allclose(batch[self.rows], rows, atol=0))
+
+
+@pytest.mark.parametrize("bounds", [(0, 23), (0, 11, 23), (0, 7, 8, 23)], ids=["one", "two", "three"])
+@pytest.mark.parametrize("kind", ["independent", "batch", "both", "cross"])
+def test_the_parts_of_a_batch_add_up_with_their_gradients(kind, bounds, monkeypatch):
+    monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 100)  # several blocks in a share
+    tensors = encodings((23,) * (4 if kind == "independent" else 2), 4)
+    loss = multimodal_contrastive_loss if kind in ("independent", "batch") else image_text_contrastive_loss
+    options = {"tau": 0.3} | ({"negatives": kind} if kind in ("both", "cross") else {})
+
+    def in_parts(*tensors, tau, **options):
+        known = [*tensors, *(h / h.norm(dim=1, keepdim=True) for h in tensors)]  # the cosine's encodings have length 1
+        shares = [PartOfBatch(23, *bounds[k : k + 2], known) for k in range(len(bounds) - 1)]
+        # inside the public function the cosine's gradients are formed at once, over other processes' rows too: test_ranks.py
+        part = loss if loss is multimodal_contrastive_loss else losses._cosine_loss
+        return sum(part(*(h[share.rows] for h in tensors), tau=tau, share=share, **options) for share in shares)
+
+    value, gradients = value_and_gradients(in_parts, tensors, torch.float64, **options)
+    expected, expected_gradients = value_and_gradients(loss, tensors, torch.float64, **options)
+    assert abs(value - expected) < 1e-12
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        assert relative(found, wanted) < 1e-10
+
+
 def test_negatives_from_the_batch_leave_the_anchor_out(monkeypatch):
     monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 100)
     h_x, h_t = encodings((23, 23), 4)
