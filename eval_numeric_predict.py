@@ -167,9 +167,7 @@ def evaluate_model(directory, args, device):
     if not directory.is_dir():
         raise InputError("no such directory" if not directory.exists() else "a file, expected the directory of a model")
     if not is_finished(directory):
-        raise InputError(
-            "it holds no finished model; main_numeric.py trains one, and --resume ends one that was stopped"
-        )
+        raise InputError("it holds no finished model; main_numeric.py trains one, and --resume ends one that was stopped")
     setting, stored = trained_args(directory, main_numeric.NumericExperiment)
     seed = setting.seed + 1 if args.seed is None else args.seed
     if seed == setting.seed:

@@ -192,9 +192,7 @@ def check_regression(fit_h, fit_targets, test_h, test_targets):
     widths = {}
     for name, target, h in _all_targets(fit_h, fit_targets, test_h, test_targets):
         if target.ndim not in (1, 2) or len(target) != len(h) or not target.numel():
-            raise ValueError(
-                f"target {name} has the shape {tuple(target.shape)}; expected ({len(h)}, k) as the encoding"
-            )
+            raise ValueError(f"target {name} has the shape {tuple(target.shape)}; expected ({len(h)}, k) as the encoding")
         _check_finite(f"target {name}", target)
         width = columns(target).shape[1]
         if widths.setdefault(name, width) != width:
@@ -205,9 +203,7 @@ def check_regression(fit_h, fit_targets, test_h, test_targets):
 def _check_classes(fit_h, fit_targets, test_h, test_targets):
     for name, target, h in _all_targets(fit_h, fit_targets, test_h, test_targets):
         if target.shape != (len(h),) or target.is_floating_point() or not len(target):
-            raise ValueError(
-                f"target {name} is {target.dtype} {tuple(target.shape)}; expected ({len(h)},) integer classes"
-            )
+            raise ValueError(f"target {name} is {target.dtype} {tuple(target.shape)}; expected ({len(h)},) integer classes")
 
 
 def _all_targets(fit_h, fit_targets, test_h, test_targets):
@@ -221,9 +217,7 @@ def _all_targets(fit_h, fit_targets, test_h, test_targets):
 
 def _check_encodings(fit_h, test_h):
     if fit_h.ndim != 2 or test_h.ndim != 2 or fit_h.shape[1] != test_h.shape[1] or not len(fit_h):
-        raise ValueError(
-            f"encodings {tuple(fit_h.shape)} and {tuple(test_h.shape)} must have shapes (N, D) and (M, D), N > 0"
-        )
+        raise ValueError(f"encodings {tuple(fit_h.shape)} and {tuple(test_h.shape)} must have shapes (N, D) and (M, D), N > 0")
     _check_finite("the fitting encoding", fit_h)
     _check_finite("the test encoding", test_h)
 

@@ -7,14 +7,7 @@ from datasets import causal_bias
 from grids.cells import Cell, Figure
 from grids.models import BLENDER, DataSet, ResultFile, Setting
 from main_causal3dident import Causal3dIdentExperiment
-from reading.causal3dident import (
-    CAUSAL_BIAS_IDS,
-    CAUSAL_BIAS_TYPES,
-    CAUSAL_IMAGE,
-    CAUSAL_TEXT,
-    CAUSAL_TOOLS,
-    causal_text_factor,
-)
+from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, CAUSAL_TEXT, CAUSAL_TOOLS, causal_text_factor
 
 DATA = DataSet(
     "data/Causal3DIDent/latents_image.csv",
@@ -87,13 +80,7 @@ def causal3dident_cells(figure, scale):
             column = f"{number}: {'+ ' if bias_id > (0 if selection else 1) else ''}{added}"
             name, flags = f"{bias_type}_{bias_id}", f"{FLAGS[scale]} --bias-type {bias_type} --bias-id {bias_id}"
             setting = Setting(Causal3dIdentExperiment, scale, name, "main_causal3dident.py", flags, data)
-            keys = {
-                "figure": figure.number,
-                "probe": probe,
-                "metric": metric,
-                "bias_type": bias_type,
-                "bias_id": bias_id,
-            }
+            keys = {"figure": figure.number, "probe": probe, "metric": metric, "bias_type": bias_type, "bias_id": bias_id}
             keys |= {"modality": modality, "factor": PAPER_SPELLING.get(factor, factor)}
             panel = (f"{modality} encoding", f"{bias_type[:-1]} bias")
             where, score = {"modality": modality, "factor_name": factor}, SCORES[probe, metric]
@@ -101,9 +88,7 @@ def causal3dident_cells(figure, scale):
             yield Cell(keys, panel, factor, column, setting, RESULTS, where, score, learned, clipped=metric == "r2")
 
 
-_figure = functools.partial(
-    Figure, experiment="causal3dident", make_cells=causal3dident_cells, paper="causal3dident.csv"
-)
+_figure = functools.partial(Figure, experiment="causal3dident", make_cells=causal3dident_cells, paper="causal3dident.csv")
 FIGURES = (
     _figure("fig6", "nonlinear scores on Causal3DIdent, image", options={"probe": "nonlinear", "modality": "image"}),
     _figure("fig16", "nonlinear scores on Causal3DIdent, text", options={"probe": "nonlinear", "modality": "text"}),

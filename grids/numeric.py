@@ -21,8 +21,7 @@ TASKS = ("y1", "y2", "y3", "y4")
 # ten thousand full-batch steps are most of a tiny model's time: they get a fifth of the samples
 DOWNSTREAM = {"script": "eval_numeric_predict.py", "flags": {"tiny": "--num-eval-batches 1"}, "record": "downstream"}
 DOWNSTREAM["recorded"] = {
-    scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32"}
-    for scale in SCALES
+    scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32"} for scale in SCALES
 }
 TASK_ROWS = tuple({"task": task} for task in TASKS)
 PREDICT = ResultFile("results_predict.csv", ("task",), ("metric_scores",), rows=TASK_ROWS, **DOWNSTREAM)
@@ -85,10 +84,7 @@ def numeric_cells(figure, scale):
             learned = (is_semantic and perturbed <= factor < selected) if foretold else None
             own = {**keys, "metric": metric, "semantics": semantics, "encoding": encoding, "factor": shown}
             where = {"encoding": encoding, "predicted_factors": stored}
-            in_figure, in_table = (
-                ((ENCODINGS[encoding], side), shown, subset),
-                ((METRICS[metric], side), encoding, shown),
-            )
+            in_figure, in_table = (((ENCODINGS[encoding], side), shown, subset), ((METRICS[metric], side), encoding, shown))
             place = in_table if is_table else in_figure
             yield Cell(own, *place, setting, RESULTS, where, metric, learned)
 
