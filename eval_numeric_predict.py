@@ -61,9 +61,6 @@ def parse_flags(argv):
     return parser.parse(argv)[0]
 
 
-# Tasks
-
-
 def prefix_sizes(n):
     """Numbers of leading semantics behind y1 … y4, of n: 3, 5, 7, 9 of ten, in proportion otherwise."""
     return tuple(max(1, (tenths * n + 5) // 10) for tenths in (3, 5, 7, 9))
@@ -123,9 +120,6 @@ def shift(s, protocol, generator):
         jumps = torch.rand(v.shape, generator=generator, device=v.device) < JUMP_PROBABILITY
         s[:, moved] = torch.where(jumps, JUMP * v.sign(), s[:, moved])
     return s
-
-
-# Evaluation
 
 
 @torch.no_grad()

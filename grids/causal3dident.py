@@ -24,19 +24,15 @@ STANDIN_DATA = DataSet(
         f"{CAUSAL_TOOLS}/contact_sheet.py --output-folder {STANDIN}",
     ),
 )
-FLAGS = {
-    "paper": "",
-    "fast": "--recipe fast",
-    "tiny": f"--recipe fast --datapath {STANDIN} --log-steps 250 --checkpoint-steps 500",
-}
+TINY = f"--recipe fast --datapath {STANDIN} --log-steps 250 --checkpoint-steps 500"
+FLAGS = {"paper": "", "fast": "--recipe fast", "tiny": TINY}
 SCORES = {
     ("linear", "r2"): "r2_linreg",
     ("nonlinear", "r2"): "r2_krreg",
     ("linear", "mcc"): "mcc_logreg",
     ("nonlinear", "mcc"): "mcc_mlp",
 }
-APPLIES = {"continuous": "r2", "discrete": "mcc"}
-KEYS = ("ix", "modality", "factor_name", "factor_type")
+KEYS, APPLIES = ("ix", "modality", "factor_name", "factor_type"), {"continuous": "r2", "discrete": "mcc"}
 RESULTS = ResultFile("results.csv", KEYS, tuple(SCORES.values()), APPLIES)
 PAPER_SPELLING = {"spotlight_color_index": "splotlight_color_index"}  # in the tables of the paper's numbers
 # Causes of each semantics; the hues have noise of their own besides.
@@ -54,8 +50,7 @@ def foretold(bias, name):
     phrasing, the image's own rotations, causes whose effects are biased as well. Of hues, and of the position of the
     spotlight that captions state in fifths, no score is foretold where they are unbiased.
     """
-    hues = {*CAUSES, *map(causal_text_factor, CAUSES)}
-    if name in hues:
+    if name in {*CAUSES, *map(causal_text_factor, CAUSES)}:
         return None
     if name in bias.unbiased:
         return True if CAUSAL_IMAGE[name] else None

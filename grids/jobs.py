@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import importlib
+import itertools
 import os
 import queue
 import shlex
@@ -114,29 +115,22 @@ def threads(count):
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, count)))
 
 
-def visible_gpus(per_job):
-    """Names of the GPUs that jobs may use, as CUDA_VISIBLE_DEVICES writes them; empty without GPUs."""
-    if not per_job:
-        return []
-    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return given.split(",")
-    return [str(index) for index in range(importlib.import_module("torch").cuda.device_count())]
-
-
 def run_here(work, options, ended):
     """Run the jobs of `work` (Model → commands) with submitit on this machine, options.jobs at a time; ended(model) after each.
 
-    Each has its share of the cores and, where there are GPUs, its own one; more jobs than GPUs share them. Raises InputError
-    if a job is to have more GPUs than there are.
+    Each has its share of the cores and GPUs of its own, shared if there are too few. InputError if one asks for more than all.
     """
-    gpus, cores = visible_gpus(options.gpus_per_job), usable_cores()
-    if gpus and options.gpus_per_job > len(gpus):
-        raise InputError(f"--gpus-per-job {options.gpus_per_job} is more than the {len(gpus)} of this machine")
-    count = min(options.jobs or (len(gpus) // options.gpus_per_job if gpus else min(cores, 8)), len(work))
-    slots, stopping = queue.SimpleQueue(), threading.Event()
-    for slot in range(count):
-        own = [gpus[(slot * options.gpus_per_job + i) % len(gpus)] for i in range(options.gpus_per_job)] if gpus else []
-        slots.put(threads(options.cpus_per_job or cores // count) | {"CUDA_VISIBLE_DEVICES": ",".join(own)})
+    per_job, cores = options.gpus_per_job, usable_cores()
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or "").split(",") if per_job else []
+    if gpus == [""]:
+        gpus = [str(index) for index in range(importlib.import_module("torch").cuda.device_count())]
+    if gpus and per_job > len(gpus):
+        raise InputError(f"--gpus-per-job {per_job} is more than the {len(gpus)} of this machine")
+    count = min(options.jobs or (len(gpus) // per_job if gpus else min(cores, 8)), len(work))
+    slots, stopping, turn = queue.SimpleQueue(), threading.Event(), itertools.cycle(gpus)
+    for _ in range(count):
+        own = ",".join(itertools.islice(turn, per_job))
+        slots.put(threads(options.cpus_per_job or cores // count) | {"CUDA_VISIBLE_DEVICES": own})
 
     def submit_and_wait(model, commands):
         if stopping.is_set():
@@ -151,15 +145,15 @@ def run_here(work, options, ended):
                 time.sleep(1)
             time.sleep(0.1)
         slots.put(slot)
+        return model
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
     with ThreadPoolExecutor(count, "", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT})) as pool:
         try:
-            futures = {pool.submit(submit_and_wait, *item): item[0] for item in work.items()}
+            futures = [pool.submit(submit_and_wait, *item) for item in work.items()]
             for future in as_completed(futures):
-                future.result()
-                ended(futures[future])
+                ended(future.result())
         except BaseException:
             stopping.set()
             print("stopping: the runs write their checkpoints; the same command goes on", file=sys.stderr, flush=True)
@@ -182,13 +176,11 @@ def run_on_slurm(work, options, ended):
 
     What an earlier call left in the queue is waited for, not submitted again. Raises InputError if SLURM refuses.
     """
-    queued, waiting, new = queued_jobs() or set(), {}, {}
-    cpus = options.cpus_per_job or 4
+    queued, waiting, new, cpus = queued_jobs() or set(), {}, {}, options.cpus_per_job or 4
     environment = threads(cpus) | ({} if options.gpus_per_job else {"CUDA_VISIBLE_DEVICES": ""})
     for model, commands in work.items():
         record = model.log(".job")
-        job_id = record.read_text().strip() if record.exists() else ""
-        if job_id in queued:
+        if record.exists() and (job_id := record.read_text().strip()) in queued:
             waiting[job_id] = model
         else:
             new[model] = make_job(model, commands, environment)
@@ -197,16 +189,10 @@ def run_on_slurm(work, options, ended):
     if new:
         first = next(iter(new))
         executor = submitit.SlurmExecutor(first.log().parent / "submitit", max_num_timeout=10**6)
+        asked = {"job_name": first.setting.folder, "time": options.time, "mem": f"{int(options.mem * 1024)}MB"}
+        asked |= {"cpus_per_task": cpus, "array_parallelism": options.jobs or 32, "additional_parameters": {"requeue": True}}
         chosen = {"gpus_per_node": options.gpus_per_job, "partition": options.partition}
-        executor.update_parameters(
-            job_name=first.setting.folder,
-            time=options.time,
-            cpus_per_task=cpus,
-            mem=f"{int(options.mem * 1024)}MB",
-            array_parallelism=options.jobs or 32,
-            additional_parameters={"requeue": True},
-            **{name: value for name, value in chosen.items() if value},
-        )
+        executor.update_parameters(**asked, **{name: value for name, value in chosen.items() if value})
         try:
             jobs = executor.submit_array(list(new.values()))
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:

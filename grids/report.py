@@ -22,10 +22,7 @@ MISPRINTED = {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", 
 
 
 def read_results(models, damaged, setting, file):
-    """Dict Model → rows of a ResultFile, for each finished Model of a setting, in order of their seeds.
-
-    What is not whole is left out, and the messages about it are keys of `damaged`. InputError if a model is of another setting.
-    """
+    """Dict Model → rows of a ResultFile, of each finished Model of a setting; what is wrong with others are keys of `damaged`."""
     prefix, results = f"{setting.name}_seed", {}
     seeds = [path.name.removeprefix(prefix) for path in (Path(models) / setting.folder).glob(f"{prefix}*")]
     for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
@@ -106,11 +103,7 @@ def counts_in_words(summary, scale):
 
 
 def foretold(tables):
-    """DataFrame of the computed cells whose nonlinear score the theory foretells; `holds`: whether it is as foretold.
-
-    Where factors are independent, the unbiased should be LEARNED and all others ABSENT. A number that two figures share is
-    there once.
-    """
+    """DataFrame of the computed cells that the theory has LEARNED or ABSENT, each number once; `holds`: whether they are so."""
     cells = pd.concat(tables, ignore_index=True)
     cells = cells[cells.learned.notna() & (cells.seeds > 0)].drop_duplicates("source")
     return cells.assign(holds=(cells["mean"] >= LEARNED).where(cells.learned.astype(bool), cells["mean"] <= ABSENT))
@@ -125,10 +118,7 @@ def durations(figures, scale, results):
 
 
 def panels_of(table, value):
-    """Dict panel → DataFrame (rows × columns of the panel) of one column of a figure's table.
-
-    Where a panel has no cell, since captions do not state a factor, numbers are NaN and texts empty.
-    """
+    """Dict panel → DataFrame (rows × columns of the panel) of a table's column; NaN or "" where captions state no factor."""
     panels = {}
     for panel, part in table.groupby("panel", sort=False):
         pivoted = part.pivot(index="row", columns="column", values=value).loc[part.row.unique(), part.column.unique()]
@@ -204,10 +194,8 @@ def figure_tables(table):
 
 def pattern(tables, scale):
     """HTML about the pattern of the theory: for each experiment how many cells are so, and the rest with their runs."""
-    parts = [
-        f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: at least {LEARNED} for an "
-        f"unbiased factor and at most {ABSENT} for any other.</p>"
-    ]
+    should = f"at least {LEARNED} for an unbiased factor and at most {ABSENT} for any other"
+    parts = [f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: {should}.</p>"]
     for experiment in dict.fromkeys(figure.experiment for figure in tables):
         cells = foretold([table for figure, table in tables.items() if figure.experiment == experiment])
         if cells.empty:
@@ -231,10 +219,8 @@ def scale_section(scale, tables, summary, pictures):
     total = summary.sum(numeric_only=True)
     if compared := total.get("independent_compared"):
         nearer, near = (total[f"independent_within_{bound}"] for bound in (CLOSE, NEAR))
-        parts.append(
-            f"<p>Independent semantics: {nearer} of {compared} cells ({nearer / compared:.1%}) lie within ±{CLOSE} of the "
-            f"paper, {near} ({near / compared:.1%}) within ±{NEAR}.</p>"
-        )
+        closest = f"{nearer} of {compared} cells ({nearer / compared:.1%}) lie within ±{CLOSE} of the paper"
+        parts.append(f"<p>Independent semantics: {closest}, {near} ({near / compared:.1%}) within ±{NEAR}.</p>")
     parts.append(pattern(tables, scale))
     colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in COMPARED)
     for figure, paths in pictures.items():
@@ -248,18 +234,8 @@ def scale_section(scale, tables, summary, pictures):
     return "\n".join([*parts, "</section>"])
 
 
-def page(lines, sections):
-    """The report as one HTML document that needs no other file."""
-    head = f'<meta charset="utf-8"><title>Negate or Embrace: reproduction</title><style>{STYLE}</style>'
-    body = "\n".join([*(f'<p class="first">{html.escape(line)}</p>' for line in lines), *sections])
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
-
-
 def write_report(args):
-    """`report`: tables, pictures and index.html of the models that exist; returns the exit code.
-
-    Raises InputError if there are none, and, once the rest is written, if one or its results are not whole.
-    """
+    """`report`: write tables, pictures and index.html; InputError if there are no models, or, in the end, if one is damaged."""
     figures = chosen_figures(args.names or ["all"])
     output, sections, lines, damaged = Path(args.output), [], [], {}
     results = functools.cache(functools.partial(read_results, args.models, damaged))
@@ -284,7 +260,10 @@ def write_report(args):
         raise InputError(f"no finished model of {names} lies under {args.models}/; `python reproduce.py run` trains them")
     if lines:
         told = [*lines, *(f"Left out: {message}" for message in damaged)]
-        write_bytes(output / "index.html", page(told, sections).encode())
+        head = f'<meta charset="utf-8"><title>Negate or Embrace: reproduction</title><style>{STYLE}</style>'
+        body = "\n".join([*(f'<p class="first">{html.escape(line)}</p>' for line in told), *sections])
+        page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+        write_bytes(output / "index.html", page.encode())
         print(*lines, f"report: {output / 'index.html'}", sep="\n")
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
