@@ -206,8 +206,7 @@ def evaluate_model(directory, args, device):
     details |= {"device": where, "seconds": round(time.perf_counter() - started, 1)}
     write_json(directory / "args.json", {**stored, "downstream": details})
     print("R²           " + "  ".join(f"{task} {score:.3f}" for task, score in regression.items()))
-    iid, ood = classification["iid"], classification["ood"]
-    print(f"Matthews     y5 in distribution {iid:.3f}, shifted {ood:.3f}", flush=True)
+    print("Matthews     y5 in distribution {iid:.3f}, shifted {ood:.3f}".format(**classification), flush=True)
 
 
 def main(argv=None):

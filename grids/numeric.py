@@ -23,8 +23,7 @@ DOWNSTREAM = {"script": "eval_numeric_predict.py", "flags": {"tiny": "--num-eval
 DOWNSTREAM["recorded"] = {
     scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32"} for scale in SCALES
 }
-TASK_ROWS = tuple({"task": task} for task in TASKS)
-PREDICT = ResultFile("results_predict.csv", ("task",), ("metric_scores",), rows=TASK_ROWS, **DOWNSTREAM)
+PREDICT = ResultFile("results_predict.csv", ("task",), ("metric_scores",), rows=[{"task": task} for task in TASKS], **DOWNSTREAM)
 CLASSIFY = ResultFile("results_classify.csv", (), ("iid", "ood"), rows=({},), **DOWNSTREAM)
 
 
@@ -76,8 +75,7 @@ def numeric_cells(figure, scale):
             keys["encoding_size"] = size or selected - perturbed
         unbiased = {f"s_{i}" for i in range(perturbed, selected)}
         for encoding, (factor, shown) in itertools.product(ENCODINGS, factors.items()):
-            foretold = semantics == "independent" and metric == "r2_nonlinear"
-            learned = factor in unbiased if foretold else None
+            learned = factor in unbiased if (semantics, metric) == ("independent", "r2_nonlinear") else None
             own = {**keys, "metric": metric, "semantics": semantics, "encoding": encoding, "factor": shown}
             where = {"encoding": encoding, "predicted_factors": factor}
             in_figure = (ENCODINGS[encoding], side), shown, subset
