@@ -120,10 +120,10 @@ def run_here(work, options, ended):
 
     Each has its share of the cores and GPUs of its own, shared if there are too few. InputError if one asks for more than all.
     """
-    per_job, cores = options.gpus_per_job, usable_cores()
-    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or "").split(",") if per_job else []
-    if gpus == [""]:
-        gpus = [str(index) for index in range(importlib.import_module("torch").cuda.device_count())]
+    per_job, cores, gpus = options.gpus_per_job, usable_cores(), []
+    if per_job:
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = given.split(",") if given else list(map(str, range(importlib.import_module("torch").cuda.device_count())))
     if gpus and per_job > len(gpus):
         raise InputError(f"--gpus-per-job {per_job} is more than the {len(gpus)} of this machine")
     count = min(options.jobs or (len(gpus) // per_job if gpus else min(cores, 8)), len(work))
