@@ -214,10 +214,7 @@ class FullBatchProbes:
 
     @torch.no_grad()
     def train(self, h, targets, steps):
-        """Full-batch steps of Adam; h: (N, D) standardised encodings, targets: (N, K), 0 and 1 for the classifiers.
-
-        Raises ValueError if the training diverges.
-        """
+        """Full-batch steps of Adam for h (N, D), standardised, targets (N, K), classes as 0 and 1; ValueError if it diverges."""
         chunks = list(zip(_chunks(with_ones(h)), _chunks(targets.float()), strict=True))
         activations = {x.shape[1]: torch.empty(self.output.numel(), x.shape[1], device=h.device) for x, _ in chunks}
         parameters = [self.hidden, self.output, self.bias]

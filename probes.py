@@ -24,10 +24,7 @@ LOGISTIC_TOLERANCE, LOGISTIC_ITERATIONS = 1e-6, 1000  # of the largest gradient 
 
 
 def standardise(fit_h, test_h):
-    """Both encodings shifted and scaled to mean 0, variance 1 of the fitting set: (N, D), (M, D) → the same in float32.
-
-    Features that are constant in the fitting set are shifted alone (as scikit-learn's StandardScaler).
-    """
+    """Encodings shifted and scaled to mean 0, variance 1 of the fitting set, in float32; constant features are shifted alone."""
     _check_encodings(fit_h, test_h)
     fit_h, test_h = fit_h.double(), test_h.double()
     variance, mean = torch.var_mean(fit_h, dim=0, correction=0)

@@ -27,8 +27,7 @@ import time
 from pathlib import Path
 
 from grids import figures, jobs, models
-from grids.figures import chosen_figures, needed_models
-from grids.models import SCALES, checked
+from grids.models import SCALES
 from grids.report import write_report
 from running.command_line import InputError, Parser, integer, number, run_script
 
@@ -71,8 +70,8 @@ def run(args):
     if args.cluster == "slurm" and not args.dry_run and not (shutil.which("sbatch") and shutil.which("srun")):
         place = "run this on a login node of the cluster, or use --cluster local"
         raise InputError(f"--cluster slurm needs SLURM's sbatch and srun in the PATH; {place}")
-    needed = needed_models(chosen_figures(args.names), args.scale, args.seeds, args.models)
-    lacking, damaged = checked(needed)
+    needed = figures.needed_models(figures.chosen_figures(args.names), args.scale, args.seeds, args.models)
+    lacking, damaged = models.checked(needed)
     work = {model: model.commands(files) for model, files in lacking.items() if files}
     counts = f"{len(lacking) - len(work)} are done, " + (f"{len(damaged)} damaged, " if damaged else "")
     print(f"{args.scale} scale: {len(needed)} models, {counts}{len(work)} to do", flush=True)
@@ -112,9 +111,9 @@ def show_list(args):
     plural = "" if args.seeds == 1 else "s"
     print(f"{args.scale} scale ({SCALES[args.scale]}), {args.seeds} seed{plural}, in {args.models}/")
     everything, code = {}, 0
-    for figure in chosen_figures(args.names or ["all"]):
-        needed = needed_models([figure], args.scale, args.seeds, args.models)
-        lacking, damaged = checked(needed)
+    for figure in figures.chosen_figures(args.names or ["all"]):
+        needed = figures.needed_models([figure], args.scale, args.seeds, args.models)
+        lacking, damaged = models.checked(needed)
         states = {model: "begun" if model.directory.exists() else "missing" for model in needed}
         states |= {model: "done" for model, files in lacking.items() if not files}
         states |= {model: f"damaged: {reason}" for model, reason in damaged.items()}

@@ -5,14 +5,11 @@ import fcntl
 import importlib
 import itertools
 import os
-import queue
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import cloudpickle
 import submitit
@@ -127,39 +124,38 @@ def run_here(work, options, ended):
     if gpus and per_job > len(gpus):
         raise InputError(f"--gpus-per-job {per_job} is more than the {len(gpus)} of this machine")
     count = min(options.jobs or (len(gpus) // per_job if gpus else min(cores, 8)), len(work))
-    slots, stopping, turn = queue.SimpleQueue(), threading.Event(), itertools.cycle(gpus)
+    waiting, running, slots, told, turn = list(work.items()), [], [], [], itertools.cycle(gpus)
     for _ in range(count):
         own = ",".join(itertools.islice(turn, per_job))
-        slots.put(threads(options.cpus_per_job or cores // count) | {"CUDA_VISIBLE_DEVICES": own})
-
-    def submit_and_wait(model, commands):
-        if stopping.is_set():
-            return
-        slot = slots.get()
-        executor = submitit.LocalExecutor(model.log().parent / "submitit")
-        executor.update_parameters(timeout_min=10**6)  # no time limit
-        job = executor.submit(make_job(model, commands, slot))
-        while not job.done():
-            if stopping.is_set():
-                os.kill(int(job.job_id), signal.SIGTERM)  # to submitit's controller: cancel() would kill after a second
-                time.sleep(1)
+        slots.append(threads(options.cpus_per_job or cores // count) | {"CUDA_VISIBLE_DEVICES": own})
+    previous = signal.signal(signal.SIGTERM, lambda *_: told.append(signal.SIGTERM))  # as Ctrl-C, but never within submit
+    try:
+        while waiting or running:
+            if told:
+                raise KeyboardInterrupt
+            if waiting and slots:
+                (model, commands), slot = waiting.pop(0), slots.pop(0)
+                executor = submitit.LocalExecutor(model.log().parent / "submitit")
+                executor.update_parameters(timeout_min=10**6)  # no time limit
+                # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                running.append((executor.submit(make_job(model, commands, slot)), model, slot))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            for item in [item for item in running if item[0].done()]:
+                running.remove(item)
+                slots.append(item[2])
+                ended(item[1])
             time.sleep(0.1)
-        slots.put(slot)
-        return model
-
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
-    with ThreadPoolExecutor(count, "", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT})) as pool:
-        try:
-            futures = [pool.submit(submit_and_wait, *item) for item in work.items()]
-            for future in as_completed(futures):
-                ended(future.result())
-        except BaseException:
-            stopping.set()
-            print("stopping: the runs write their checkpoints; the same command goes on", file=sys.stderr, flush=True)
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    except BaseException:
+        print("stopping: the runs write their checkpoints; the same command goes on", file=sys.stderr, flush=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while jobs := [job for job, *_ in running if not job.done()]:
+            for job in jobs:
+                os.kill(int(job.job_id), signal.SIGTERM)  # to submitit's controller: cancel() would kill after a second
+            time.sleep(1)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 POLL_SECONDS = 5  # between two looks into SLURM's queue

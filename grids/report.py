@@ -37,10 +37,7 @@ def read_results(models, damaged, setting, file):
 
 
 def measured(figure, scale, results):
-    """DataFrame of a figure's cells: keys, mean, std (over seeds, n − 1), seeds; at COMPARED scales paper, difference, note.
-
-    results(setting, file): dict Model → rows of that file.
-    """
+    """DataFrame of a figure's cells: keys, mean, std (n − 1), seeds, and at COMPARED scales paper, difference, note."""
     records, cells = [], figure.cells(scale)
     for cell in cells:
         found = results(cell.setting, cell.file).items()
