@@ -61,9 +61,6 @@ def parse_flags(argv):
     return parser.parse(argv)[0]
 
 
-# Tasks
-
-
 def prefix_sizes(n):
     """Numbers of leading semantics behind y1 … y4, of n: 3, 5, 7, 9 of ten, in proportion otherwise."""
     return tuple(max(1, (tenths * n + 5) // 10) for tenths in (3, 5, 7, 9))
@@ -125,9 +122,6 @@ def shift(s, protocol, generator):
     return s
 
 
-# Evaluation
-
-
 @torch.no_grad()
 def encode(experiment, batches, generator, precision, shift_protocol):
     """(hz_x (N, D), s (N, n)), float32, of `batches` × 4096 fresh samples, shifted where shift_protocol is not None."""
@@ -167,9 +161,7 @@ def evaluate_model(directory, args, device):
     if not directory.is_dir():
         raise InputError("no such directory" if not directory.exists() else "a file, expected the directory of a model")
     if not is_finished(directory):
-        raise InputError(
-            "it holds no finished model; main_numeric.py trains one, and --resume ends one that was stopped"
-        )
+        raise InputError("it holds no finished model; main_numeric.py trains one, and --resume ends one that was stopped")
     setting, stored = trained_args(directory, main_numeric.NumericExperiment)
     seed = setting.seed + 1 if args.seed is None else args.seed
     if seed == setting.seed:
@@ -214,8 +206,7 @@ def evaluate_model(directory, args, device):
     details |= {"device": where, "seconds": round(time.perf_counter() - started, 1)}
     write_json(directory / "args.json", {**stored, "downstream": details})
     print("R²           " + "  ".join(f"{task} {score:.3f}" for task, score in regression.items()))
-    iid, ood = classification["iid"], classification["ood"]
-    print(f"Matthews     y5 in distribution {iid:.3f}, shifted {ood:.3f}", flush=True)
+    print("Matthews     y5 in distribution {iid:.3f}, shifted {ood:.3f}".format(**classification), flush=True)
 
 
 def main(argv=None):

@@ -21,13 +21,11 @@ KERNEL_ROWS = 512  # rows of a kernel that are formed at once
 def kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets, return_best=False):
     """R² of RBF kernel ridge regression on the test set, by target; with return_best a pair: that, and (α, γ) by target.
 
-    fit_h: (N, D), N ≥ 6, and test_h: (M, D), standardised; fit_targets, test_targets: (N, k), (M, k) under the same
-    names. α and γ are chosen for each target by the mean R² over three contiguous folds (the first of equals in
-    scikit-learn's order), then fitted on all N samples. A factorisation serves all targets. Up to 4096 samples, and
-    always on a GPU, there is one in float64 for each α; beyond that, one serves every α too (`_shared_coefficients`),
-    in float32 where that is enough (`_precision`). The kernel of 20,480 samples takes 3.4 GB. SciPy's BLAS has its own
-    number of threads (OPENBLAS_NUM_THREADS). Raises ValueError for shapes or names that do not fit, for values that are
-    not finite and for fewer than six fitting samples.
+    Encodings are standardised, and N ≥ 6. α and γ are chosen for each target by the mean R² over three contiguous folds (the
+    first of equals in scikit-learn's order), then fitted on all N samples. A factorisation serves all targets. Up to 4096
+    samples, and always on a GPU, there is one in float64 for each α; beyond that, one serves every α too
+    (`_shared_coefficients`), in float32 where that is enough (`_precision`). The kernel of 20,480 samples takes 3.4 GB. SciPy's
+    BLAS has its own number of threads (OPENBLAS_NUM_THREADS). Raises ValueError as the other probes, and for N < 6.
     """
     widths = check_regression(fit_h, fit_targets, test_h, test_targets)
     if len(fit_h) < 2 * FOLDS:
@@ -83,11 +81,7 @@ def _kernel_block(left, right, gamma, dtype):
 
 
 def _ridge_solver(h, gamma, alpha, dtype):
-    """A function targets (n, k) ↦ (K + αI)⁻¹ targets, both float64, from a Cholesky factor of that dtype in place of K.
-
-    On a CPU the factor is SciPy's, whose LAPACK measures faster than torch's. A float32 factor that fails is made in
-    float64; raises LinAlgError where that fails too.
-    """
+    """Function targets (n, k) ↦ (K + αI)⁻¹ targets, float64, by Cholesky in that dtype, or float64 if it fails; LinAlgError."""
     kernel = torch.empty(len(h), len(h), dtype=dtype, device=h.device)
     for start in range(0, len(h), KERNEL_ROWS):
         rows = slice(start, start + KERNEL_ROWS)
@@ -96,6 +90,7 @@ def _ridge_solver(h, gamma, alpha, dtype):
     if h.is_cuda:
         factor, failed = torch.linalg.cholesky_ex(kernel, upper=True)
     else:
+        # SciPy's LAPACK measures faster than torch's
         potrf, potrs = (lapack.spotrf, lapack.spotrs) if dtype == torch.float32 else (lapack.dpotrf, lapack.dpotrs)
         # upper and row by row is lower and column by column, as LAPACK stores it: no copy
         factor, failed = potrf(kernel.numpy().T, lower=True, clean=False, overwrite_a=True)
@@ -110,11 +105,8 @@ def _ridge_solver(h, gamma, alpha, dtype):
 
 
 def _precision(h, gamma):
-    """float32 where rounding it disturbs K by less than a hundredth of the smallest α, else float64.
-
-    The disturbance is the rounding error of K's largest eigenvalue, which is at most the largest sum of a row of K:
-    n for a small γ, a few neighbours for a large one. Rows evenly spread stand for all of them.
-    """
+    """float32 where rounding it disturbs K by less than a hundredth of the smallest α, else float64."""
+    # The largest eigenvalue is at most the largest sum of a row of K. Rows evenly spread stand for all of them.
     rows = h[:: math.ceil(len(h) / KERNEL_ROWS)]
     largest = _kernel_block(rows, h, gamma, torch.float64).sum(dim=1).max().item()
     return torch.float32 if largest * torch.finfo(torch.float32).eps / 2 < min(ALPHAS) / 100 else torch.float64

@@ -31,9 +31,6 @@ def adam_step(parameters, gradients, momentum, variance, step, epsilon=EPSILON):
     torch._fused_adam_(parameters, gradients, momentum, variance, [], counts, **settings, **unused)
 
 
-# Minibatches: N networks, one row of parameters each
-
-
 def fit_and_predict(encodings, truths, generator, steps=None):
     """Dict (encoding, target) → (k, M) float32 outputs for the test set, of a network for each encoding and target.
 
@@ -154,10 +151,7 @@ def train_networks(inputs, source, targets, loss_and_delta, generator, max_steps
 
 
 def _backpropagate(parameters, gradients, batch, targets, loss_and_delta):
-    """(N,) losses of a minibatch; their gradients are written to `gradients`, which are `views` as the parameters are.
-
-    batch: (N, D + 1, B); targets: (N, k, B). Autograd would cost more than these small products.
-    """
+    """(N,) losses of a minibatch (N, D + 1, B); writes `gradients`, `views` too. Autograd costs more than these products."""
     hidden_weights, output_weights, output_biases = parameters
     hidden_gradients, output_gradients, bias_gradients = gradients
     hidden = torch.bmm(hidden_weights.transpose(1, 2), batch).relu_()
@@ -184,9 +178,6 @@ def network_outputs(parameters, inputs, source):
         hidden = torch.bmm(hidden_weights.transpose(1, 2), part.index_select(0, source).transpose(1, 2)).relu_()
         outputs.append(torch.baddbmm(output_biases, output_weights, hidden))
     return torch.cat(outputs, dim=2)
-
-
-# Full batches: K networks of one encoding, with one output each
 
 
 def initial_network(size, outputs, generator):
@@ -223,10 +214,7 @@ class FullBatchProbes:
 
     @torch.no_grad()
     def train(self, h, targets, steps):
-        """Full-batch steps of Adam; h: (N, D) standardised encodings, targets: (N, K), 0 and 1 for the classifiers.
-
-        Raises ValueError if the training diverges.
-        """
+        """Full-batch steps of Adam for h (N, D), standardised, targets (N, K), classes as 0 and 1; ValueError if it diverges."""
         chunks = list(zip(_chunks(with_ones(h)), _chunks(targets.float()), strict=True))
         activations = {x.shape[1]: torch.empty(self.output.numel(), x.shape[1], device=h.device) for x, _ in chunks}
         parameters = [self.hidden, self.output, self.bias]

@@ -4,10 +4,10 @@ Regression of continuous targets is scored by R², classification of discrete on
 MCC means here and in the paper's figures, not the mean correlation coefficient of other work on identifiability.
 
 Everything runs on the device of its inputs and agrees with scikit-learn's estimators: LinearRegression and MLPRegressor,
-LogisticRegression and MLPClassifier (Pedregosa et al., 2011). Regressors and MLPs of all targets are fitted together.
-Targets of regression are dictionaries from a name to (N, k) tensors, or (N,) where k = 1; with k > 1 they are one
-regression with k outputs, whose R² are averaged uniformly. Targets of classification are (N,) integer tensors, one class
-a number.
+LogisticRegression and MLPClassifier (Pedregosa et al., 2011). Regressors and MLPs of all targets are fitted together. Targets of
+regression are dictionaries from a name to (N, k) tensors, or (N,) where k = 1; with k > 1 they are one regression with k outputs,
+whose R² are averaged uniformly. Targets of classification are (N,) integer tensors, one class a number. Encodings are (N, D) to
+fit and (M, D) to test. ValueError is raised for shapes or names that do not fit and for values that are not finite.
 """
 
 import itertools
@@ -24,11 +24,7 @@ LOGISTIC_TOLERANCE, LOGISTIC_ITERATIONS = 1e-6, 1000  # of the largest gradient 
 
 
 def standardise(fit_h, test_h):
-    """Both encodings shifted and scaled to mean 0, variance 1 of the fitting set: (N, D), (M, D) → the same in float32.
-
-    Features that are constant in the fitting set are shifted alone (as scikit-learn's StandardScaler). Raises
-    ValueError for shapes that do not fit and for values that are not finite.
-    """
+    """Encodings shifted and scaled to mean 0, variance 1 of the fitting set, in float32; constant features are shifted alone."""
     _check_encodings(fit_h, test_h)
     fit_h, test_h = fit_h.double(), test_h.double()
     variance, mean = torch.var_mean(fit_h, dim=0, correction=0)
@@ -41,13 +37,11 @@ def standardise(fit_h, test_h):
 def r2_scores(target, prediction):
     """R² averaged uniformly over the outputs, a float that may be negative; target, prediction: (N, k) or (N,), N ≥ 2.
 
-    A constant output counts 1 where it is predicted exactly and 0 otherwise (as scikit-learn's r2_score). Raises
-    ValueError for shapes that differ, for fewer than two samples and for values that are not finite.
+    A constant output counts 1 where it is predicted exactly and 0 otherwise (as scikit-learn's r2_score).
     """
     if target.shape != prediction.shape or target.ndim not in (1, 2) or len(target) < 2:
-        raise ValueError(
-            f"target {tuple(target.shape)} and prediction {tuple(prediction.shape)} must have one shape (N, k), N ≥ 2"
-        )
+        shapes = f"target {tuple(target.shape)} and prediction {tuple(prediction.shape)}"
+        raise ValueError(f"{shapes} must have one shape (N, k), N ≥ 2")
     _check_finite("target", target)
     _check_finite("prediction", prediction)
     return r2_columns(columns(target), columns(prediction)).mean().item()
@@ -58,8 +52,7 @@ def r2_columns(target, prediction):
     target, prediction = target.double(), prediction.double()
     residual = (target - prediction).square().sum(dim=0)
     total = (target - target.mean(dim=0)).square().sum(dim=0)
-    constant = torch.where(residual == 0, 1.0, 0.0).double()
-    return torch.where(total == 0, constant, 1 - residual / total)
+    return torch.where(total == 0, (residual == 0).double(), 1 - residual / total)
 
 
 def matthews_correlation(target, prediction):
@@ -74,11 +67,7 @@ def matthews_correlation(target, prediction):
 
 
 def linear_r2(fit_h, fit_targets, test_h, test_targets):
-    """R² of ordinary least squares with intercept on the test set, by target.
-
-    fit_h: (N, D), test_h: (M, D); fit_targets, test_targets: (N, k), (M, k) under the same names. Raises ValueError
-    for shapes or names that do not fit and for values that are not finite.
-    """
+    """R² of ordinary least squares with intercept on the test set, by target."""
     check_regression(fit_h, fit_targets, test_h, test_targets)
     predictions = _linear_predictions(fit_h, fit_targets, test_h)
     return {name: r2_scores(columns(test_targets[name]), prediction) for name, prediction in predictions.items()}
@@ -95,11 +84,10 @@ def _linear_predictions(fit_h, fit_targets, test_h):
 
 
 def logistic_mcc(fit_h, fit_targets, test_h, test_targets):
-    """MCC of multinomial logistic regression on the test set, by target.
+    """MCC of multinomial logistic regression of standardised encodings on the test set, by target.
 
-    fit_h: (N, D), test_h: (M, D), standardised; fit_targets, test_targets: (N,), (M,) integers under the same names. The
-    minimum of the log-loss plus ‖W‖²/2, as LogisticRegression's with its defaults, in float64. A target with a single class
-    to fit scores 0. Raises ValueError for shapes or names that do not fit and for values that are not finite.
+    The minimum of the log-loss plus ‖W‖²/2, as LogisticRegression's with its defaults, in float64. A target with a single class
+    to fit scores 0.
     """
     _check_classes(fit_h, fit_targets, test_h, test_targets)
     h, test_h, scores = with_ones(fit_h).double(), with_ones(test_h).double(), {}
@@ -138,25 +126,20 @@ def _logistic_weights(h, truth):
 def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None):
     """R² of an MLP on the test set, by (encoding, target).
 
-    encodings: a dictionary from a name to (fit_h (N, D), test_h (M, D)), standardised; fit_targets, test_targets:
-    (N, k), (M, k) under the same names; generator: a torch.Generator, of which one number is drawn. One hidden layer of
-    100 ReLU units and scikit-learn's defaults for MLPRegressor, in float32; with `steps`, that many steps instead of its
-    rule to stop. Raises ValueError for shapes or names that do not fit, for values that are not finite and where the
-    training diverges.
+    encodings: dict name → (fit_h, test_h), standardised; generator: a torch.Generator, of which one number is drawn. One hidden
+    layer of 100 ReLU units and scikit-learn's defaults for MLPRegressor, in float32; with `steps`, that many steps instead of
+    its rule to stop. Raises ValueError where the training diverges.
     """
     for fit_h, test_h in encodings.values():
         check_regression(fit_h, fit_targets, test_h, test_targets)
     truths = {name: (columns(target), squared_error) for name, target in fit_targets.items()}
     outputs = fit_and_predict(encodings, truths, generator, steps)
-    by_network = itertools.product(encodings, fit_targets)
-    return {key: r2_scores(columns(test_targets[key[1]]), outputs[key].T) for key in by_network}
+    keys = itertools.product(encodings, fit_targets)
+    return {key: r2_scores(columns(test_targets[key[1]]), outputs[key].T) for key in keys}
 
 
 def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None):
-    """MCC of an MLP classifier on the test set, by (encoding, target); as `mlp_r2`, with MLPClassifier's defaults.
-
-    fit_targets, test_targets: (N,), (M,) integers under the same names. A target with a single class to fit scores 0.
-    """
+    """MCC of MLPs as `mlp_r2` has them, with MLPClassifier's defaults; a target with a single class to fit scores 0."""
     for fit_h, test_h in encodings.values():
         _check_classes(fit_h, fit_targets, test_h, test_targets)
     labels, truths = {}, {}
@@ -174,9 +157,6 @@ def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None):
     return scores
 
 
-# Shapes and checks
-
-
 def columns(target):
     """(N, k) of a target (N, k) or (N,)."""
     return target.reshape(len(target), -1)
@@ -192,9 +172,7 @@ def check_regression(fit_h, fit_targets, test_h, test_targets):
     widths = {}
     for name, target, h in _all_targets(fit_h, fit_targets, test_h, test_targets):
         if target.ndim not in (1, 2) or len(target) != len(h) or not target.numel():
-            raise ValueError(
-                f"target {name} has the shape {tuple(target.shape)}; expected ({len(h)}, k) as the encoding"
-            )
+            raise ValueError(f"target {name} has the shape {tuple(target.shape)}; expected ({len(h)}, k) as the encoding")
         _check_finite(f"target {name}", target)
         width = columns(target).shape[1]
         if widths.setdefault(name, width) != width:
@@ -205,9 +183,7 @@ def check_regression(fit_h, fit_targets, test_h, test_targets):
 def _check_classes(fit_h, fit_targets, test_h, test_targets):
     for name, target, h in _all_targets(fit_h, fit_targets, test_h, test_targets):
         if target.shape != (len(h),) or target.is_floating_point() or not len(target):
-            raise ValueError(
-                f"target {name} is {target.dtype} {tuple(target.shape)}; expected ({len(h)},) integer classes"
-            )
+            raise ValueError(f"target {name} is {target.dtype} {tuple(target.shape)}; expected ({len(h)},) integer classes")
 
 
 def _all_targets(fit_h, fit_targets, test_h, test_targets):
@@ -221,9 +197,7 @@ def _all_targets(fit_h, fit_targets, test_h, test_targets):
 
 def _check_encodings(fit_h, test_h):
     if fit_h.ndim != 2 or test_h.ndim != 2 or fit_h.shape[1] != test_h.shape[1] or not len(fit_h):
-        raise ValueError(
-            f"encodings {tuple(fit_h.shape)} and {tuple(test_h.shape)} must have shapes (N, D) and (M, D), N > 0"
-        )
+        raise ValueError(f"encodings {tuple(fit_h.shape)} and {tuple(test_h.shape)} must have shapes (N, D) and (M, D), N > 0")
     _check_finite("the fitting encoding", fit_h)
     _check_finite("the test encoding", test_h)
 

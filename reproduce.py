@@ -26,10 +26,8 @@ import sys
 import time
 from pathlib import Path
 
-from grids import figures, models
-from grids.figures import chosen_figures, needed_models
-from grids.jobs import run_here, run_on_slurm
-from grids.models import SCALES, checked
+from grids import figures, jobs, models
+from grids.models import SCALES
 from grids.report import write_report
 from running.command_line import InputError, Parser, integer, number, run_script
 
@@ -49,17 +47,13 @@ def shown(commands):
 
 
 def prepare_data(work, dry_run):
-    """Make the data sets of `work` (Model → commands) that are not there, or print with `dry_run` how.
-
-    Takes the models out of `work` whose data set cannot be had; returns dict reason → list of them.
-    """
+    """Make the data sets of `work` (Model → commands), or print how; takes out, and returns by reason, models without one."""
     left_out = {}
     for data_set in dict.fromkeys(model.setting.data for model in work if model.setting.data):
         try:
             for command in data_set.missing():
                 print(shown([command]) if dry_run else f"$ {shlex.join(command)}", flush=True)
-                code = 0 if dry_run else subprocess.run(command).returncode
-                if code:
+                if not dry_run and (code := subprocess.run(command).returncode):
                     script = next(Path(word).name for word in command if word.endswith(".py"))
                     raise InputError(f"{script} ended with exit code {code}: the data set is not complete")
         except InputError as error:
@@ -72,17 +66,12 @@ def prepare_data(work, dry_run):
 
 
 def run(args):
-    """`run`: train and evaluate what is missing; returns the exit code, 2 if a model failed, is damaged or was left out.
-
-    Raises InputError if no model's data set can be had.
-    """
+    """`run`: train what is missing; exit code 2 if a model failed, is damaged or left out, InputError if no data can be had."""
     if args.cluster == "slurm" and not args.dry_run and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise InputError(
-            "--cluster slurm needs SLURM's sbatch and srun in the PATH; run this on a login node of the cluster, or use "
-            "--cluster local"
-        )
-    needed = needed_models(chosen_figures(args.names), args.scale, args.seeds, args.models)
-    lacking, damaged = checked(needed)
+        place = "run this on a login node of the cluster, or use --cluster local"
+        raise InputError(f"--cluster slurm needs SLURM's sbatch and srun in the PATH; {place}")
+    needed = figures.needed_models(figures.chosen_figures(args.names), args.scale, args.seeds, args.models)
+    lacking, damaged = models.checked(needed)
     work = {model: model.commands(files) for model, files in lacking.items() if files}
     counts = f"{len(lacking) - len(work)} are done, " + (f"{len(damaged)} damaged, " if damaged else "")
     print(f"{args.scale} scale: {len(needed)} models, {counts}{len(work)} to do", flush=True)
@@ -105,7 +94,7 @@ def run(args):
         print(f"[{next(count)}/{len(work)}, {minutes:.1f} min] {model.name} {state}", flush=True)
 
     if work and not args.dry_run:
-        (run_on_slurm if args.cluster == "slurm" else run_here)(work, args, ended)
+        (jobs.run_on_slurm if args.cluster == "slurm" else jobs.run_here)(work, args, ended)
     for model, reason in damaged.items():
         print(f"{model.name} is damaged and was left alone: {reason}", file=sys.stderr)
     for reason, without in left_out.items():
@@ -118,16 +107,13 @@ def run(args):
 
 
 def show_list(args):
-    """`list`: what every figure needs and what of it is done; with names, model by model. Returns the exit code.
-
-    Damaged models are always named; the exit code is 2 if there is one.
-    """
-    seeds = f"{args.seeds} seed{'' if args.seeds == 1 else 's'}"
-    print(f"{args.scale} scale ({SCALES[args.scale]}), {seeds}, in {args.models}/")
+    """`list`: what each figure needs and has; with names, model by model. The exit code is 2 if a model, named, is damaged."""
+    plural = "" if args.seeds == 1 else "s"
+    print(f"{args.scale} scale ({SCALES[args.scale]}), {args.seeds} seed{plural}, in {args.models}/")
     everything, code = {}, 0
-    for figure in chosen_figures(args.names or ["all"]):
-        needed = needed_models([figure], args.scale, args.seeds, args.models)
-        lacking, damaged = checked(needed)
+    for figure in figures.chosen_figures(args.names or ["all"]):
+        needed = figures.needed_models([figure], args.scale, args.seeds, args.models)
+        lacking, damaged = models.checked(needed)
         states = {model: "begun" if model.directory.exists() else "missing" for model in needed}
         states |= {model: "done" for model, files in lacking.items() if not files}
         states |= {model: f"damaged: {reason}" for model, reason in damaged.items()}
@@ -147,8 +133,8 @@ def show_list(args):
     return code
 
 
-def parse_flags(argv):
-    """Namespace of the command line."""
+def main(argv=None):
+    """Run the command; returns the exit code."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | run | report")
     known = ", ".join([*figures.FIGURES, *figures.GROUPS])
@@ -159,35 +145,26 @@ def parse_flags(argv):
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
-        add = command.add_argument
-        add("names", nargs="+" if name == "run" else "*", metavar="NAME", help=known)
-        add("--models", default="models", help="folder of all models (%(default)s)")
+        command.add_argument("names", nargs="+" if name == "run" else "*", metavar="NAME", help=known)
+        command.flag("--models", str, "folder of all models", "models")
         if name == "report":
-            add("--scale", choices=tuple(SCALES), help="this one alone (all that have models)")
-            add("--output", default="report", help="folder of the report (%(default)s)")
+            command.flag("--scale", tuple(SCALES), "this one alone (all that have models)")
+            command.flag("--output", str, "folder of the report", "report")
         else:
             scales = "; ".join(f"{scale}: {text}" for scale, text in SCALES.items())
-            add("--scale", choices=tuple(SCALES), default="paper", help=f"{scales} (%(default)s)")
-            add("--seeds", type=integer(1), default=3, help="seeds 1 … N of each setting (%(default)s)")
-    add = commands.choices["run"].add_argument
-    add("--dry-run", action="store_true", help="print the commands and do nothing")
-    add("--cluster", choices=("local", "slurm"), default="local", help="(%(default)s)")
-    add("--jobs", type=integer(1), help="models at a time (here: one a GPU, or one a core up to 8; SLURM: 32)")
-    gpus = "0 stays on the CPU; here, a machine without GPUs uses its CPU (%(default)s)"
-    add("--gpus-per-job", type=integer(0), default=1, help=gpus)
-    add("--cpus-per-job", type=integer(1), help="threads (here: the cores shared out; SLURM: 4)")
-    slurm = "SLURM; account and the like come from the environment, as SBATCH_ACCOUNT"
-    add = commands.choices["run"].add_argument_group(slurm).add_argument
-    add("--partition", help="(the cluster's default)")
-    limit = "a job that takes longer is requeued and goes on (%(default)s)"
-    add("--time", type=integer(1), default=720, metavar="MINUTES", help=limit)
-    add("--mem", type=number(0, above=True), default=8.0, metavar="GB", help="a job (%(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Run the command; returns the exit code."""
-    args = parse_flags(argv)
+            command.flag("--scale", tuple(SCALES), scales, "paper")
+            command.flag("--seeds", integer(1), "seeds 1 … N of each setting", 3)
+    command = commands.choices["run"]
+    command.flag("--dry-run", bool, "print the commands and do nothing")
+    command.flag("--cluster", ("local", "slurm"), "", "local")
+    command.flag("--jobs", integer(1), "models at a time (here: one a GPU, or one a core up to 8; SLURM: 32)")
+    command.flag("--gpus-per-job", integer(0), "0 stays on the CPU; here, a machine without GPUs uses its CPU", 1)
+    command.flag("--cpus-per-job", integer(1), "threads (here: the cores shared out; SLURM: 4)")
+    command.section("SLURM; account and the like come from the environment, as SBATCH_ACCOUNT")
+    command.flag("--partition", str, "(the cluster's default)")
+    command.flag("--time", integer(1), "a job that takes longer is requeued and goes on", 720, metavar="MINUTES")
+    command.flag("--mem", number(0, above=True), "a job", 8.0, metavar="GB")
+    args = parser.parse_args(argv)
     return args.function(args)
 
 

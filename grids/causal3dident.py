@@ -7,14 +7,7 @@ from datasets import causal_bias
 from grids.cells import Cell, Figure
 from grids.models import BLENDER, DataSet, ResultFile, Setting
 from main_causal3dident import Causal3dIdentExperiment
-from reading.causal3dident import (
-    CAUSAL_BIAS_IDS,
-    CAUSAL_BIAS_TYPES,
-    CAUSAL_IMAGE,
-    CAUSAL_TEXT,
-    CAUSAL_TOOLS,
-    causal_text_factor,
-)
+from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, CAUSAL_TEXT, CAUSAL_TOOLS, causal_text_factor
 
 DATA = DataSet(
     "data/Causal3DIDent/latents_image.csv",
@@ -31,19 +24,15 @@ STANDIN_DATA = DataSet(
         f"{CAUSAL_TOOLS}/contact_sheet.py --output-folder {STANDIN}",
     ),
 )
-FLAGS = {
-    "paper": "",
-    "fast": "--recipe fast",
-    "tiny": f"--recipe fast --datapath {STANDIN} --log-steps 250 --checkpoint-steps 500",
-}
+TINY = f"--recipe fast --datapath {STANDIN} --log-steps 250 --checkpoint-steps 500"
+FLAGS = {"paper": "", "fast": "--recipe fast", "tiny": TINY}
 SCORES = {
     ("linear", "r2"): "r2_linreg",
     ("nonlinear", "r2"): "r2_krreg",
     ("linear", "mcc"): "mcc_logreg",
     ("nonlinear", "mcc"): "mcc_mlp",
 }
-APPLIES = {"continuous": "r2", "discrete": "mcc"}
-KEYS = ("ix", "modality", "factor_name", "factor_type")
+KEYS, APPLIES = ("ix", "modality", "factor_name", "factor_type"), {"continuous": "r2", "discrete": "mcc"}
 RESULTS = ResultFile("results.csv", KEYS, tuple(SCORES.values()), APPLIES)
 PAPER_SPELLING = {"spotlight_color_index": "splotlight_color_index"}  # in the tables of the paper's numbers
 # Causes of each semantics; the hues have noise of their own besides.
@@ -61,8 +50,7 @@ def foretold(bias, name):
     phrasing, the image's own rotations, causes whose effects are biased as well. Of hues, and of the position of the
     spotlight that captions state in fifths, no score is foretold where they are unbiased.
     """
-    hues = {*CAUSES, *map(causal_text_factor, CAUSES)}
-    if name in hues:
+    if name in {*CAUSES, *map(causal_text_factor, CAUSES)}:
         return None
     if name in bias.unbiased:
         return True if CAUSAL_IMAGE[name] else None
@@ -87,13 +75,7 @@ def causal3dident_cells(figure, scale):
             column = f"{number}: {'+ ' if bias_id > (0 if selection else 1) else ''}{added}"
             name, flags = f"{bias_type}_{bias_id}", f"{FLAGS[scale]} --bias-type {bias_type} --bias-id {bias_id}"
             setting = Setting(Causal3dIdentExperiment, scale, name, "main_causal3dident.py", flags, data)
-            keys = {
-                "figure": figure.number,
-                "probe": probe,
-                "metric": metric,
-                "bias_type": bias_type,
-                "bias_id": bias_id,
-            }
+            keys = {"figure": figure.number, "probe": probe, "metric": metric, "bias_type": bias_type, "bias_id": bias_id}
             keys |= {"modality": modality, "factor": PAPER_SPELLING.get(factor, factor)}
             panel = (f"{modality} encoding", f"{bias_type[:-1]} bias")
             where, score = {"modality": modality, "factor_name": factor}, SCORES[probe, metric]
@@ -101,9 +83,7 @@ def causal3dident_cells(figure, scale):
             yield Cell(keys, panel, factor, column, setting, RESULTS, where, score, learned, clipped=metric == "r2")
 
 
-_figure = functools.partial(
-    Figure, experiment="causal3dident", make_cells=causal3dident_cells, paper="causal3dident.csv"
-)
+_figure = functools.partial(Figure, experiment="causal3dident", make_cells=causal3dident_cells, paper="causal3dident.csv")
 FIGURES = (
     _figure("fig6", "nonlinear scores on Causal3DIdent, image", options={"probe": "nonlinear", "modality": "image"}),
     _figure("fig16", "nonlinear scores on Causal3DIdent, text", options={"probe": "nonlinear", "modality": "text"}),

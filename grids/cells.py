@@ -51,9 +51,7 @@ class Figure:
 
     @property
     def number(self):
-        """Its number in the paper."""
         return int(re.sub(r"\D", "", self.name))
 
     def cells(self, scale):
-        """List of its Cells at a scale."""
         return list(self.make_cells(self, scale))

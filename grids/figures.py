@@ -10,8 +10,8 @@ EXPERIMENTS = (numeric, mpi3d, causal3dident)
 _FIGURES = [figure for experiment in EXPERIMENTS for figure in experiment.FIGURES]
 FIGURES = {figure.name: figure for figure in sorted(_FIGURES, key=lambda figure: (figure.name[0], figure.number))}
 GROUPS = {"all": list(FIGURES)}
-for _figure in _FIGURES:
-    GROUPS[_figure.experiment] = [name for name in FIGURES if FIGURES[name].experiment == _figure.experiment]
+for _name, _figure in FIGURES.items():
+    GROUPS.setdefault(_figure.experiment, []).append(_name)
 
 
 def chosen_figures(names):

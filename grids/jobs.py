@@ -3,15 +3,13 @@
 import contextlib
 import fcntl
 import importlib
+import itertools
 import os
-import queue
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import cloudpickle
 import submitit
@@ -114,58 +112,50 @@ def threads(count):
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, count)))
 
 
-def visible_gpus(per_job):
-    """Names of the GPUs that jobs may use, as CUDA_VISIBLE_DEVICES writes them; empty without GPUs."""
-    if not per_job:
-        return []
-    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return given.split(",")
-    return [str(index) for index in range(importlib.import_module("torch").cuda.device_count())]
-
-
 def run_here(work, options, ended):
     """Run the jobs of `work` (Model → commands) with submitit on this machine, options.jobs at a time; ended(model) after each.
 
-    Each has its share of the cores and, where there are GPUs, its own one; more jobs than GPUs share them. Raises InputError
-    if a job is to have more GPUs than there are.
+    Each has its share of the cores and GPUs of its own, shared if there are too few. InputError if one asks for more than all.
     """
-    gpus, cores = visible_gpus(options.gpus_per_job), usable_cores()
-    if gpus and options.gpus_per_job > len(gpus):
-        raise InputError(f"--gpus-per-job {options.gpus_per_job} is more than the {len(gpus)} of this machine")
-    count = min(options.jobs or (len(gpus) // options.gpus_per_job if gpus else min(cores, 8)), len(work))
-    slots, stopping = queue.SimpleQueue(), threading.Event()
-    for slot in range(count):
-        own = [gpus[(slot * options.gpus_per_job + i) % len(gpus)] for i in range(options.gpus_per_job)] if gpus else []
-        slots.put(threads(options.cpus_per_job or cores // count) | {"CUDA_VISIBLE_DEVICES": ",".join(own)})
-
-    def submit_and_wait(model, commands):
-        if stopping.is_set():
-            return
-        slot = slots.get()
-        executor = submitit.LocalExecutor(model.log().parent / "submitit")
-        executor.update_parameters(timeout_min=10**6)  # no time limit
-        job = executor.submit(make_job(model, commands, slot))
-        while not job.done():
-            if stopping.is_set():
-                os.kill(int(job.job_id), signal.SIGTERM)  # to submitit's controller: cancel() would kill after a second
-                time.sleep(1)
+    per_job, cores, gpus = options.gpus_per_job, usable_cores(), []
+    if per_job:
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = given.split(",") if given else list(map(str, range(importlib.import_module("torch").cuda.device_count())))
+    if gpus and per_job > len(gpus):
+        raise InputError(f"--gpus-per-job {per_job} is more than the {len(gpus)} of this machine")
+    count = min(options.jobs or (len(gpus) // per_job if gpus else min(cores, 8)), len(work))
+    waiting, running, slots, told, turn = list(work.items()), [], [], [], itertools.cycle(gpus)
+    for _ in range(count):
+        own = ",".join(itertools.islice(turn, per_job))
+        slots.append(threads(options.cpus_per_job or cores // count) | {"CUDA_VISIBLE_DEVICES": own})
+    previous = signal.signal(signal.SIGTERM, lambda *_: told.append(signal.SIGTERM))  # as Ctrl-C, but never within submit
+    try:
+        while waiting or running:
+            if told:
+                raise KeyboardInterrupt
+            if waiting and slots:
+                (model, commands), slot = waiting.pop(0), slots.pop(0)
+                executor = submitit.LocalExecutor(model.log().parent / "submitit")
+                executor.update_parameters(timeout_min=10**6)  # no time limit
+                # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                running.append((executor.submit(make_job(model, commands, slot)), model, slot))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            for item in [item for item in running if item[0].done()]:
+                running.remove(item)
+                slots.append(item[2])
+                ended(item[1])
             time.sleep(0.1)
-        slots.put(slot)
-
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
-    with ThreadPoolExecutor(count, "", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT})) as pool:
-        try:
-            futures = {pool.submit(submit_and_wait, *item): item[0] for item in work.items()}
-            for future in as_completed(futures):
-                future.result()
-                ended(futures[future])
-        except BaseException:
-            stopping.set()
-            print("stopping: the runs write their checkpoints; the same command goes on", file=sys.stderr, flush=True)
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    except BaseException:
+        print("stopping: the runs write their checkpoints; the same command goes on", file=sys.stderr, flush=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while jobs := [job for job, *_ in running if not job.done()]:
+            for job in jobs:
+                os.kill(int(job.job_id), signal.SIGTERM)  # to submitit's controller: cancel() would kill after a second
+            time.sleep(1)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 POLL_SECONDS = 5  # between two looks into SLURM's queue
@@ -182,13 +172,11 @@ def run_on_slurm(work, options, ended):
 
     What an earlier call left in the queue is waited for, not submitted again. Raises InputError if SLURM refuses.
     """
-    queued, waiting, new = queued_jobs() or set(), {}, {}
-    cpus = options.cpus_per_job or 4
+    queued, waiting, new, cpus = queued_jobs() or set(), {}, {}, options.cpus_per_job or 4
     environment = threads(cpus) | ({} if options.gpus_per_job else {"CUDA_VISIBLE_DEVICES": ""})
     for model, commands in work.items():
         record = model.log(".job")
-        job_id = record.read_text().strip() if record.exists() else ""
-        if job_id in queued:
+        if record.exists() and (job_id := record.read_text().strip()) in queued:
             waiting[job_id] = model
         else:
             new[model] = make_job(model, commands, environment)
@@ -197,16 +185,10 @@ def run_on_slurm(work, options, ended):
     if new:
         first = next(iter(new))
         executor = submitit.SlurmExecutor(first.log().parent / "submitit", max_num_timeout=10**6)
+        asked = {"job_name": first.setting.folder, "time": options.time, "mem": f"{int(options.mem * 1024)}MB"}
+        asked |= {"cpus_per_task": cpus, "array_parallelism": options.jobs or 32, "additional_parameters": {"requeue": True}}
         chosen = {"gpus_per_node": options.gpus_per_job, "partition": options.partition}
-        executor.update_parameters(
-            job_name=first.setting.folder,
-            time=options.time,
-            cpus_per_task=cpus,
-            mem=f"{int(options.mem * 1024)}MB",
-            array_parallelism=options.jobs or 32,
-            additional_parameters={"requeue": True},
-            **{name: value for name, value in chosen.items() if value},
-        )
+        executor.update_parameters(**asked, **{name: value for name, value in chosen.items() if value})
         try:
             jobs = executor.submit_array(list(new.values()))
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:

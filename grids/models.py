@@ -1,7 +1,4 @@
-"""Models on disk: what is trained, where it lies, whether it is whole, and the commands that make what it lacks.
-
-A Model is a Setting and a seed. What its args.json and its results must hold is asked of the class of its experiment.
-"""
+"""Models on disk: what is trained, where it lies, whether it is whole, and the commands that make what it lacks."""
 
 import dataclasses
 import functools
@@ -49,10 +46,7 @@ class ResultFile:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """What the models of an experiment are trained on: its last file, and the commands that make it or, without, its source.
-
-    A command is a script and its flags; another interpreter than this one stands before it.
-    """
+    """What models are trained on: its last file, and the commands (a script, after BLENDER if that runs it) or its source."""
 
     file: str
     commands: tuple = ()
@@ -64,8 +58,8 @@ class DataSet:
             return []
         if not self.commands:
             raise InputError(f"{self.file} is missing: {self.source}")
-        commands = [command.split() for command in self.commands]
-        commands = [words if words[0] == BLENDER else [sys.executable, *words] for words in commands]
+        split = map(str.split, self.commands)
+        commands = [words if words[0] == BLENDER else [sys.executable, *words] for words in split]
         if lost := [python for python, *_ in commands if not (ROOT / python).exists()]:
             raise InputError(f"{self.file} is missing, and {lost[0]}, which renders it; `make blender` installs that")
         return [[str(ROOT / python), str(ROOT / script), *flags] for python, script, *flags in commands]
@@ -105,7 +99,7 @@ def expected_args(setting):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A setting and a seed, with its place under `models`."""
+    """A setting and a seed, with its place under `models`: the `directory` called `name`."""
 
     setting: Setting
     seed: int
@@ -113,17 +107,15 @@ class Model:
 
     @property
     def name(self):
-        """Name of the model directory."""
         return f"{self.setting.name}_seed{self.seed}"
 
     @property
     def directory(self):
-        """Path of the model directory."""
-        return Path(self.models) / self.setting.folder / self.name
+        return self.models / self.setting.folder / self.name
 
     def log(self, suffix=".log"):
         """Path of the log, or of another file that goes with the model's jobs."""
-        return Path(self.models) / "logs" / self.setting.folder / f"{self.name}{suffix}"
+        return self.models / "logs" / self.setting.folder / f"{self.name}{suffix}"
 
     def stored(self):
         """Dict of args.json, {} if there is none; InputError if it is damaged or of another setting, recipe or scale."""
@@ -135,25 +127,20 @@ class Model:
             if name not in stored:
                 raise InputError(f"{file} has no {name!r}: it is damaged, or another script's; move the model away")
             if stored[name] != value and (value, stored[name]) not in AUTO_PRECISIONS:
-                raise InputError(
-                    f"{file} has --{name.replace('_', '-')} {stored[name]}, but {self.name} at {self.setting.scale} scale "
-                    f"has {value}; move the model away, or name another folder with --models"
-                )
+                other = f"{self.name} at {self.setting.scale} scale has {value}"
+                cure = "move the model away, or name another folder with --models"
+                raise InputError(f"{file} has --{name.replace('_', '-')} {stored[name]}, but {other}; {cure}")
         return stored
 
     def finished(self):
-        """Whether it is trained and evaluated; InputError, also that of `stored`, if nothing is left of its weights.
-
-        Models published in results/, and copies of them, have no weights and count.
-        """
+        """Whether it is trained and evaluated; InputError as `stored`, and if it is not published and no weights are left."""
         if not self.stored().get("finished"):
             return False
-        args, weights = self.directory / "args.json", self.setting.experiment.weight_files
         published = ROOT / PUBLISHED / self.setting.folder / self.name / "args.json"
-        is_published = published.exists() and published.read_bytes() == args.read_bytes()
+        weights = self.setting.experiment.weight_files
+        is_published = published.exists() and published.read_bytes() == (self.directory / "args.json").read_bytes()
         if not is_published and not any((self.directory / name).exists() for name in weights):
-            names = ", ".join(weights)
-            raise InputError(f"{self.directory} has none of its weights ({names}); move it away to train it again")
+            raise InputError(f"{self.directory} has none of its weights ({', '.join(weights)}); move it away to train it again")
         return True
 
     def missing(self, files):
@@ -174,10 +161,8 @@ class Model:
             for name, value in file.recorded[setting.scale].items():
                 made = record.get(name) if isinstance(record, dict) else None
                 if made != value:
-                    raise InputError(
-                        f"{path} was made with {name} {made}, and the {setting.scale} scale has {value}; remove it and `run` "
-                        "makes it again"
-                    )
+                    wanted = f"the {setting.scale} scale has {value}; remove it and `run` makes it again"
+                    raise InputError(f"{path} was made with {name} {made}, and {wanted}")
         table = read_csv(path, (*file.keys, *file.scores), gaps=True)
         scores = {name: pd.to_numeric(table[name], errors="coerce") for name in file.scores}
         rows = table.assign(**scores).to_dict("records")
@@ -186,8 +171,8 @@ class Model:
             wrong = ["expected one row"]
             if len(found) == 1:
                 prefix = file.applies.get(found[0].get("factor_type"), "")
-                needed = [score for score in file.scores if score.startswith(prefix)]
-                wrong = [f"no finite {score}" for score in needed if not math.isfinite(found[0][score])]
+                gaps = [score for score in file.scores if not math.isfinite(found[0][score])]
+                wrong = [f"no finite {score}" for score in gaps if score.startswith(prefix)]
             if wrong:
                 row = " ".join(keys.values()) or "the model"
                 raise InputError(f"{path} is damaged: {wrong[0]} of {row}; remove it and make it again")

@@ -21,11 +21,9 @@ TASKS = ("y1", "y2", "y3", "y4")
 # ten thousand full-batch steps are most of a tiny model's time: they get a fifth of the samples
 DOWNSTREAM = {"script": "eval_numeric_predict.py", "flags": {"tiny": "--num-eval-batches 1"}, "record": "downstream"}
 DOWNSTREAM["recorded"] = {
-    scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32"}
-    for scale in SCALES
+    scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32"} for scale in SCALES
 }
-TASK_ROWS = tuple({"task": task} for task in TASKS)
-PREDICT = ResultFile("results_predict.csv", ("task",), ("metric_scores",), rows=TASK_ROWS, **DOWNSTREAM)
+PREDICT = ResultFile("results_predict.csv", ("task",), ("metric_scores",), rows=[{"task": task} for task in TASKS], **DOWNSTREAM)
 CLASSIFY = ResultFile("results_classify.csv", (), ("iid", "ood"), rows=({},), **DOWNSTREAM)
 
 
@@ -46,13 +44,10 @@ def numeric_setting(scale, semantics, selected, perturbed=0, encoding_size=0):
     if selected < n or not perturbed:
         name += f"_select_{selected}"
     if perturbed:
-        name += f"_perturb_{perturbed}"
-        flags += f" --beta-value {prefix(perturbed, n)}"
+        name, flags = f"{name}_perturb_{perturbed}", f"{flags} --beta-value {prefix(perturbed, n)}"
     if encoding_size:
-        name += f"_size_{encoding_size}"
-        flags += f" --encoding-size {encoding_size}"
-    if semantics == "dependent":
-        flags += " --causal-dependence"
+        name, flags = f"{name}_size_{encoding_size}", f"{flags} --encoding-size {encoding_size}"
+    flags += " --causal-dependence" if semantics == "dependent" else ""
     return Setting(NumericExperiment, scale, name, "main_numeric.py", flags)
 
 
@@ -64,6 +59,7 @@ def numeric_cells(figure, scale):
     """
     n, bias = SEMANTICS[scale], figure.options["bias"]
     is_table = isinstance(bias, dict)
+    factors = {"m_x": "m_x", "m_t": "m_t"} | {f"s_{i}": f"s_{i + 1}" for i in range(n)}  # the paper counts from 1
     selections, perturbations = [(size, 0, 0) for size in range(1, n + 1)], [(n, size, 0) for size in range(n)]
     sizes = [bias[n]] if is_table else selections if bias == "selection" else perturbations
     combinations = itertools.product(("independent", "dependent"), sizes, figure.options["metrics"])
@@ -77,19 +73,13 @@ def numeric_cells(figure, scale):
         if is_table:
             keys = {"table": figure.number, "selected": subset_name(selected), "perturbed": subset}
             keys["encoding_size"] = size or selected - perturbed
-        for encoding, factor in itertools.product(ENCODINGS, ["m_x", "m_t", *range(n)]):
-            # the paper counts semantics from 1, the scripts from 0
-            is_semantic = isinstance(factor, int)
-            shown, stored = (f"s_{factor + 1}", f"s_{factor}") if is_semantic else (factor, factor)
-            foretold = semantics == "independent" and metric == "r2_nonlinear"
-            learned = (is_semantic and perturbed <= factor < selected) if foretold else None
+        unbiased = {f"s_{i}" for i in range(perturbed, selected)}
+        for encoding, (factor, shown) in itertools.product(ENCODINGS, factors.items()):
+            learned = factor in unbiased if (semantics, metric) == ("independent", "r2_nonlinear") else None
             own = {**keys, "metric": metric, "semantics": semantics, "encoding": encoding, "factor": shown}
-            where = {"encoding": encoding, "predicted_factors": stored}
-            in_figure, in_table = (
-                ((ENCODINGS[encoding], side), shown, subset),
-                ((METRICS[metric], side), encoding, shown),
-            )
-            place = in_table if is_table else in_figure
+            where = {"encoding": encoding, "predicted_factors": factor}
+            in_figure = (ENCODINGS[encoding], side), shown, subset
+            place = ((METRICS[metric], side), encoding, shown) if is_table else in_figure
             yield Cell(own, *place, setting, RESULTS, where, metric, learned)
 
 
@@ -105,13 +95,7 @@ def task_cells(setting, keys, subset, side):
 
 FIGURES = tuple(
     Figure(
-        name,
-        title,
-        "numeric",
-        numeric_cells,
-        f"numeric_{paper}.csv",
-        {"bias": bias, "metrics": metrics},
-        curves=metrics == ["tasks"],
+        name, title, "numeric", numeric_cells, f"numeric_{paper}.csv", {"bias": bias, "metrics": metrics}, metrics == ["tasks"]
     )
     for name, title, paper, bias, metrics in (
         ("fig3", "nonlinear R² under selection bias", "identification", "selection", ["r2_nonlinear"]),

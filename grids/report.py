@@ -22,55 +22,41 @@ MISPRINTED = {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", 
 
 
 def read_results(models, damaged, setting, file):
-    """Dict Model → rows of a ResultFile, for each finished Model of a setting, in order of their seeds.
-
-    What is not whole is left out, and named in `damaged`, path → message. InputError if a model is of another setting or scale.
-    """
+    """Dict Model → rows of a ResultFile, of each finished Model of a setting; what is wrong with others are keys of `damaged`."""
     prefix, results = f"{setting.name}_seed", {}
     seeds = [path.name.removeprefix(prefix) for path in (Path(models) / setting.folder).glob(f"{prefix}*")]
     for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
         model = Model(setting, seed, Path(models))
         model.stored()
-        path = model.directory
         try:
-            if model.finished():
-                path /= file.name
-                if path.exists():
-                    results[model] = model.read(file)
+            if model.finished() and (model.directory / file.name).exists():
+                results[model] = model.read(file)
         except InputError as error:
-            damaged[path] = str(error)
+            damaged[str(error)] = model
     return results
 
 
-def cell_value(cell, rows):
-    """The cell's number in the rows (dicts) of its file."""
-    value = next(row[cell.score] for row in rows if cell.where.items() <= row.items())
-    return min(max(value, 0.0), 1.0) if cell.clipped else value
-
-
 def measured(figure, scale, results):
-    """DataFrame of a figure's cells: keys, mean, std (over seeds, n − 1), seeds; at COMPARED scales paper, difference, note.
-
-    results(setting, file): dict Model → rows of that file.
-    """
+    """DataFrame of a figure's cells: keys, mean, std (n − 1), seeds, and at COMPARED scales paper, difference, note."""
     records, cells = [], figure.cells(scale)
     for cell in cells:
-        runs = {model.name: cell_value(cell, rows) for model, rows in results(cell.setting, cell.file).items()}
-        values, hidden = pd.Series(runs, dtype=float), {name: getattr(cell, name, runs) for name in HIDDEN}
+        found = results(cell.setting, cell.file).items()
+        rows = {model.name: next(row for row in rows if cell.where.items() <= row.items()) for model, rows in found}
+        values = pd.Series({name: row[cell.score] for name, row in rows.items()}, dtype=float)
+        values = values.clip(0, 1) if cell.clipped else values
+        hidden = {name: getattr(cell, name, values.to_dict()) for name in HIDDEN}
         records.append({**cell.keys, "mean": values.mean(), "std": values.std(), "seeds": len(values), **hidden})
     table = pd.DataFrame(records)
     if scale not in COMPARED:
         return table
-    table["paper"] = math.nan
     if figure.paper:
         paper = pd.read_csv(ROOT / "paper" / figure.paper, keep_default_na=False).rename(columns={"value": "paper"})
-        table = table.drop(columns="paper").merge(paper, on=list(cells[0].keys), how="left", validate="one_to_one")
+        table = table.merge(paper, on=list(cells[0].keys), how="left", validate="one_to_one")
+    else:
+        table["paper"] = math.nan
     misprinted = pd.Series([MISPRINTED.items() <= cell.keys.items() for cell in cells])
     table["difference"] = (table["mean"] - table.paper).mask(misprinted)
     table["note"] = misprinted.map({True: "paper: misprint", False: ""})
-    distance = table.difference.abs().round(9)
-    table["nearness"] = pd.cut(distance, (-1, CLOSE, NEAR, math.inf), labels=("close", "near", "far")).astype(object)
-    table.loc[misprinted, "nearness"] = "misprint"
     return table
 
 
@@ -78,21 +64,23 @@ def summarise(tables, scale):
     """DataFrame of one row a figure: cells, computed, seeds; how many are how near the paper, how many as foretold."""
     rows = []
     for figure, table in tables.items():
-        row = {"figure": figure.name, "scale": scale, "cells": len(table), "computed": int((table.seeds > 0).sum())}
-        row["seeds"] = seeds_in_words(table)
+        computed = (table.seeds > 0).sum()
+        row = {"figure": figure.name, "scale": scale, "cells": len(table), "computed": computed, "seeds": seeds_in_words(table)}
         if scale in COMPARED:
-            parts = {"": table}
-            if "semantics" in table:
-                parts["independent_"] = table[table.semantics == "independent"]
-            for name, part in parts.items():
-                row[f"{name}compared"] = int(part.nearness.isin(["close", "near", "far"]).sum())
-                row[f"{name}within_{CLOSE}"] = int((part.nearness == "close").sum())
-                row[f"{name}within_{NEAR}"] = int(part.nearness.isin(["close", "near"]).sum())
-            row["misprints"] = int((table.nearness == "misprint").sum())
+            for name in ["", "independent_"] if "semantics" in table else [""]:
+                away = distances(table[table.semantics == "independent"] if name else table)
+                row[f"{name}compared"] = away.count()
+                row |= {f"{name}within_{bound}": (away <= bound).sum() for bound in (CLOSE, NEAR)}
+            row["misprints"] = (table.note != "").sum()
         if len(cells := foretold([table])):
-            row |= {"foretold": len(cells), "as_foretold": int(cells.holds.sum())}
+            row |= {"foretold": len(cells), "as_foretold": cells.holds.sum()}
         rows.append(row)
     return pd.DataFrame(rows).convert_dtypes()
+
+
+def distances(table):
+    """Series of the cells' distances from the paper, NaN where there is none or it is misprinted."""
+    return table.difference.abs().round(9)
 
 
 def seeds_in_words(table):
@@ -112,11 +100,7 @@ def counts_in_words(summary, scale):
 
 
 def foretold(tables):
-    """DataFrame of the computed cells whose nonlinear score the theory foretells; `holds`: whether it is as foretold.
-
-    Where factors are independent, the unbiased should be LEARNED and all others ABSENT. A number that two figures share is
-    there once.
-    """
+    """DataFrame of the computed cells that the theory has LEARNED or ABSENT, each number once; `holds`: whether they are so."""
     cells = pd.concat(tables, ignore_index=True)
     cells = cells[cells.learned.notna() & (cells.seeds > 0)].drop_duplicates("source")
     return cells.assign(holds=(cells["mean"] >= LEARNED).where(cells.learned.astype(bool), cells["mean"] <= ABSENT))
@@ -124,18 +108,14 @@ def foretold(tables):
 
 def durations(figures, scale, results):
     """DataFrame of the models behind the figures: seconds of training and of evaluation, and the device."""
-    cells = [cell for figure in figures for cell in figure.cells(scale)]
+    cells, columns = [cell for figure in figures for cell in figure.cells(scale)], ["train_seconds", "eval_seconds", "device"]
     found = dict.fromkeys(model for cell in cells for model in results(cell.setting, cell.file))
-    columns = ["train_seconds", "eval_seconds", "device"]
     rows = [[model.name, scale, *map(model.stored().get, columns)] for model in found]
     return pd.DataFrame(rows, columns=["model", "scale", *columns])
 
 
 def panels_of(table, value):
-    """Dict panel → DataFrame (rows × columns of the panel) of one column of a figure's table.
-
-    Where a panel has no cell, since captions do not state a factor, numbers are NaN and texts empty.
-    """
+    """Dict panel → DataFrame (rows × columns of the panel) of a table's column; NaN or "" where captions state no factor."""
     panels = {}
     for panel, part in table.groupby("panel", sort=False):
         pivoted = part.pivot(index="row", columns="column", values=value).loc[part.row.unique(), part.column.unique()]
@@ -166,9 +146,7 @@ def draw(figure, table, scale, folder):
     return [path, beside]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# the page; whatever is text is escaped where it enters it
-
+# Whatever is text is escaped where it enters the page.
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1250px; padding: 0 1rem; color: #222 }
 .first { font-size: 1.15rem; font-weight: 600; margin: .2rem 0 } img { max-width: 100% }
@@ -201,7 +179,9 @@ def figure_tables(table):
     """HTML of a figure's numbers, a table for each panel; the colours tell how near the paper they are."""
     compared, parts = "paper" in table, []
     text = table.apply(cell_text, axis=1, decimals=printed_decimals(table) if compared else 0)
-    classes = panels_of(table, "nearness") if compared else {}
+    if compared:
+        nearness = pd.cut(distances(table), (-1, CLOSE, NEAR, math.inf), labels=("close", "near", "far")).astype(object)
+        classes = panels_of(table.assign(nearness=nearness.where(table.note == "", "misprint")), "nearness")
     for panel, texts in panels_of(table.assign(text=text), "text").items():
         styler = texts.rename_axis(index=None, columns=None).style.format_index(escape="html")
         styler = styler.format_index(escape="html", axis=1).set_caption(html.escape(f"{panel[1]}, {panel[0]}"))
@@ -211,18 +191,15 @@ def figure_tables(table):
 
 def pattern(tables, scale):
     """HTML about the pattern of the theory: for each experiment how many cells are so, and the rest with their runs."""
-    parts = [
-        f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: at least {LEARNED} for an "
-        f"unbiased factor and at most {ABSENT} for any other.</p>"
-    ]
+    should = f"at least {LEARNED} for an unbiased factor and at most {ABSENT} for any other"
+    parts = [f"<h2>Pattern of the theory, {scale} scale</h2><p>Independent factors, nonlinear scores: {should}.</p>"]
     for experiment in dict.fromkeys(figure.experiment for figure in tables):
         cells = foretold([table for figure, table in tables.items() if figure.experiment == experiment])
         if cells.empty:
             continue
         broken = cells[~cells.holds]
-        held = f"{cells.holds.sum()} of {len(cells)} cells ({cells.holds.mean():.1%}) are so"
-        rest = "" if broken.empty else " The rest, with their runs:"
-        parts.append(f"<p>{html.escape(experiment)}: {held}.{rest}</p>")
+        held = f"{cells.holds.sum()} of {len(cells)} cells ({cells.holds.mean():.1%}) are so."
+        parts.append(f"<p>{html.escape(experiment)}: {held}{' The rest, with their runs:' if len(broken) else ''}</p>")
         if len(broken):
             shown = broken[["source", "learned", "mean", "runs"]]
             shown.columns = ["setting, encoding, factor", "expected", "mean", "runs"]
@@ -234,42 +211,28 @@ def pattern(tables, scale):
 
 def scale_section(scale, tables, summary, pictures):
     """HTML of one scale: summary, pattern of the theory, and each figure with its numbers."""
-    parts = [f'<section class="scale"><h1>{scale} scale: {html.escape(SCALES[scale])}</h1>']
-    parts.append(table_html(summary.rename(columns=lambda name: name.replace("_", " ")), na_rep="–"))
+    shown = table_html(summary.rename(columns=lambda name: name.replace("_", " ")), na_rep="–")
+    parts = [f'<section class="scale"><h1>{scale} scale: {html.escape(SCALES[scale])}</h1>', shown]
     total = summary.sum(numeric_only=True)
     if compared := total.get("independent_compared"):
         nearer, near = (total[f"independent_within_{bound}"] for bound in (CLOSE, NEAR))
-        parts.append(
-            f"<p>Independent semantics: {nearer} of {compared} cells ({nearer / compared:.1%}) lie within ±{CLOSE} of the "
-            f"paper, {near} ({near / compared:.1%}) within ±{NEAR}.</p>"
-        )
+        closest = f"{nearer} of {compared} cells ({nearer / compared:.1%}) lie within ±{CLOSE} of the paper"
+        parts.append(f"<p>Independent semantics: {closest}, {near} ({near / compared:.1%}) within ±{NEAR}.</p>")
     parts.append(pattern(tables, scale))
     colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in COMPARED)
     for figure, paths in pictures.items():
         name = html.escape(figure.name)
         parts.append(f"<h2>{name}: {html.escape(figure.title)} ({scale} scale)</h2>")
         for path in paths:
-            image = base64.b64encode(path.read_bytes()).decode()
-            alt = html.escape(f"{path.stem}, {scale} scale")
+            alt, image = html.escape(f"{path.stem}, {scale} scale"), base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<p><img alt="{alt}" src="data:image/png;base64,{image}"></p>')
         heading = f"{name}, {scale} scale: every number (mean ± standard deviation over seeds{colours})"
         parts.append(f"<details><summary>{heading}</summary>{figure_tables(tables[figure])}</details>")
     return "\n".join([*parts, "</section>"])
 
 
-def page(lines, sections):
-    """The report as one HTML document that needs no other file."""
-    first = "\n".join(f'<p class="first">{html.escape(line)}</p>' for line in lines)
-    head = f'<meta charset="utf-8"><title>Negate or Embrace: reproduction</title><style>{STYLE}</style>'
-    body = "\n".join([first, *sections])
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
-
-
 def write_report(args):
-    """`report`: tables, pictures and index.html of the models that exist; returns the exit code.
-
-    Raises InputError if there are none, and, once the rest is written, if one or its results are not whole.
-    """
+    """`report`: write tables, pictures and index.html; InputError if there are no models, or, in the end, if one is damaged."""
     figures = chosen_figures(args.names or ["all"])
     output, sections, lines, damaged = Path(args.output), [], [], {}
     results = functools.cache(functools.partial(read_results, args.models, damaged))
@@ -286,18 +249,20 @@ def write_report(args):
         pictures = {}
         for figure, table in tables.items():
             if table.seeds.any():
-                shown = table.drop(columns=[*HIDDEN, "nearness"], errors="ignore").round(4)
-                write_csv(shown, folder / f"{figure.name}.csv")
+                write_csv(table.drop(columns=HIDDEN).round(4), folder / f"{figure.name}.csv")
                 pictures[figure] = draw(figure, table, scale, folder)
         sections.append(scale_section(scale, tables, summary, pictures))
     if not lines and not damaged:
-        names, where = ", ".join(figure.name for figure in figures), f"lies under {args.models}/"
-        raise InputError(f"no finished model of {names} {where}; `python reproduce.py run` trains them")
+        names = ", ".join(figure.name for figure in figures)
+        raise InputError(f"no finished model of {names} lies under {args.models}/; `python reproduce.py run` trains them")
     if lines:
-        left_out = [f"Left out: {message}" for message in damaged.values()]
-        write_bytes(output / "index.html", page([*lines, *left_out], sections).encode())
+        told = [*lines, *(f"Left out: {message}" for message in damaged)]
+        head = f'<meta charset="utf-8"><title>Negate or Embrace: reproduction</title><style>{STYLE}</style>'
+        body = "\n".join([*(f'<p class="first">{html.escape(line)}</p>' for line in told), *sections])
+        page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+        write_bytes(output / "index.html", page.encode())
         print(*lines, f"report: {output / 'index.html'}", sep="\n")
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        raise InputError(f"{next(iter(damaged.values()))}{more}: left out of the report")
+        raise InputError(f"{next(iter(damaged))}{more}: left out of the report")
     return 0

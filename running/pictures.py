@@ -85,12 +85,6 @@ def difference_heatmap(axes, differences):
     draw_cells(axes, differences, 7, lambda value: f"{value:+z.2f}", lambda value: abs(value) > 0.3)
 
 
-def note_cell(axes, row, column, text):
-    """Cover a cell of a heatmap with a small text on grey."""
-    axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color="lightgray", zorder=4))
-    axes.text(column, row, text, fontsize=6, linespacing=1.3, zorder=5, **IN_CELL)
-
-
 def plot_factor_scores(tables, path, title, highlighted=()):
     """Write one picture with a heatmap for each of `tables`, a dict subtitle → DataFrame (encodings × factors)."""
     rows, columns = next(iter(tables.values())).shape
@@ -106,9 +100,8 @@ def plot_downstream_scores(regression, classification, path, title):
     figure, grid = subplots(1, 2, 6.5, 3, sharey=True, width_ratios=(2, 1))
     panel_scores = {"regression: R²": regression, "y5: Matthews correlation": classification}
     for axes, (subtitle, scores) in zip(grid[0], panel_scores.items(), strict=True):
-        values = np.clip(list(scores.values()), 0, 1)
-        bars = axes.bar(list(scores), values, color="tab:blue", width=0.6)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8)
+        bars = axes.bar(list(scores), np.clip(list(scores.values()), 0, 1), color="tab:blue", width=0.6)
+        axes.bar_label(bars, fmt="{:.2f}", fontsize=8)
         axes.set_title(subtitle, fontsize=10, loc="left")
         axes.set_ylim(0, 1.1)
         axes.spines[["top", "right"]].set_visible(False)
@@ -135,10 +128,11 @@ def plot_beside_paper(ours, paper, differences, notes, decimals, path, title):
         score_heatmap(axes[0], ours[panel])
         score_heatmap(axes[1], paper[panel], decimals=decimals)
         difference_heatmap(axes[2], differences[panel])
-        for (row, column), note in np.ndenumerate(notes[panel].to_numpy(object)):
-            if note:
-                note_cell(axes[1], row, column, f"{paper[panel].iat[row, column]:.{decimals}f}\n{note}")
-                note_cell(axes[2], row, column, note)
+        for row, column in np.argwhere(notes[panel].to_numpy(object) != ""):
+            note = notes[panel].iat[row, column]
+            for ax, text in ((axes[1], f"{paper[panel].iat[row, column]:.{decimals}f}\n{note}"), (axes[2], note)):
+                ax.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color="lightgray", zorder=4))
+                ax.text(column, row, text, fontsize=6, linespacing=1.3, zorder=5, **IN_CELL)
         for ax, what in zip(axes, ("ours", "paper", "ours − paper"), strict=True):
             ax.set_title(f"{what}: {panel[1]}, {panel[0]}", fontsize=9, loc="left")
     save_figure(figure, path, title, dpi=100)
@@ -177,6 +171,6 @@ def plot_captioned_images(images, captions, path):
         top.set_axis_off()
         bottom.set_axis_off()
         for line, (setting, text) in enumerate(zip(captions, texts, strict=True)):
-            wrapped = "\n".join(textwrap.wrap(f"{setting}: {text}", 58))
+            wrapped = textwrap.fill(f"{setting}: {text}", 58)
             bottom.text(0, 1 - line / len(captions), wrapped, fontsize=7, va="top", transform=bottom.transAxes)
     save_figure(figure, path)
