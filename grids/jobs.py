@@ -123,11 +123,12 @@ def run_here(work, options, ended):
         gpus = given.split(",") if given else list(map(str, range(importlib.import_module("torch").cuda.device_count())))
     if gpus and per_job > len(gpus):
         raise InputError(f"--gpus-per-job {per_job} is more than the {len(gpus)} of this machine")
-    count = min(options.jobs or (len(gpus) // per_job if gpus else min(cores, 8)), len(work))
+    jobs = options.jobs or (len(gpus) // per_job if gpus else min(cores, 8))
     waiting, running, slots, told, turn = list(work.items()), [], [], [], itertools.cycle(gpus)
-    for _ in range(count):
+    for _ in range(min(jobs, len(work))):
         own = ",".join(itertools.islice(turn, per_job))
-        slots.append(threads(options.cpus_per_job or cores // count) | {"CUDA_VISIBLE_DEVICES": own})
+        # of the number that may run at a time, not of those left: a run that is resumed alone ends with the same bits
+        slots.append(threads(options.cpus_per_job or cores // jobs) | {"CUDA_VISIBLE_DEVICES": own})
     previous = signal.signal(signal.SIGTERM, lambda *_: told.append(signal.SIGTERM))  # as Ctrl-C, but never within submit
     try:
         while waiting or running:

@@ -488,6 +488,10 @@ def test_jobs_have_their_share_of_the_cores_and_a_gpu_of_their_own(fake, monkeyp
     assert reproduce.main(["run", "all", "--scale", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
     assert {environment["CUDA_VISIBLE_DEVICES"] for environment in environments} == {"4", "7"}
     assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"4"}
+    fake(d="--steps 1")  # a single model is left: it has the threads that it would have had beside another
+    environments.clear()
+    assert reproduce.main(["run", "all", "--scale", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
+    assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["4"]
 
 
 def test_more_gpus_for_a_job_than_there_are_is_one_line(fake, call, monkeypatch):
