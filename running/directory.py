@@ -16,6 +16,7 @@ import platform
 import secrets
 import subprocess
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,7 @@ def find_directory(args, default_id):
     if args.model_id is None:
         for flag in ("resume", "evaluate", "load_args"):
             if getattr(args, flag):
-                raise InputError(
-                    f"--{flag.replace('_', '-')} needs --model-id, the folder of a model in {args.model_dir}"
-                )
+                raise InputError(f"--{flag.replace('_', '-')} needs --model-id, the folder of a model in {args.model_dir}")
         args.model_id = fresh_id(args.model_dir, default_id)
     directory = Path(args.model_dir) / args.model_id
     if directory.exists() and not directory.is_dir():
@@ -119,9 +118,7 @@ def refuse_to_overwrite(args, directory):
     if (directory / "args.json").exists():
         if not (args.resume or args.evaluate or args.overwrite):
             if is_finished(directory):
-                raise InputError(
-                    f"{directory} holds a finished model; --evaluate evaluates it again, --overwrite trains it anew"
-                )
+                raise InputError(f"{directory} holds a finished model; --evaluate evaluates it again, --overwrite trains it anew")
             raise InputError(f"{directory} holds an unfinished run; --resume continues it, --overwrite starts it anew")
     elif directory.exists() and _holds_files(directory):  # a run killed as it began leaves no more than a hidden file
         raise InputError(f"{directory} holds files but no args.json: it is no model; choose another --model-id")
@@ -246,8 +243,7 @@ def check_machine(directory, stored, details, no_cuda_given):
     was_on_gpu = isinstance(last["device"], str) and not last["device"].startswith("CPU ")
     if was_on_gpu and now["device"].startswith("CPU ") and not no_cuda_given:
         raise InputError(
-            f"{directory} was trained on {last['device']}, and no CUDA device is found here; --no-cuda goes on with it on "
-            "the CPU"
+            f"{directory} was trained on {last['device']}, and no CUDA device is found here; --no-cuda goes on with it on the CPU"
         )
     changed = [f"{last[name]}, now {value}" for name, value in now.items() if last[name] not in (None, value)]
     if changed:
@@ -270,7 +266,13 @@ def save_torch(content, path):
 def load_torch(path):
     """What `save_torch` wrote, on the CPU; InputError that names a missing or damaged file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = Path(path).read_bytes()
+        # torch reads an archive's members without their checksums
+        if zipfile.is_zipfile(io.BytesIO(content)) and (member := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+            raise InputError(f"{path} is damaged ({member} has another checksum); restore it, or train the model anew")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} is missing: the model is not trained, or the directory is incomplete") from None
     except IsADirectoryError:
@@ -311,9 +313,7 @@ def load_state(module, state, path):
     for name, value in expected.items():
         found = tuple(state[name].shape) if name in state else "nothing"
         if found != tuple(value.shape):
-            raise InputError(
-                f"{path}: {name} is {found}, expected {tuple(value.shape)}: the weights are of another setting"
-            )
+            raise InputError(f"{path}: {name} is {found}, expected {tuple(value.shape)}: the weights are of another setting")
     if extra := state.keys() - expected.keys():
         raise InputError(f"{path}: {min(extra)} is not a weight of this setting")
     module.load_state_dict(state)

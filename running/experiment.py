@@ -149,12 +149,8 @@ def add_run_flags(parser):
     parser.section("run")
     flag("--model-dir", str, "folder of all models", "models", "call")
     flag("--model-id", str, "folder of this model inside it; none given: a fresh one is made and printed", None, "call")
-    flag(
-        "--seed", integer(0), "training seed, or with --evaluate the evaluation's; none given: one is drawn and stored"
-    )
-    flag(
-        "--resume", bool, "continue an unfinished run from its last checkpoint; start it if there is none", None, "call"
-    )
+    flag("--seed", integer(0), "training seed, or with --evaluate the evaluation's; none given: one is drawn and stored")
+    flag("--resume", bool, "continue an unfinished run from its last checkpoint; start it if there is none", None, "call")
     flag("--overwrite", bool, "train anew where a model lies already", None, "call")
     flag("--evaluate", bool, "do not train: evaluate a trained model again, with another seed", None, "call")
     flag("--load-args", bool, "let args.json of the model directory win over contradicting flags", None, "call")
@@ -167,9 +163,7 @@ def add_run_flags(parser):
     flag("--lr", number(0, above=True), "Adam's learning rate, its peak under a schedule")
     flag("--optimiser", ("adam", "muon"), "muon takes the filters of convolutions, Adam all else; see optimisation.py")
     flag("--layer-lr", ("uniform", "fan-in"), "of all layers alike, or larger where the fan-in is smaller; see there")
-    flag(
-        "--preconditioner", ("none", "inputs"), "of Adam's gradients; inputs: whiten by each layer's inputs; see there"
-    )
+    flag("--preconditioner", ("none", "inputs"), "of Adam's gradients; inputs: whiten by each layer's inputs; see there")
     flag("--lr-schedule", tuple(LR_SCHEDULES), "one cycle warms up and comes down to nothing")
     flag("--batch-size", integer(2), "pairs a step")
     flag("--final-batch-size", integer(2, or_zero=True), "pairs in the last step: the batch grows geometrically from "

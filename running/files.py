@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and are read without trusting them."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,11 +26,15 @@ def replaced(path):
     os.close(descriptor)
     try:
         yield Path(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        with open(temporary, "rb") as file:
+            for call, argument in ((os.fsync, ()), (os.fchmod, (0o666 & ~umask,))):
+                try:
+                    call(file.fileno(), *argument)
+                except OSError as error:  # file systems of a network or a cloud may know neither
+                    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES):
+                        raise
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -84,9 +89,7 @@ def read_csv(path, columns, gaps=False):
     surplus = not isinstance(table.index, pd.RangeIndex)  # rows longer than the header: pandas takes names for them
     if surplus or list(table.columns) != list(columns) or table.empty or (table.isna().to_numpy().any() and not gaps):
         rows = "rows" if gaps else "rows without gaps"
-        raise InputError(
-            f"{path} is damaged: expected {rows} and the columns {', '.join(columns)}; remove it and make it again"
-        )
+        raise InputError(f"{path} is damaged: expected {rows} and the columns {', '.join(columns)}; remove it and make it again")
     return table
 
 

@@ -183,9 +183,7 @@ def require_alike(found):
     for number, other in enumerate(everyone := _from_all(found) if size() > 1 else []):
         for name, value in everyone[0].items():
             if other[name] != value:
-                _end(
-                    f"process {number} has other {name} than the first, {other[name]} and {value}: all must have the same"
-                )
+                _end(f"process {number} has other {name} than the first, {other[name]} and {value}: all must have the same")
 
 
 def largest(*numbers):

@@ -20,6 +20,8 @@ from running.files import write_csv
 from running.optimisation import make_optimiser, training_step
 from running.schedules import learning_rate
 
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal or the connection was closed
+
 
 @dataclasses.dataclass
 class Progress:
@@ -35,9 +37,9 @@ class Progress:
 def train(experiment, directory):
     """Train the modules of an Experiment for args.train_steps steps; returns the Progress at the end.
 
-    Continues from checkpoint.pt if the directory has one. SIGINT and SIGTERM write a checkpoint, say how to resume and
-    exit with 128 + the signal's number. Raises InputError if the loss is no longer finite, and if checkpoint.pt is damaged
-    or of another run.
+    Continues from checkpoint.pt if the directory has one. The signals STOP, unless they are ignored, write a checkpoint, say how to
+    resume and exit with 128 + the signal's number. Raises InputError if the loss is no longer finite, and if checkpoint.pt is
+    damaged or of another run.
     """
     args, checkpoint, progress = experiment.args, directory / "checkpoint.pt", Progress()
     optimiser = make_optimiser(experiment.modules, args, experiment.rates)
@@ -49,6 +51,8 @@ def train(experiment, directory):
         with ranks.agreed():
             progress = _adopt_checkpoint(content, checkpoint, experiment, optimiser)
         print(f"resumed from step {progress.step} of {args.train_steps}")
+        # a kill may have come between the checkpoint, which holds the log, and the log's own file
+        ranks.from_first(lambda: write_csv(pd.DataFrame(progress.log), directory / "train_log.csv"))
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=experiment.device)
     already, started = progress.seconds, time.perf_counter()
     bar = tqdm(
@@ -129,10 +133,10 @@ def _end_by(number, where, args):
 
 @contextlib.contextmanager
 def after_training(args):
-    """Context of what follows `train`: SIGINT and SIGTERM, unless they are ignored, end it and say how to resume."""
+    """Context of what follows `train`: the signals STOP, unless they are ignored, end it and say how to resume."""
     previous = {}
     with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, lambda number, _: _end_by(number, "in the evaluation", args))
     try:
@@ -186,7 +190,7 @@ def _adopt_checkpoint(content, path, experiment, optimiser):
 
 
 class _StopSignals:
-    """Context that notes the first SIGINT or SIGTERM in `signal` and leaves the second to do what it did before.
+    """Context that notes the first of STOP, unless it is ignored, in `signal` and leaves the second to do what it did before.
 
     Of several processes none heeds a second one: torchrun hands on what its scheduler may have sent to all of them.
     """
@@ -197,8 +201,9 @@ class _StopSignals:
         self._asked = time.perf_counter()
         self._previous = {}
         with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            for number in STOP:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, frame):

@@ -1,5 +1,6 @@
 """A run can be killed at any moment: it resumes bit for bit, and nothing that was complete is lost."""
 
+import errno
 import itertools
 import json
 import os
@@ -120,9 +121,7 @@ def start(tmp_path, *flags):
     """main_numeric.py in a process of its own, long enough to be stopped."""
     command = [sys.executable, "main_numeric.py", *TINY.split(), "--seed", "3", "--model-dir", str(tmp_path), *flags]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # as many threads as the runs it is compared with
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(path, process):
@@ -151,7 +150,7 @@ def test_a_killed_process_ends_as_one_that_never_was(tmp_path, run, monkeypatch)
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(tmp_path, signum):
     process = start(tmp_path, "--model-id", "p", "--train-steps", "100000", "--log-steps", "7")
     wait_for(tmp_path / "p/checkpoint.pt", process)
@@ -162,6 +161,35 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(tmp_path, signum):
     assert f"stopped by {signal.Signals(signum).name} after step {step} of 100000" in err
     assert f"--model-dir {tmp_path} --model-id p --resume" in err and len(err.strip().splitlines()) == 1
     assert "Traceback" not in err + out
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As nohup and a shell's background have it."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training._StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_log_that_a_kill_has_cut_short_is_whole_after_the_resume(run, tmp_path, monkeypatch):
+    """The kill comes between the checkpoint of the last step and the log's last row."""
+    assert run(SEED, "whole")[0] == 0
+    real, writes = training.write_csv, iter(range(100))
+
+    def dying(*arguments):
+        if next(writes) == 3:
+            raise Killed
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_csv", dying)
+        with pytest.raises(Killed):
+            run(SEED, "killed")
+    assert run("--resume", "killed")[0] == 0
+    assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
 
 
 def test_a_second_signal_is_not_swallowed(tmp_path):
@@ -259,9 +287,7 @@ def test_the_loop_is_adam_with_clipping_a_schedule_and_rates(tmp_path, schedule,
 
 def test_onecycle_warms_up_and_comes_down():
     rate = [schedules.LR_SCHEDULES["onecycle"](step / 1000) for step in range(1001)]
-    assert (
-        rate[0] == pytest.approx(0.04) and max(rate) == pytest.approx(1, abs=1e-3) and rate[-1] == pytest.approx(1e-4)
-    )
+    assert rate[0] == pytest.approx(0.04) and max(rate) == pytest.approx(1, abs=1e-3) and rate[-1] == pytest.approx(1e-4)
     assert np.argmax(rate) == 100 and all(a <= b for a, b in itertools.pairwise(rate[:101]))
     assert all(a >= b for a, b in itertools.pairwise(rate[100:]))
 
@@ -348,6 +374,43 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.csv"]
     files.write_bytes(target, b"new")
     assert target.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+@pytest.mark.parametrize("refused", ["fsync", "fchmod"])
+def test_a_file_system_that_knows_no_fsync_or_chmod_will_do(tmp_path, monkeypatch, refused):
+    def call(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, refused, call)
+    files.write_bytes(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_a_full_disk_that_shows_at_the_fsync_is_an_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_bytes(tmp_path / "a", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_is_found_wherever_it_lies(tmp_path):
+    """A bit of each of 200 places; what loads all the same must be what was written."""
+    path, state = tmp_path / "w.pt", {"weight": torch.arange(400.0), "bias": torch.ones(3)}
+    save_weights(state, path)
+    content, found = path.read_bytes(), 0
+    for place in range(0, len(content), max(1, len(content) // 200)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        try:
+            loaded = load_torch(path)
+        except InputError as error:
+            assert str(path) in str(error)
+            found += 1
+        else:
+            assert all(torch.equal(loaded[name], value) for name, value in state.items()), place
+    assert found > 100
 
 
 def test_weights_load_with_and_without_the_prefix_of_a_wrapper(tmp_path):
