@@ -15,6 +15,7 @@ from unittest import mock
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch.distributed.run as torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "RESULTS.md"
@@ -39,6 +40,7 @@ PROGRAMS = (
     "cp",
     "mkdir",
     "squeue",
+    "torchrun",
 )  # that a page may use, beside the shell's own
 TRAINING = {"numeric": "main_numeric.py", "mpi3d": "main_mpi3dreal.py", "causal3dident": "main_causal3dident.py"}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -201,6 +203,9 @@ def wrong_call(program, *words):
             return wrong_flags(words[0], words[1:])
         case "blender":
             return wrong_flags(words[words.index("--python") + 1], words[words.index("--") + 1 :])
+        case "torchrun":
+            options = torchrun.get_args_parser().parse_args(words)
+            return wrong_flags(options.training_script, options.training_script_args)
         case "cp":
             sources = [word for word in words[:-1] if not word.startswith("-")]
             return [f"{source}: nothing to copy" for source in sources if not (ROOT / source).exists()]
@@ -274,6 +279,7 @@ PYTHON=python3.12 make demo && OMP_NUM_THREADS=1 taskset -c 0,1 python reproduce
 blender --background --python rendering_data/Causal3DIdent/generate_images.py -- --output-folder data/x --device optix
 python benchmarks/time_to_identification.py --experiment mpi3d --bias-id 4 --jobs 2
 python rendering_data/MPI3D/render_standin_images.py --grid 4 4 2 3 3 20 20
+torchrun --standalone --nproc_per_node=2 main_causal3dident.py --bias-type selections
 ```
 """
 
@@ -335,6 +341,7 @@ def test_a_broken_link_is_found(tmp_path, old, new, fault):
         ("--device optix", "--device metal", "generate_images.py --device is none of {cpu,cuda,optix}, but metal"),
         ("--bias-id 4", "--theta-value 4", "time_to_identification.py knows no --theta-value"),
         ("--grid", "--gird", "render_standin_images.py knows no --gird"),
+        ("--bias-type sel", "--bias-kind sel", "main_causal3dident.py knows no --bias-kind"),
     ],
 )
 def test_a_wrong_command_is_found(tmp_path, shell, old, new, fault):
