@@ -72,7 +72,7 @@ def run(args):
         raise InputError(f"--cluster slurm needs SLURM's sbatch and srun in the PATH; {place}")
     needed = figures.needed_models(figures.chosen_figures(args.names), args.scale, args.seeds, args.models)
     lacking, damaged = models.checked(needed)
-    work = {model: model.commands(files) for model, files in lacking.items() if files}
+    work = {model: model.commands(files, args.gpus_per_job) for model, files in lacking.items() if files}
     counts = f"{len(lacking) - len(work)} are done, " + (f"{len(damaged)} damaged, " if damaged else "")
     print(f"{args.scale} scale: {len(needed)} models, {counts}{len(work)} to do", flush=True)
     left_out = prepare_data(work, args.dry_run)
@@ -158,7 +158,12 @@ def main(argv=None):
     command.flag("--dry-run", bool, "print the commands and do nothing")
     command.flag("--cluster", ("local", "slurm"), "", "local")
     command.flag("--jobs", integer(1), "models at a time (here: one a GPU, or one a core up to 8; SLURM: 32)")
-    command.flag("--gpus-per-job", integer(0), "0 stays on the CPU; here, a machine without GPUs uses its CPU", 1)
+    command.flag(
+        "--gpus-per-job",
+        integer(0),
+        "several train one model, by torchrun; 0 stays on the CPU; here, a machine without GPUs uses its CPU",
+        1,
+    )
     command.flag("--cpus-per-job", integer(1), "threads (here: the cores shared out; SLURM: 4)")
     command.section("SLURM; account and the like come from the environment, as SBATCH_ACCOUNT")
     command.flag("--partition", str, "(the cluster's default)")

@@ -178,8 +178,8 @@ class Model:
                 raise InputError(f"{path} is damaged: {wrong[0]} of {row}; remove it and make it again")
         return rows
 
-    def commands(self, files):
-        """Commands that make `files`: lists of words, the training first, each script once."""
+    def commands(self, files, gpus=1):
+        """Commands that make `files`: lists of words, the training first, on so many GPUs by torchrun, each script once."""
         setting, commands = self.setting, {}
         place = ["--model-dir", str(self.directory.parent), "--model-id", self.name]
         if not self.finished():
@@ -190,7 +190,9 @@ class Model:
                 commands[file.script] = ["--model-id", str(self.directory), *flags, "--overwrite"]
             elif setting.script not in commands:  # trained, but the file is gone
                 commands[setting.script] = [*place, "--seed", str(self.seed + 1), "--evaluate"]
-        return [[sys.executable, str(ROOT / script), *flags] for script, flags in commands.items()]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+        several = {setting.script: several} if not self.finished() else {}
+        return [[sys.executable, *several.get(script, []), str(ROOT / script), *flags] for script, flags in commands.items()]
 
 
 def checked(needed):

@@ -37,8 +37,8 @@ class Progress:
 def train(experiment, directory):
     """Train the modules of an Experiment for args.train_steps steps; returns the Progress at the end.
 
-    Continues from checkpoint.pt if the directory has one. The signals STOP, unless they are ignored, write a checkpoint, say how to
-    resume and exit with 128 + the signal's number. Raises InputError if the loss is no longer finite, and if checkpoint.pt is
+    Continues from checkpoint.pt if the directory has one. The signals STOP, unless they are ignored, write a checkpoint, say how
+    to resume and exit with 128 + the signal's number. Raises InputError if the loss is no longer finite, and if checkpoint.pt is
     damaged or of another run.
     """
     args, checkpoint, progress = experiment.args, directory / "checkpoint.pt", Progress()

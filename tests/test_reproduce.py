@@ -159,9 +159,9 @@ def test_every_cell_of_the_paper_has_a_setting_that_produces_it_and_the_other_wa
 def test_a_figure_has_the_paper_s_cells_of_its_own_number():
     for name in NUMERIC:
         figure = FIGURES[name]
-        assert {
-            f"{k}{cell.keys[k]}" for cell in figure.cells("paper") for k in ("figure", "table") if k in cell.keys
-        } == {name.replace("fig", "figure")}
+        assert {f"{k}{cell.keys[k]}" for cell in figure.cells("paper") for k in ("figure", "table") if k in cell.keys} == {
+            name.replace("fig", "figure")
+        }
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -201,10 +201,7 @@ def test_the_theory_s_pattern_is_that_of_the_unbiased_block():
     for cell in FIGURES["table5"].cells("paper"):
         if cell.learned:
             learned[cell.setting.name].add(cell.keys["factor"])
-    assert learned == {
-        "ind_select_8_perturb_2": {"s_3", "s_4", "s_5", "s_6", "s_7", "s_8"},
-        "dep_select_8_perturb_2": set(),
-    }
+    assert learned == {"ind_select_8_perturb_2": {"s_3", "s_4", "s_5", "s_6", "s_7", "s_8"}, "dep_select_8_perturb_2": set()}
 
 
 def test_settings_of_mpi3d_are_named_and_flagged_as_they_are_trained():
@@ -225,9 +222,7 @@ def test_settings_of_mpi3d_are_named_and_flagged_as_they_are_trained():
     assert {column: args["encoding_size"] for column, args in sizes.items()} == {
         "size 1": 1, "size 2": 2, "size 3": 0, "size 4": 4,
     }  # fmt: skip
-    assert {(args["bias_type"], args["bias_id"], args["recipe"]) for args in sizes.values()} == {
-        ("selection", 0, "paper")
-    }
+    assert {(args["bias_type"], args["bias_id"], args["recipe"]) for args in sizes.values()} == {("selection", 0, "paper")}
 
 
 def test_settings_of_causal3dident_are_named_and_flagged_as_they_are_trained():
@@ -289,9 +284,7 @@ def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake
         figure = fake_figure("slow", "--steps 1")
         cell = figure.cells("tiny")[0]
         setting = dataclasses.replace(cell.setting, name=Path(data.file).stem, data=data)
-        figure = dataclasses.replace(
-            figure, make_cells=lambda *_, c=cell, s=setting: [dataclasses.replace(c, setting=s)]
-        )
+        figure = dataclasses.replace(figure, make_cells=lambda *_, c=cell, s=setting: [dataclasses.replace(c, setting=s)])
         monkeypatch.setattr(figures, "FIGURES", {"slow": figure})
         monkeypatch.setattr(figures, "GROUPS", {"all": ["slow"]})
         answer = call("run slow --scale tiny --seeds 1")
@@ -312,18 +305,14 @@ def test_the_published_models_are_of_the_settings_as_they_are_now():
 
 
 @pytest.mark.parametrize("broken", [("other.csv", (), "get it from its authors"), ("other.csv", ("break.py",), "")])
-def test_models_whose_data_set_cannot_be_had_are_left_out_and_the_others_trained(
-    fake, call, tmp_path, monkeypatch, broken
-):
+def test_models_whose_data_set_cannot_be_had_are_left_out_and_the_others_trained(fake, call, tmp_path, monkeypatch, broken):
     (tmp_path / "break.py").write_text("raise SystemExit(3)")
     cells = []
     for data in (DataSet(*broken), None):
         cell = fake_figure("slow", "--steps 1").cells("tiny")[0]
         setting = dataclasses.replace(cell.setting, name="other" if data else "free", data=data)
         cells.append(dataclasses.replace(cell, setting=setting))
-    monkeypatch.setattr(
-        figures, "FIGURES", {"slow": dataclasses.replace(fake_figure("slow", ""), make_cells=lambda *_: cells)}
-    )
+    monkeypatch.setattr(figures, "FIGURES", {"slow": dataclasses.replace(fake_figure("slow", ""), make_cells=lambda *_: cells)})
     monkeypatch.setattr(figures, "GROUPS", {"all": ["slow"]})
     reason = "break.py ended with exit code 3" if broken[1] else "other.csv is missing: get it from its authors"
     code, out, err = call("run all --scale tiny --seeds 2")
@@ -340,9 +329,7 @@ def test_list_counts_models_and_tells_what_they_need(call, tmp_path, monkeypatch
     assert code == 0 and "60 models" in lines["fig3"] and "6 models" in lines["table4"]
     assert lines["fig4"].endswith("main_numeric.py + eval_numeric_predict.py")
     assert "30 models" in lines["fig5"] and "12 models" in lines["fig13"]
-    assert all(
-        "14 settings" in lines[name] and "42 models" in lines[name] for name in ("fig6", "fig16", "fig17", "fig18")
-    )
+    assert all("14 settings" in lines[name] and "42 models" in lines[name] for name in ("fig6", "fig16", "fig17", "fig18"))
     # 126 numeric ones, 30 of MPI3D-Complex and 9 with other encoding sizes, of which Figure 13 shares three more, and the
     # 42 of Causal3DIdent, which its four figures share
     assert "207 models" in lines["together"] and "0 done" in lines["together"]
@@ -494,6 +481,13 @@ def test_jobs_have_their_share_of_the_cores_and_a_gpu_of_their_own(fake, monkeyp
     assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["4"]
 
 
+def test_several_gpus_for_a_job_train_one_model(fake, call):
+    fake(a="--steps 1")
+    _, out, _ = call("run a --scale tiny --seeds 1 --gpus-per-job 2 --dry-run")
+    assert "python -m torch.distributed.run --standalone --nproc_per_node=2 fake_training.py --steps 1" in out
+    assert "torch.distributed" not in call("run a --scale tiny --seeds 1 --dry-run")[1]
+
+
 def test_more_gpus_for_a_job_than_there_are_is_one_line(fake, call, monkeypatch):
     fake(slow="--steps 1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
@@ -605,9 +599,7 @@ def test_a_model_counts_whatever_its_checkpoints_and_workers_but_not_with_other_
 def undrawn(monkeypatch):
     """No pictures: what is tested are the numbers."""
     for name in ("plot_score_grid", "plot_beside_paper"):
-        monkeypatch.setattr(
-            report, name, lambda *args: next(a for a in args if isinstance(a, Path)).write_bytes(b"drawn")
-        )
+        monkeypatch.setattr(report, name, lambda *args: next(a for a in args if isinstance(a, Path)).write_bytes(b"drawn"))
 
 
 def table5_rows(scale, nonlinear, linear):
@@ -654,10 +646,7 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
     summary = pd.read_csv(tmp_path / "report/fast/summary.csv").iloc[0]
     assert (summary.independent_compared, summary["independent_within_0.1"]) == (46, 24)
     assert (summary.foretold, summary.as_foretold) == (24, 12)
-    assert (
-        "ind_select_8_perturb_2_seed1 0.90, ind_select_8_perturb_2_seed2 0.80, ind_select_8_perturb_2_seed3 1.00"
-        in page
-    )
+    assert "ind_select_8_perturb_2_seed1 0.90, ind_select_8_perturb_2_seed2 0.80, ind_select_8_perturb_2_seed3 1.00" in page
 
 
 def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn, fast_models, tmp_path):
@@ -880,9 +869,7 @@ def test_whatever_is_text_is_escaped_in_the_report(fake, call, undrawn, monkeypa
         dataclasses.replace(cell, panel=(evil, evil), row=evil, column=evil, learned=False),
         dataclasses.replace(cell, panel=(evil, evil), row="s", column="s"),
     ]
-    figure = dataclasses.replace(
-        figures.FIGURES["good"], title=evil, experiment=evil, name="x<i>1", make_cells=lambda *_: cells
-    )
+    figure = dataclasses.replace(figures.FIGURES["good"], title=evil, experiment=evil, name="x<i>1", make_cells=lambda *_: cells)
     figures.FIGURES.update(good=figure)
     assert call("run good --scale tiny --seeds 2")[0] == 0
     Path("models/fake-tiny/good_seed2/results.csv").write_text("<script>,score\n")
@@ -921,9 +908,7 @@ def test_downstream_scores_are_drawn_as_curves_and_a_correlation_may_be_negative
     assert table[(table.task == "y2") & (table.semantics == "independent")]["mean"].tolist() == [0.1, 0.2, 0.3, 0.4]
     assert (tmp_path / "report/tiny/fig4.png").stat().st_size > 10_000
     write_model(tmp_path / "models", setting, 1, tasks, PREDICT, downstream={"protocol": "paper"})
-    assert is_one_line_error(
-        call(f"report fig4 --models {tmp_path}/models --output {tmp_path}/report"), "protocol paper"
-    )
+    assert is_one_line_error(call(f"report fig4 --models {tmp_path}/models --output {tmp_path}/report"), "protocol paper")
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
