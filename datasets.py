@@ -338,9 +338,7 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
     _check_counts(folder, counts, "samples")
     _check_factors(text_path, image, text, bias)
     # captions state the spotlight's position in fifths
-    told = {
-        name: spotlight_fifths(values) if name == "spotlight_pos" else values for name, values in (image | text).items()
-    }
+    told = {name: spotlight_fifths(values) if name == "spotlight_pos" else values for name, values in (image | text).items()}
     silent = [name for name in CAUSAL_SEMANTICS[:4] if name not in text]
     loaded = {}
     for split, part in splits.items():

@@ -150,7 +150,5 @@ def image_files(folder):
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is missing: {CAUSAL_TOOLS}/generate_images.py renders the images") from None
     names = [(*os.path.splitext(entry.name), entry) for entry in entries]
-    found = [
-        (int(stem), entry) for stem, suffix, entry in names if suffix.lower() in IMAGE_SUFFIXES and stem.isdecimal()
-    ]
+    found = [(int(stem), entry) for stem, suffix, entry in names if suffix.lower() in IMAGE_SUFFIXES and stem.isdecimal()]
     return sorted(found, key=lambda numbered: numbered[0])

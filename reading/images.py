@@ -194,9 +194,7 @@ def _decode_images(paths, file, decoded):
             for path, image in zip(part, pool.map(decode_image, part), strict=True):
                 if image.shape != first.shape:
                     sizes = [f"{height} × {width}" for height, width, _ in (image.shape, first.shape)]
-                    raise InputError(
-                        f"{path} has {sizes[0]} pixels and {paths[0].name} {sizes[1]}; expected images of one size"
-                    )
+                    raise InputError(f"{path} has {sizes[0]} pixels and {paths[0].name} {sizes[1]}; expected images of one size")
                 file.write(image)
             done = start + len(part)
             if time.perf_counter() - reported > PROGRESS_SECONDS or (done == len(paths) > DECODED_AT_ONCE):

@@ -29,11 +29,7 @@ def parse_flags(argv):
     """The Namespace of the command line."""
     parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    settings = {
-        "choices": CAUSAL_SETTINGS,
-        "default": ["selections_6"],
-        "help": "whose captions are shown (selections_6)",
-    }
+    settings = {"choices": CAUSAL_SETTINGS, "default": ["selections_6"], "help": "whose captions are shown (selections_6)"}
     parser.add_argument("--settings", nargs="+", metavar="SETTING", **settings)
     parser.add_argument("--count", type=integer(1), default=12, help="images, as far as there are some (%(default)s)")
     parser.add_argument("--columns", type=integer(1), default=4, help="(%(default)s)")

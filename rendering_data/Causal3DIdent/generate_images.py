@@ -180,9 +180,7 @@ class Renderers:
             if word in ("ready", "done"):
                 return rest
         code, file = process.wait(), self.complaints.fileno()
-        complaints = os.pread(file, os.fstat(file).st_size, 0).decode(
-            errors="replace"
-        )  # the processes go on writing at its end
+        complaints = os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")  # the processes go on writing at its end
         words = [f" ({line.strip()})" for line in complaints.split("\n") if line.strip()]
         raise InputError(f"{ended} with code {code}{''.join(words[-1:])}; {advice}")
 
@@ -352,8 +350,7 @@ def main(argv=None):
     threads = 1 if args.device == "cpu" else max(1, usable_cores() // workers)
     kept = f"{len(batch) - len(images):,} there already"
     print(
-        f"{folder}: {len(images):,} images of {args.size} × {args.size}, {kept}; {args.device}, {workers} processes",
-        flush=True,
+        f"{folder}: {len(images):,} images of {args.size} × {args.size}, {kept}; {args.device}, {workers} processes", flush=True
     )
     # SIGTERM ends the script as Ctrl-C does, inside Blender too.
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}

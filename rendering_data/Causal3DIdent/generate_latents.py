@@ -132,9 +132,7 @@ def main(argv=None):
     args.output_folder.mkdir(parents=True, exist_ok=True)
     others = [file for file, content in files.items() if file.exists() and file.read_bytes() != content]
     if others and not args.overwrite:
-        raise InputError(
-            f"{others[0]} holds other latents already; choose another folder, or --overwrite replaces them"
-        )
+        raise InputError(f"{others[0]} holds other latents already; choose another folder, or --overwrite replaces them")
     with contextlib.ExitStack() as stack:
         for file, content in files.items():
             stack.enter_context(replaced(file)).write_bytes(content)

@@ -60,8 +60,7 @@ TEMPLATES = {
         'At the {Y}-{X} of the image, there is a "{C}" object in the form of a {S}, with illumination from the {P}.',
     ),
     6: (
-        'A {S} of "{C}" color is visible, positioned at the {Y}-{X} of the image, '
-        'under a "{L}" spotlight shining from the {P}.',
+        'A {S} of "{C}" color is visible, positioned at the {Y}-{X} of the image, under a "{L}" spotlight shining from the {P}.',
         'A "{C}" {S} is at the {Y}-{X} of the image, illuminated by a "{L}" spotlight from the {P}.',
         'The {Y}-{X} of the image shows a "{C}" colored {S}, highlighted by a "{L}" spotlight positioned at the {P}.',
         'At the {Y}-{X} of the picture is a {S} in "{C}" color, standing out under a "{L}" spotlight coming from the {P}.',
@@ -71,8 +70,7 @@ TEMPLATES = {
     7: (
         'A {S} of "{C}" color is visible, positioned at the {Y}-{X} of the image, '
         'under a "{L}" spotlight shining from the {P}, with a "{B}" background.',
-        'A "{C}" {S} is at the {Y}-{X} of the image, illuminated by a "{L}" spotlight from the {P}, '
-        'against a "{B}" background.',
+        'A "{C}" {S} is at the {Y}-{X} of the image, illuminated by a "{L}" spotlight from the {P}, against a "{B}" background.',
         'The {Y}-{X} of the image shows a "{C}" colored {S}, highlighted by a "{L}" spotlight positioned at the {P}, '
         'on a "{B}" backdrop.',
         'At the {Y}-{X} of the picture is a {S} in "{C}" color, bathed in a "{L}" spotlight coming from the {P}, '

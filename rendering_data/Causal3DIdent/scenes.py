@@ -25,11 +25,7 @@ from running.command_line import InputError
 # Boxes that stand-ins are made of: (size, centre) along x, y and z.
 BOXES = {
     "jack": [((2.0, 0.36, 0.36), (0, 0, 0)), ((0.36, 1.6, 0.36), (0, 0, 0)), ((0.36, 0.36, 1.2), (0, 0, 0))],
-    "arch": [
-        ((1.8, 0.6, 0.5), (0, 0, 0.75)),
-        ((0.5, 0.6, 1.5), (-0.65, 0, -0.25)),
-        ((0.5, 0.6, 1.5), (0.65, 0, -0.25)),
-    ],
+    "arch": [((1.8, 0.6, 0.5), (0, 0, 0.75)), ((0.5, 0.6, 1.5), (-0.65, 0, -0.25)), ((0.5, 0.6, 1.5), (0.65, 0, -0.25))],
 }
 OBJECT_SCALE, GROUND_SIZE = 1.5, 1500.0
 SPOT_WATTS, SPOT_CONE, SPOT_BLEND, SPOT_RADIUS = 3000.0, math.radians(35), 0.1, 0.5
@@ -276,9 +272,7 @@ def set_latents(shapes, ground, spot, latents, protocol="code"):
         if other is not shape and tuple(other.location) != PARKED:
             other.location = PARKED
     shape.location = (3.0 * latents["object_ypos"] - 3.0, 3.0 * latents["object_xpos"] - 3.0, 0.0)
-    shape.rotation_euler = Euler(
-        math.pi * latents[f"object_{name}rot"] - math.pi / 2 for name in ("alpha", "beta", "gamma")
-    )
+    shape.rotation_euler = Euler(math.pi * latents[f"object_{name}rot"] - math.pi / 2 for name in ("alpha", "beta", "gamma"))
     shape.color = (*colorsys.hsv_to_rgb(latents["object_color"], 1.0, 1.0), 1.0)
     ground.location.z = -size
     ground.color = (*colorsys.hsv_to_rgb(hue(latents["background_color"], protocol), 0.6, 1.0), 1.0)

@@ -99,8 +99,7 @@ def render(folder, sizes, train_ratio, seed):
         bias, name = mpi3d_bias(bias_type, bias_id), f"{bias_type}_{bias_id}"
         stated = {factor: sizes[factor] for factor in bias.selected}
         text = [
-            perturb(image[factor], size, rng) if factor in bias.perturbed else image[factor]
-            for factor, size in stated.items()
+            perturb(image[factor], size, rng) if factor in bias.perturbed else image[factor] for factor, size in stated.items()
         ]
         values = np.ravel_multi_index(text, tuple(stated.values()))
         captions = caption_table(stated, sizes)

@@ -73,8 +73,7 @@ def draw_scene(elevation):
 def joint_positions(sizes):
     """(tips, azimuths) of the arm for every pair of joint positions, in row-major order: (P, 3), (P,)."""
     azimuth, rise = (
-        np.linspace(*limits, size) if size > 1 else np.zeros(1)
-        for limits, size in zip((AZIMUTHS, RISES), sizes, strict=True)
+        np.linspace(*limits, size) if size > 1 else np.zeros(1) for limits, size in zip((AZIMUTHS, RISES), sizes, strict=True)
     )
     azimuth, rise = (part.ravel() for part in np.meshgrid(azimuth, rise, indexing="ij"))
     flat = REACH * np.cos(rise)
