@@ -72,27 +72,24 @@ class Bias:
 
 def mpi3d_bias(bias_type, bias_id):
     """Bias number `bias_id` of bias_type: selections grow from OBJ_COLOR on, perturbations from BACKGROUND back."""
-    return _nested_bias(MPI3D_SEMANTICS, bias_type == "selection", bias_id)
+    return _nested_bias(MPI3D_SEMANTICS, bias_type, bias_id)
 
 
 def causal_bias(bias_type, bias_id):
     """Bias number `bias_id`: selections grow from object_shape on, perturbations from background_color back."""
-    return _nested_bias(CAUSAL_SEMANTICS, bias_type == "selections", bias_id)
+    return _nested_bias(CAUSAL_SEMANTICS, bias_type, bias_id)
 
 
-def _nested_bias(semantics, selection, bias_id):
+def _nested_bias(semantics, bias_type, bias_id):
     """The first bias_id + 1 semantics selected, or all of them and the last bias_id perturbed."""
-    if selection:
+    if bias_type.startswith("selection"):
         return Bias(semantics[: bias_id + 1], ())
     return Bias(semantics, semantics[len(semantics) - bias_id :])
 
 
 @dataclasses.dataclass
 class Split:
-    """Pairs of one split: rows (N,) int64 of their images, their captions, image_factors and text_factors.
-
-    The factors are dicts name → (N,) int64, or float64 where they are continuous.
-    """
+    """Pairs of a split: rows (N,) int64 of their images, captions, and factors: dicts name → (N,) int64, or float64 in [0, 1]."""
 
     rows: torch.Tensor
     captions: Captions
@@ -187,10 +184,7 @@ class EpochOrder:
 
 
 def mpi3d_images(folder):
-    """(images, grid): the memory-mapped images of a folder, and dict factor → number of its values.
-
-    Raises InputError if they are missing, damaged, or not as many as the grid has points.
-    """
+    """(images, grid): memory map of a folder, and dict factor → number of values; InputError if they are missing or damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder, expected that of MPI3D-Complex; --datapath names another one")
@@ -266,10 +260,7 @@ def _check_counts(folder, counts):
 
 
 def _check_factors(path, image, text, bias):
-    """Raise InputError unless captions differ from the images in what the bias perturbs, and in nothing else they state.
-
-    image, text: dicts factor → (N,) values; those of `text` come from `path`.
-    """
+    """Raise InputError unless the captions of `path` differ from the images in what the bias perturbs, and in nothing else."""
     for name in filter(text.__contains__, bias.selected):
         differ = np.abs(image[name] - text[name]) > 1e-6  # files may have been written with fewer digits
         if name not in bias.perturbed and differ.any():

@@ -131,11 +131,9 @@ def open_image_folder(folder, entries=None):
     """
     folder = Path(folder)
     entries = entries or numbered_images(folder)
-    digest = hashlib.blake2b(digest_size=8)
-    for entry in entries:
-        status = entry.stat()
-        digest.update(f"{entry.name}/{status.st_size}/{status.st_mtime_ns}\n".encode())
-    digest = digest.hexdigest()
+    statuses = ((entry.name, entry.stat()) for entry in entries)
+    listing = "".join(f"{name}/{status.st_size}/{status.st_mtime_ns}\n" for name, status in statuses)
+    digest = hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
     decoded = folder.with_name(f"{folder.name}.{digest}.npy")
     damaged_or_missing = contextlib.suppress(FileNotFoundError, InputError)
     with damaged_or_missing:
@@ -229,9 +227,6 @@ class Images:
         pinned = self.device.type == "cuda"
         batch = torch.empty((len(rows), *self.array.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
         parts = (np.array_split(part.numpy(), self._parts) for part in (rows, batch))
-        list(self._map(self._copy, *parts))
+        # "clip" writes into `out` directly, and the rows are in range
+        list(self._map(lambda part, out: np.take(self.array, part, axis=0, out=out, mode="clip"), *parts))
         return batch.to(self.device, non_blocking=True)
-
-    def _copy(self, rows, target):
-        # "clip" writes into `target` directly, and the rows are in range
-        np.take(self.array, rows, axis=0, out=target, mode="clip")

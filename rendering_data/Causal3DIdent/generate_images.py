@@ -184,10 +184,7 @@ class Renderers:
             process.kill()
         self.threads.shutdown()
         for process in self.processes:
-            process.wait()
-            process.stdout.close()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+            process.communicate()  # waits for it and closes its pipes
         self.complaints.close()
 
 
@@ -225,10 +222,7 @@ def is_done(file, size):
 
 
 def record_origin(folder, names, origin):
-    """images.json: what the images, of the set `names`, are rendered from.
-
-    InputError if images are there already that were rendered from something else, from nobody knows what, or have other names.
-    """
+    """Write images.json: what the images `names`, a set, come from; InputError if some are there of other names or origin."""
     path, images, advice = folder / "images.json", folder / "images", "choose another folder, or remove images/ and images.json"
     # looked at before images.json: a job that starts at the same time writes that first
     there = {entry.name for _, entry in image_files(images)}

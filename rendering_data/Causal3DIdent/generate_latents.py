@@ -97,9 +97,8 @@ def sample_tables(size, seed, protocol):
         bias_type, bias_id = setting.split("_")
         if bias_type == "perturbations":
             text = perturbed_latents(image, int(bias_id), rng)
-            drawn = set(PERTURBED[: int(bias_id)])
-            named_from = {factor: factor for factor in drawn & set(PALETTES)}
-            if protocol == "code" and "background_color" not in drawn:
+            named_from = {factor: factor for factor in PERTURBED[: int(bias_id)] if factor in PALETTES}
+            if protocol == "code" and "background_color" not in named_from:
                 named_from["background_color"] = "object_color"
             for factor, source in named_from.items():
                 colors[factor] = nearest_colors(text[source].to_numpy(), PALETTES[factor])

@@ -293,10 +293,7 @@ def on_plane(starts, rays, height):
 
 
 def shadow(corners, lamp, height):
-    """(M, 3) points of the plane z = height whose hull contains the shadow of a convex body; None if it has no bounds.
-
-    corners: (V, 3) of the body, in the world's coordinates as all here; lamp: a lamp object.
-    """
+    """(M, 3) points of z = height whose hull holds the shadow of the hull of (V, 3) corners of the world; None if unbounded."""
     matrix, data = np.array(lamp.matrix_world), lamp.data
     if data.type == "SUN":
         return on_plane(corners[:, None], cone(data.angle / 2) @ matrix[:3, :3].T, height)
@@ -319,12 +316,8 @@ def pool(spot, height):
 
 
 def pixel_box(points):
-    """(left, right, bottom, top): the pixels that the hull of (M, 3) points may touch; all of them if it has no bounds.
-
-    points: None for no bounds. Points behind the camera have none either.
-    """
-    scene = bpy.context.scene
-    size, camera = scene.render.resolution_x, scene.camera
+    """(left, right, bottom, top): pixels that the hull of (M, 3) points may touch; all of them for None or behind the camera."""
+    size, camera = bpy.context.scene.render.resolution_x, bpy.context.scene.camera
     if points is None:
         return 0, size, 0, size
     projection = camera.calc_matrix_camera(bpy.context.evaluated_depsgraph_get(), x=size, y=size)

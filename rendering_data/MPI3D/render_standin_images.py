@@ -168,10 +168,7 @@ def blocks(sizes, pixels=SIZE):
 
 
 def write_images(path, sizes, pixels=SIZE):
-    """Write the npz of a grid of images, a dict factor → number of values: `images` block by block, and `grid`.
-
-    pixels: of an image along each side, a divisor of 128.
-    """
+    """Write the npz of a grid, a dict factor → number of values: `images` of pixels × pixels, a divisor of 128, and `grid`."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (math.prod(sizes.values()), pixels, pixels, 3)}
     # entries without a time: the same bytes whenever it is drawn
     with replaced(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
