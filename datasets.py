@@ -46,7 +46,7 @@ from running.files import read_csv
 
 MPI3D_GRID = {"OBJ_COLOR": 4, "OBJ_SHAPE": 4, "OBJ_SIZE": 2, "CAMERA": 3, "BACKGROUND": 3, "H_AXIS": 40, "V_AXIS": 40}
 MPI3D_SEMANTICS = tuple(MPI3D_GRID)[:5]  # what captions speak of; the positions of the axes are the image's own
-MPI3D_FILE = "real3d_complicated_shapes_ordered.npz"
+MPI3D_FILE, MPI3D_TOOLS = "real3d_complicated_shapes_ordered.npz", "rendering_data/MPI3D"
 MPI3D_SOURCE = "https://github.com/rr-learning/disentanglement_dataset"
 MPI3D_MEAN, MPI3D_STD = (0.00888889, 0.00888889, 0.00830382), (0.08381344, 0.07622504, 0.06356431)
 BIAS_TYPES, BIAS_IDS = ("selection", "perturbation"), range(5)
@@ -72,27 +72,24 @@ class Bias:
 
 def mpi3d_bias(bias_type, bias_id):
     """Bias number `bias_id` of bias_type: selections grow from OBJ_COLOR on, perturbations from BACKGROUND back."""
-    return _nested_bias(MPI3D_SEMANTICS, bias_type == "selection", bias_id)
+    return _nested_bias(MPI3D_SEMANTICS, bias_type, bias_id)
 
 
 def causal_bias(bias_type, bias_id):
     """Bias number `bias_id`: selections grow from object_shape on, perturbations from background_color back."""
-    return _nested_bias(CAUSAL_SEMANTICS, bias_type == "selections", bias_id)
+    return _nested_bias(CAUSAL_SEMANTICS, bias_type, bias_id)
 
 
-def _nested_bias(semantics, selection, bias_id):
+def _nested_bias(semantics, bias_type, bias_id):
     """The first bias_id + 1 semantics selected, or all of them and the last bias_id perturbed."""
-    if selection:
+    if bias_type.startswith("selection"):
         return Bias(semantics[: bias_id + 1], ())
     return Bias(semantics, semantics[len(semantics) - bias_id :])
 
 
 @dataclasses.dataclass
 class Split:
-    """Pairs of one split: rows (N,) int64 of their images, their captions, image_factors and text_factors.
-
-    The factors are dicts name → (N,) int64, or float64 where they are continuous.
-    """
+    """Pairs of a split: rows (N,) int64 of their images, captions, and factors: dicts name → (N,) int64, or float64 in [0, 1]."""
 
     rows: torch.Tensor
     captions: Captions
@@ -187,25 +184,19 @@ class EpochOrder:
 
 
 def mpi3d_images(folder):
-    """(images, grid): the memory-mapped images of a folder, and dict factor → number of its values.
-
-    Raises InputError if they are missing, damaged, or not as many as the grid has points.
-    """
+    """(images, grid): memory map of a folder, and dict factor → number of values; InputError if they are missing or damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder, expected that of MPI3D-Complex; --datapath names another one")
     path = folder / MPI3D_FILE
     if not path.exists():
-        raise InputError(
-            f"{path} is missing: get it from {MPI3D_SOURCE}, or draw stand-in images with "
-            f"rendering_data/MPI3D/render_standin_images.py --output-dir {folder}"
-        )
+        drawn = f"draw stand-in images with {MPI3D_TOOLS}/render_standin_images.py --output-dir {folder}"
+        raise InputError(f"{path} is missing: get it from {MPI3D_SOURCE}, or {drawn}")
     images, sizes = open_npz_images(path)
     sizes = tuple(MPI3D_GRID.values()) if sizes is None else sizes
     if len(sizes) != len(MPI3D_GRID) or math.prod(sizes) != len(images):
-        raise InputError(
-            f"{path} holds {len(images)} images, expected {math.prod(sizes)} of the grid {' × '.join(map(str, sizes))}"
-        )
+        grid = " × ".join(map(str, sizes))
+        raise InputError(f"{path} holds {len(images)} images, expected {math.prod(sizes)} of the grid {grid}")
     return images, mpi3d_grid(sizes, f"{path} is damaged: its `grid`")
 
 
@@ -226,36 +217,27 @@ def load_mpi3d(folder, bias_type, bias_id, device="cpu", workers=0):
     folder, bias, name = Path(folder), mpi3d_bias(bias_type, bias_id), f"{bias_type}_{bias_id}"
     images, grid = mpi3d_images(folder)
     others = [factor for factor in grid if factor not in bias.selected]
-    files = {split: folder / split / f"text_{name}.txt" for split in ("train", "test")}
-    for path in files.values():
+    parts = {split: (folder / split / f"text_{name}.txt", slice(None)) for split in ("train", "test")}
+    for path, _ in parts.values():
         if not path.exists():
-            raise InputError(
-                f"{path} is missing: rendering_data/MPI3D/render_multimodal_mpi3d.py --output-dir {folder} writes it"
-            )
-    parts = {split: (path, slice(None)) for split, path in files.items()}
+            raise InputError(f"{path} is missing: {MPI3D_TOOLS}/render_multimodal_mpi3d.py --output-dir {folder} writes it")
     captions, vocabulary = load_captions(parts, folder / f"vocab_{name}.json", folder / f"tokens_{name}.npz")
     loaded = {}
-    for split, path in files.items():
+    for split, (path, _) in parts.items():
         image_path, text_path = path.with_name("image_semantics.csv"), path.with_name(f"text_semantics_{name}.csv")
         image = _read_factors(image_path, grid)
         text = _read_factors(text_path, {factor: grid[factor] for factor in bias.selected})
         rows = np.ravel_multi_index(tuple(image.values()), tuple(grid.values()))
-        counts = {image_path: len(rows), text_path: len(text["OBJ_COLOR"]), path: len(captions[split].index)}
-        _check_counts(folder / split, {path.name: count for path, count in counts.items()}, "rows")
+        counts = {image_path.name: len(rows), text_path.name: len(text["OBJ_COLOR"]), path.name: len(captions[split].index)}
+        _check_counts(folder / split, counts)
         _check_factors(text_path, image, text, bias)
-        check_captions(path, captions[split], {**image, **text}, bias.selected, others)
+        check_captions(path, captions[split], image | text, bias.selected, others)
         loaded[split] = Split(torch.from_numpy(rows), captions[split], _tensors(image), _tensors(text))
-    times = torch.bincount(torch.cat([split.rows for split in loaded.values()]))
+    times, again = torch.bincount(torch.cat([split.rows for split in loaded.values()])), "make the captions again"
     if times.sum() != len(images):
-        raise InputError(
-            f"{folder}: train and test have {times.sum()} rows and there are {len(images)} images; make the captions again, "
-            "with the grid of the images"
-        )
+        raise InputError(f"{folder}: train and test have {times.sum()} rows and there are {len(images)} images; {again}")
     if times.max() > 1:
-        raise InputError(
-            f"{folder}: train and test have image {times.argmax()} {times.max()} times, and each once is right; make the "
-            "captions again"
-        )
+        raise InputError(f"{folder}: train and test have image {times.argmax()} {times.max()} times, not once; {again}")
     return ImageTextPairs(Images(images, device, workers), loaded, vocabulary), bias
 
 
@@ -270,30 +252,24 @@ def _tensors(values, part=slice(None)):
     return {factor: torch.from_numpy(column[part]) for factor, column in values.items()}
 
 
-def _check_counts(folder, counts, what):
-    """Raise InputError unless the files of a folder, a dict name → number of `what`, all have as many."""
+def _check_counts(folder, counts):
+    """Raise InputError unless the files of a folder, a dict name → number of samples, all have as many."""
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{file} {count}" for file, count in counts.items())
-        raise InputError(f"{folder}: the files disagree in their number of {what} ({found}); make them again")
+        raise InputError(f"{folder}: the files disagree in their number of samples ({found}); make them again")
 
 
 def _check_factors(path, image, text, bias):
-    """Raise InputError unless captions differ from the images in what the bias perturbs, and in nothing else they state.
-
-    image, text: dicts factor → (N,) values; those of `text` come from `path`.
-    """
+    """Raise InputError unless the captions of `path` differ from the images in what the bias perturbs, and in nothing else."""
     for name in filter(text.__contains__, bias.selected):
         differ = np.abs(image[name] - text[name]) > 1e-6  # files may have been written with fewer digits
         if name not in bias.perturbed and differ.any():
-            raise InputError(
-                f"{path}: {name} differs from the image's in row {int(differ.argmax()) + 1}, and this setting does not "
-                "perturb it: the file is of another setting or split; make it again"
-            )
-        if name in bias.perturbed and np.ptp(image[name]) and len(differ) >= UNTOUCHED_ROWS and not differ.any():
-            raise InputError(
-                f"{path}: {name} is the image's in every row, and this setting perturbs it: the file is of another setting; "
-                "make it again"
-            )
+            found = f"{name} differs from the image's in row {int(differ.argmax()) + 1}, and this setting does not perturb it"
+        elif name in bias.perturbed and np.ptp(image[name]) and len(differ) >= UNTOUCHED_ROWS and not differ.any():
+            found = f"{name} is the image's in every row, and this setting perturbs it"
+        else:
+            continue
+        raise InputError(f"{path}: {found}: the file is of another setting or split; make it again")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -309,10 +285,8 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
     """
     folder, bias, name = Path(folder), causal_bias(bias_type, bias_id), f"{bias_type}_{bias_id}"
     if not folder.is_dir():
-        raise InputError(
-            f"{folder} is no folder, expected that of Causal3DIdent; the scripts in {CAUSAL_TOOLS} make one, and "
-            "--datapath names another"
-        )
+        made = f"the scripts in {CAUSAL_TOOLS} make one, and --datapath names another"
+        raise InputError(f"{folder} is no folder, expected that of Causal3DIdent; {made}")
     image_path, text_path = folder / "latents_image.csv", folder / f"latents_text_{name}.csv"
     image = read_latents(image_path, CAUSAL_IMAGE)
     check_rendered_latents(folder)
@@ -335,12 +309,10 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
         f"text/{name}/text_raw.txt": sum(len(part.index) for part in captions.values()),
         "images/": len(entries),
     }
-    _check_counts(folder, counts, "samples")
+    _check_counts(folder, counts)
     _check_factors(text_path, image, text, bias)
-    # captions state the spotlight's position in fifths
-    told = {
-        name: spotlight_fifths(values) if name == "spotlight_pos" else values for name, values in (image | text).items()
-    }
+    told = image | text
+    told["spotlight_pos"] = spotlight_fifths(told["spotlight_pos"])  # as captions state it
     silent = [name for name in CAUSAL_SEMANTICS[:4] if name not in text]
     loaded = {}
     for split, part in splits.items():

@@ -45,10 +45,7 @@ def read_lines(path):
         raise InputError(f"{path} is missing") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a text file in UTF-8 ({error}); make it again") from None
-    lines = text.replace("\r\n", "\n").split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return lines
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 @dataclasses.dataclass
@@ -93,18 +90,17 @@ def _tokenise_files(parts, files, vocabulary):
     """What `load_captions` returns, from the captions' `files`; vocabulary: None for that of the training captions."""
     files = {path: read_lines(path) for path in files}
     for path, lines in files.items():
-        if (empty := next((number for number, line in enumerate(lines, 1) if not line.strip()), None)) is not None:
+        if empty := next((number for number, line in enumerate(lines, 1) if not line.strip()), None):
             raise InputError(f"{path}: the caption in line {empty} is empty; make the file again")
     distinct, index = {}, {}
     for split, (path, part) in parts.items():
         if not files[path][part]:
             raise InputError(f"{path} holds no caption for {split}; make it again")
-        index[split], captions = pd.factorize(np.array(files[path][part], dtype=object))
-        distinct[split] = [tokenise(caption) for caption in captions]
+        numbers, captions = pd.factorize(np.array(files[path][part], dtype=object))
+        index[split], distinct[split] = torch.from_numpy(numbers.astype(np.int32)), list(map(tokenise, captions))
     vocabulary = vocabulary or number_words(distinct["train"])
     length = 1 + max(len(caption) for captions in distinct.values() for caption in captions)
-    tokens = {split: _encode(captions, vocabulary, length) for split, captions in distinct.items()}
-    return {split: _captions(tokens[split], index[split].astype(np.int32)) for split in parts}, vocabulary
+    return {split: Captions(_encode(distinct[split], vocabulary, length), index[split]) for split in parts}, vocabulary
 
 
 def number_words(captions):
@@ -113,18 +109,12 @@ def number_words(captions):
     return {word: number for number, word in enumerate(words)}
 
 
-def _captions(tokens, index):
-    return Captions(torch.from_numpy(tokens), torch.from_numpy(index))
-
-
 def _encode(captions, vocabulary, length):
     """(M, length) table of token numbers, in the smallest integers that hold the vocabulary."""
     table = np.full((len(captions), length), vocabulary[PAD], np.uint8 if len(vocabulary) <= 256 else np.int32)
-    unknown = vocabulary[UNK]
     for row, caption in zip(table, captions, strict=True):
-        row[: len(caption)] = [vocabulary.get(word, unknown) for word in caption]
-        row[len(caption)] = vocabulary[EOS]
-    return table
+        row[: len(caption) + 1] = [vocabulary.get(word, vocabulary[UNK]) for word in (*caption, EOS)]
+    return torch.from_numpy(table)
 
 
 def _parsed_vocabulary(path, content):
@@ -152,10 +142,11 @@ def _read_cache(path, digest, splits):
         with np.load(path, allow_pickle=False) as content:
             if str(content["digest"]) != digest:
                 return None
-            captions = {split: _captions(content[f"tokens_{split}"], content[f"index_{split}"]) for split in splits}
+            arrays = {split: (content[f"tokens_{split}"], content[f"index_{split}"]) for split in splits}
             words = json.loads(str(content["vocabulary"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
+    captions = {split: Captions(*map(torch.from_numpy, pair)) for split, pair in arrays.items()}
     return captions, {word: number for number, word in enumerate(words)}
 
 
@@ -183,12 +174,10 @@ def check_captions(path, captions, values, own, others, first_line=1):
         if (differ := values[name] != values[name][representative]).any():
             row = int(differ.argmax())
             raise InputError(
-                f"{path}: line {first_line + row} reads as line {first_line + representative[row]}, and their {name} differ: "
-                "the captions are of another setting or split than the CSV file; make both again"
+                f"{path}: line {first_line + row} reads as line {first_line + representative[row]}, and their {name} differ: the "
+                "captions are of another setting or split than the CSV file; make both again"
             )
     for name in others:
         told = values[name] == values[name][representative]
         if len(index) - len(first) >= CHANCE_REPEATS and np.ptp(values[name]) and told.all():
-            raise InputError(
-                f"{path}: the captions tell {name}, which this setting leaves out: they are of another one; make them again"
-            )
+            raise InputError(f"{path}: the captions tell {name}, which this setting leaves out; make those of this setting")

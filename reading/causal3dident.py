@@ -22,31 +22,14 @@ CAUSAL_SETTINGS = tuple(f"{bias_type}_{bias_id}" for bias_type in CAUSAL_BIAS_TY
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 SHAPES = ("teapot", "hare", "dragon", "cow", "armadillo", "horse", "head")
-# What captions may speak of, in the order in which settings add it. They call colours by names: those of Matplotlib's
-# TABLEAU_COLORS, CSS4_COLORS and XKCD_COLORS.
-CAUSAL_SEMANTICS = (
-    "object_shape",
-    "object_xpos",
-    "object_ypos",
-    "spotlight_pos",
-    "object_color",
-    "spotlight_color",
-    "background_color",
-)
+# Captions call colours by names: those of Matplotlib's TABLEAU_COLORS, CSS4_COLORS and XKCD_COLORS, as many as here.
 CAUSAL_PALETTES = {"object_color": 10, "spotlight_color": 148, "background_color": 949}
+# What captions may speak of, in the order in which settings add it.
+CAUSAL_SEMANTICS = ("object_shape", "object_xpos", "object_ypos", "spotlight_pos", *CAUSAL_PALETTES)
+ROTATIONS = ("object_alpharot", "object_betarot", "object_gammarot")
 # All factors of the image, and of the caption. A number is that of a factor's values 0, 1, …; None stands for a number in [0, 1].
-CAUSAL_IMAGE = {
-    "object_shape": len(SHAPES),
-    "object_xpos": 3,
-    "object_ypos": 3,
-    "object_alpharot": None,
-    "object_betarot": None,
-    "object_gammarot": None,
-    "spotlight_pos": None,
-    "object_color": None,
-    "spotlight_color": None,
-    "background_color": None,
-}
+CAUSAL_IMAGE = {"object_shape": len(SHAPES), "object_xpos": 3, "object_ypos": 3}
+CAUSAL_IMAGE |= dict.fromkeys((*ROTATIONS, "spotlight_pos", *CAUSAL_PALETTES))
 
 
 def causal_text_factor(name):
@@ -65,33 +48,30 @@ def read_latents(path, factors, names=()):
     Earlier tools spelled the spotlight's columns `splotlight_color…`. Raises InputError that names the file and what is missing,
     or the line of the first value that is out of range.
     """
+    made_by = f"{CAUSAL_TOOLS}/generate_latents.py writes"
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header = [name.replace("splotlight", "spotlight") for name in next(reader, [])]
-            lines = list(reader)
+            rows = {line: row for line, row in enumerate(reader, 2) if row}
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; {CAUSAL_TOOLS}/generate_latents.py writes it") from None
+        raise InputError(f"{path} is missing; {made_by} it") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
-    wanted = (*factors, *names)
     if twice := [name for name in header if name and header.count(name) > 1]:
         raise InputError(f"{path} has the column {twice[0]} in two spellings; remove one of them")
-    if missing := [name for name in wanted if name not in header]:
-        raise InputError(f"{path} has no column {', '.join(missing)}; {CAUSAL_TOOLS}/generate_latents.py writes it")
-    rows = [row for row in lines if row]
+    if missing := [name for name in (*factors, *names) if name not in header]:
+        raise InputError(f"{path} has no column {', '.join(missing)}; {made_by} it")
     if not rows:
-        raise InputError(f"{path} has no rows; {CAUSAL_TOOLS}/generate_latents.py writes them")
-    numbers = [number for number, row in enumerate(lines, 2) if row]
-    if max(map(len, rows)) > len(header):
-        longer = next(number for number, row in zip(numbers, rows, strict=True) if len(row) > len(header))
+        raise InputError(f"{path} has no rows; {made_by} them")
+    if longer := next((line for line, row in rows.items() if len(row) > len(header)), None):
         raise InputError(f"{path}, line {longer} has more values than there are columns; make the file again")
-    cells = dict(zip(header, itertools.zip_longest(header, *rows, fillvalue=""), strict=True))
-    cells = {name: cells[name][1:] for name in wanted}
-    table = {name: checked_factor(path, name, cells[name], size, numbers) for name, size in factors.items()}
+    cells = {name: column for name, *column in itertools.zip_longest(header, *rows.values(), fillvalue="")}
+    lines = list(rows)
+    table = {name: checked_factor(path, name, cells[name], size, lines) for name, size in factors.items()}
     for name in names:
         if "" in cells[name]:
-            raise InputError(f"{path}, line {numbers[cells[name].index('')]}: {name} is missing; make the file again")
+            raise InputError(f"{path}, line {lines[cells[name].index('')]}: {name} is missing; make the file again")
         table[name] = np.array(cells[name])
     return table
 
@@ -146,11 +126,8 @@ def check_rendered_latents(folder):
 def image_files(folder):
     """List of (number, os.DirEntry) of a folder's images 0.png, 00.jpg, …, by number; InputError if there is no folder."""
     try:
-        entries = list(os.scandir(folder))
+        entries = [(*os.path.splitext(entry.name), entry) for entry in os.scandir(folder)]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is missing: {CAUSAL_TOOLS}/generate_images.py renders the images") from None
-    names = [(*os.path.splitext(entry.name), entry) for entry in entries]
-    found = [
-        (int(stem), entry) for stem, suffix, entry in names if suffix.lower() in IMAGE_SUFFIXES and stem.isdecimal()
-    ]
+    found = [(int(stem), entry) for stem, suffix, entry in entries if suffix.lower() in IMAGE_SUFFIXES and stem.isdecimal()]
     return sorted(found, key=lambda numbered: numbered[0])

@@ -43,22 +43,22 @@ def open_npz_images(path):
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             if "images.npy" not in archive.namelist():
                 held = ", ".join(archive.namelist())[:100] or "nothing"
                 raise InputError(f"{path} holds {held}, expected an array `images`")
+            grid = _read_grid(archive, path)
             member = archive.getinfo("images.npy")
             with archive.open(member) as stream:
-                shape, start = _read_image_header(stream, f"{path}: images")
-            if member.file_size != start + math.prod(shape):
-                raise InputError(f"{path} is damaged: `images` of shape {shape} has {member.file_size - start} bytes")
-            grid = _read_grid(archive, path)
-            if member.compress_type == zipfile.ZIP_STORED:
-                return _map_images(path, _data_start(path, member) + start, shape), grid
+                start = file.tell()  # opening a member leaves the archive where its bytes begin
+                shape = _read_image_header(stream, f"{path}: images")
+                if member.file_size != stream.tell() + math.prod(shape):
+                    raise InputError(f"{path} is damaged: `images` of shape {shape} has {member.file_size - stream.tell()} bytes")
+                if member.compress_type == zipfile.ZIP_STORED:
+                    return _map_images(path, start + stream.tell(), shape), grid
             unpacked = path.with_name(f"{path.stem}.{member.CRC:08x}.npy")
             if not unpacked.exists():
-                size = f"{member.file_size / 1e9:.2f} GB"
-                print(f"{path} is compressed: unpacking {size} once into {unpacked}", flush=True)
+                print(f"{path} is compressed: unpacking {member.file_size / 1e9:.2f} GB once into {unpacked}", flush=True)
                 made = _made_once(unpacked, "the images are compressed and are unpacked")
                 with made as temporary, archive.open(member) as stream, open(temporary, "wb") as target:
                     shutil.copyfileobj(stream, target, 2**24)
@@ -66,9 +66,7 @@ def open_npz_images(path):
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be read; what is damaged names none
         raise InputError(f"{path} is truncated or damaged ({error}); get it again") from None
-    if unpacked.stat().st_size != start + math.prod(shape):
-        raise InputError(f"{unpacked} is damaged; remove it, and it is made again")
-    return _map_images(unpacked, start, shape), grid
+    return _map_npy(unpacked), grid
 
 
 @contextlib.contextmanager
@@ -87,7 +85,7 @@ def _made_once(path, what):
 
 
 def _read_image_header(stream, name):
-    """(shape, bytes of the header) of an array in the .npy format; InputError unless it is (N, H, W, 3) uint8."""
+    """Shape of the array in the .npy format that `stream` is left in front of; InputError unless it is (N, H, W, 3) uint8."""
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read_header(stream)
@@ -97,7 +95,7 @@ def _read_image_header(stream, name):
         raise InputError(f"{name} is {dtype}, expected uint8")
     if fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) <= 0:
         raise InputError(f"{name} has shape {shape}, expected (N, height, width, 3) in C order")
-    return shape, stream.tell()
+    return shape
 
 
 def _read_grid(archive, path):
@@ -109,22 +107,18 @@ def _read_grid(archive, path):
     return tuple(grid.tolist())
 
 
-def _data_start(path, member):
-    """Offset of a stored member's bytes in the archive: behind a local header that repeats its name."""
-    with open(path, "rb") as file:
-        file.seek(member.header_offset)
-        header = file.read(30)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise zipfile.BadZipFile("no header where `images` starts")
-    name_length, extra_length = struct.unpack("<HH", header[26:30])
-    return member.header_offset + 30 + name_length + extra_length
-
-
 def _map_images(path, start, shape):
-    if path.stat().st_size < start + math.prod(shape):
-        raise InputError(f"{path} is truncated: `images` of shape {shape} does not fit into it; get it again")
     # copy on write, so that torch takes it for writable; no page is ever written
     return np.memmap(path, np.uint8, mode="c", offset=start, shape=shape)
+
+
+def _map_npy(path):
+    """Memory map of the images that a file in the .npy format holds; InputError if it is damaged."""
+    with contextlib.suppress(ValueError), open(path, "rb") as file:
+        shape = _read_image_header(file, path)
+        if path.stat().st_size == file.tell() + math.prod(shape):
+            return _map_images(path, file.tell(), shape)
+    raise InputError(f"{path} is damaged; remove it, and it is made again")
 
 
 def open_image_folder(folder, entries=None):
@@ -137,53 +131,41 @@ def open_image_folder(folder, entries=None):
     """
     folder = Path(folder)
     entries = entries or numbered_images(folder)
-    digest = hashlib.blake2b(digest_size=8)
-    for entry in entries:
-        status = entry.stat()
-        digest.update(f"{entry.name}/{status.st_size}/{status.st_mtime_ns}\n".encode())
-    digest = digest.hexdigest()
+    statuses = ((entry.name, entry.stat()) for entry in entries)
+    listing = "".join(f"{name}/{status.st_size}/{status.st_mtime_ns}\n" for name, status in statuses)
+    digest = hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
     decoded = folder.with_name(f"{folder.name}.{digest}.npy")
-    if (images := _map_decoded(decoded, len(entries))) is not None:
-        return images
+    damaged_or_missing = contextlib.suppress(FileNotFoundError, InputError)
+    with damaged_or_missing:
+        return _map_npy(decoded)
     with locked(folder.with_name(f".{folder.name}.lock")):  # jobs that start together: one decodes, the others wait
-        if (images := _map_decoded(decoded, len(entries))) is not None:
-            return images
+        with damaged_or_missing:
+            return _map_npy(decoded)
         with _made_once(decoded, "the images are decoded") as temporary, open(temporary, "wb") as file:
-            shape = _decode_images([Path(entry.path) for entry in entries], file, decoded)
-            start = file.tell() - math.prod(shape)
+            _decode_images([Path(entry.path) for entry in entries], file, decoded)
     for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
         if other != decoded:
             other.unlink()
-    return _map_images(decoded, start, shape)
-
-
-def _map_decoded(path, count):
-    """Memory map of `count` images that were decoded into `path`, None if it is not there or not whole."""
-    with contextlib.suppress(FileNotFoundError, ValueError, struct.error, InputError), open(path, "rb") as file:
-        shape, start = _read_image_header(file, path)
-        if shape[0] == count and path.stat().st_size == start + math.prod(shape):
-            return _map_images(path, start, shape)
-    return None
+    return _map_npy(decoded)
 
 
 def numbered_images(folder):
     """List of the os.DirEntry of the images of a folder, in order of their numbers; InputError unless these are 0 … N − 1."""
-    images = image_files(folder)
+    images, renders = image_files(folder), f"{CAUSAL_TOOLS}/generate_images.py renders"
     if not images:
-        raise InputError(f"{folder} holds no images 0.png, 1.png, …; {CAUSAL_TOOLS}/generate_images.py renders them")
+        raise InputError(f"{folder} holds no images 0.png, 1.png, …; {renders} them")
     for (number, entry), (following, other) in itertools.pairwise([(-1, None), *images]):
         if number == following:
             raise InputError(f"{folder} holds {entry.name} and {other.name}: two images of one number")
         if number + 1 != following:
             raise InputError(
-                f"{folder} has an image number {images[-1][0]} and none of number {number + 1}; "
-                f"{CAUSAL_TOOLS}/generate_images.py renders what is missing"
+                f"{folder} has an image number {images[-1][0]} and none of number {number + 1}; {renders} what is missing"
             )
     return [entry for _, entry in images]
 
 
 def _decode_images(paths, file, decoded):
-    """Write the images of `paths` as one uint8 array in the .npy format into `file`; returns its shape."""
+    """Write the images of `paths` as one uint8 array in the .npy format into `file`, which becomes `decoded`."""
     first = decode_image(paths[0])
     shape, started, reported = (len(paths), *first.shape), time.perf_counter(), time.perf_counter()
     print(f"decoding {len(paths):,} images once, {math.prod(shape) / 1e9:.2f} GB, into {decoded}", flush=True)
@@ -193,18 +175,14 @@ def _decode_images(paths, file, decoded):
             part = paths[start : start + DECODED_AT_ONCE]
             for path, image in zip(part, pool.map(decode_image, part), strict=True):
                 if image.shape != first.shape:
-                    sizes = [f"{height} × {width}" for height, width, _ in (image.shape, first.shape)]
-                    raise InputError(
-                        f"{path} has {sizes[0]} pixels and {paths[0].name} {sizes[1]}; expected images of one size"
-                    )
+                    found, expected = (f"{height} × {width}" for height, width, _ in (image.shape, first.shape))
+                    raise InputError(f"{path} has {found} pixels and {paths[0].name} {expected}; expected images of one size")
                 file.write(image)
-            done = start + len(part)
-            if time.perf_counter() - reported > PROGRESS_SECONDS or (done == len(paths) > DECODED_AT_ONCE):
-                reported = time.perf_counter()
-                rate = done / (reported - started)
+            done, now = start + len(part), time.perf_counter()
+            if now - reported > PROGRESS_SECONDS or (done == len(paths) > DECODED_AT_ONCE):
+                reported, rate = now, done / (now - started)
                 left = round((len(paths) - done) / rate)
                 print(f"image {done:,}/{len(paths):,}  {rate:.0f} images/s, {left} s left", flush=True)
-    return shape
 
 
 def decode_image(path):
@@ -226,7 +204,7 @@ class Images:
 
     def __init__(self, array, device="cpu", workers=0):
         self.device, self.array, self.resident = torch.device(device), array, None
-        self._readers = concurrent.futures.ThreadPoolExecutor(workers) if workers > 1 else None
+        self._map = concurrent.futures.ThreadPoolExecutor(workers).map if workers > 1 else map
         self._parts = max(workers, 1)
         if self.device.type == "cuda" and array.nbytes + GPU_RESERVE <= torch.cuda.mem_get_info(self.device)[0]:
             self.resident = torch.empty(array.shape, dtype=torch.uint8, device=self.device)
@@ -248,13 +226,7 @@ class Images:
             return self.resident[rows]
         pinned = self.device.type == "cuda"
         batch = torch.empty((len(rows), *self.array.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
-        pieces = zip(np.array_split(rows.numpy(), self._parts), np.array_split(batch.numpy(), self._parts), strict=True)
-        if self._readers:
-            list(self._readers.map(lambda piece: self._copy(*piece), pieces))
-        else:
-            self._copy(*next(pieces))
+        parts = (np.array_split(part.numpy(), self._parts) for part in (rows, batch))
+        # "clip" writes into `out` directly, and the rows are in range
+        list(self._map(lambda part, out: np.take(self.array, part, axis=0, out=out, mode="clip"), *parts))
         return batch.to(self.device, non_blocking=True)
-
-    def _copy(self, rows, target):
-        # "clip" writes into `target` directly, and the rows are in range
-        np.take(self.array, rows, axis=0, out=target, mode="clip")

@@ -25,22 +25,6 @@ from running.pictures import check_picture
 LINE = 42  # characters of a caption's line
 
 
-def parse_flags(argv):
-    """The Namespace of the command line."""
-    parser = Parser(__doc__)
-    parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    settings = {
-        "choices": CAUSAL_SETTINGS,
-        "default": ["selections_6"],
-        "help": "whose captions are shown (selections_6)",
-    }
-    parser.add_argument("--settings", nargs="+", metavar="SETTING", **settings)
-    parser.add_argument("--count", type=integer(1), default=12, help="images, as far as there are some (%(default)s)")
-    parser.add_argument("--columns", type=integer(1), default=4, help="(%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (DIR/contact_sheet.png)")
-    return parser.parse(argv)[0]
-
-
 def chosen_images(files, shapes, count):
     """Files of `count` images: in turn one of each shape, as far as there are some, in order of shape."""
     table = pd.DataFrame({"file": files, "shape": [shapes[int(file.stem)] for file in files]})
@@ -70,7 +54,14 @@ def draw(images, captions, columns, path):
 
 def main(argv=None):
     """Write the contact sheet; returns the exit code."""
-    args = parse_flags(argv)
+    parser = Parser(__doc__)
+    parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    settings = {"choices": CAUSAL_SETTINGS, "default": ["selections_6"], "help": "whose captions are shown (selections_6)"}
+    parser.add_argument("--settings", nargs="+", metavar="SETTING", **settings)
+    parser.add_argument("--count", type=integer(1), default=12, help="images, as far as there are some (%(default)s)")
+    parser.add_argument("--columns", type=integer(1), default=4, help="(%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (DIR/contact_sheet.png)")
+    args, _ = parser.parse(argv)
     folder, output = args.output_folder, args.output or args.output_folder / "contact_sheet.png"
     check_picture(output)
     shapes = read_latents(folder / "latents_image.csv", {"object_shape": CAUSAL_IMAGE["object_shape"]})["object_shape"]

@@ -14,6 +14,7 @@ they were rendered from. Images appear whole or not at all, and those already th
 with the same command, and an image does not depend on what was rendered before it.
 """
 
+import concurrent.futures
 import contextlib
 import datetime
 import hashlib
@@ -23,10 +24,10 @@ import os
 import queue
 import secrets
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -125,23 +126,18 @@ class Renderers:
     """
 
     def __init__(self, settings, count):
-        self.settings, self.count = settings, count
-        self.processes, self.threads, self.ready = [], [], set()
+        self.settings, self.count, self.processes, self.ready = settings, count, [], set()
 
     def __enter__(self):
         command = renderer_command()
+        self.threads = concurrent.futures.ThreadPoolExecutor(self.count)
         self.complaints = tempfile.TemporaryFile()  # closed by __exit__
         # The denoiser's threads would otherwise be as many as cores in every process, bound to the same cores.
         denoiser = {"OIDN_NUM_THREADS": str(self.settings["threads"]), "OIDN_SET_AFFINITY": "0"}
-        options = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "stderr": self.complaints,
-            "env": {**os.environ, **denoiser, "PYTHONDONTWRITEBYTECODE": "1"},
-            "start_new_session": True,
-        }
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.complaints, "text": True, "bufsize": 1}
+        options = {"env": os.environ | denoiser | {"PYTHONDONTWRITEBYTECODE": "1"}, "start_new_session": True}
         for _ in range(self.count):
-            self.processes.append(subprocess.Popen(command, text=True, bufsize=1, **options))
+            self.processes.append(subprocess.Popen(command, **streams, **options))
             tell(self.processes[-1], self.settings)
         return self
 
@@ -149,8 +145,7 @@ class Renderers:
         """Yield (image, seconds) as images are done; each a dict of file, temporary, seed and latents."""
         waiting, answers = iter(images), queue.SimpleQueue()
         for process in self.processes:
-            self.threads.append(threading.Thread(target=self._serve, args=(process, waiting, answers), daemon=True))
-            self.threads[-1].start()
+            self.threads.submit(self._serve, process, waiting, answers)
         for _ in images:
             answer = answers.get()
             if isinstance(answer, Exception):
@@ -166,8 +161,7 @@ class Renderers:
             for image in waiting:
                 tell(process, image)
                 kept = "the images so far are kept, and the same command continues"
-                seconds = self._answer(process, f"a rendering process ended at {image['file']}", kept)
-                answers.put((image, float(seconds)))
+                answers.put((image, float(self._answer(process, f"a rendering process ended at {image['file']}", kept))))
         except Exception as error:  # whatever it is, `render` must not wait for an answer
             answers.put(error)
 
@@ -180,22 +174,17 @@ class Renderers:
             if word in ("ready", "done"):
                 return rest
         code, file = process.wait(), self.complaints.fileno()
-        complaints = os.pread(file, os.fstat(file).st_size, 0).decode(
-            errors="replace"
-        )  # the processes go on writing at its end
-        words = [f" ({line.strip()})" for line in complaints.split("\n") if line.strip()]
+        # the processes go on writing at the end of the file
+        complaints = os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace").split("\n")
+        words = [f" ({line.strip()})" for line in complaints if line.strip()]
         raise InputError(f"{ended} with code {code}{''.join(words[-1:])}; {advice}")
 
     def __exit__(self, *exception):
         for process in self.processes:
             process.kill()
-        for thread in self.threads:
-            thread.join()
+        self.threads.shutdown()
         for process in self.processes:
-            process.wait()
-            process.stdout.close()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+            process.communicate()  # waits for it and closes its pipes
         self.complaints.close()
 
 
@@ -223,43 +212,35 @@ def is_done(file, size):
         return False
     except OSError:  # too short to hold an end
         head = tail = b""
-    if head[:8] != b"\x89PNG\r\n\x1a\n" or tail[4:8] != b"IEND":
+    if len(head) < 24 or head[:8] != b"\x89PNG\r\n\x1a\n" or tail[4:8] != b"IEND":
         raise InputError(f"{file} is damaged: remove it, and the same command renders it again")
-    width, height = (int.from_bytes(head[start : start + 4], "big") for start in (16, 20))
+    width, height = struct.unpack(">II", head[16:])
     if (width, height) != (size, size):
-        found = f"{width} × {height} pixels, not {size} × {size}"
-        raise InputError(f"{file} has {found}: choose another folder, or remove images/")
+        advice = "choose another folder, or remove images/"
+        raise InputError(f"{file} has {width} × {height} pixels, not {size} × {size}: {advice}")
     return True
 
 
 def record_origin(folder, names, origin):
-    """images.json: what the images, of the set `names`, are rendered from.
-
-    InputError if images are there already that were rendered from something else, from nobody knows what, or have other names.
-    """
-    path, images = folder / "images.json", folder / "images"
+    """Write images.json: what the images `names`, a set, come from; InputError if some are there of other names or origin."""
+    path, images, advice = folder / "images.json", folder / "images", "choose another folder, or remove images/ and images.json"
     # looked at before images.json: a job that starts at the same time writes that first
     there = {entry.name for _, entry in image_files(images)}
     if foreign := there - names:
-        raise InputError(
-            f"{images} holds {min(foreign)}, and the images of these latents are {min(names)} … {max(names)}: choose another "
-            "folder, or remove images/ and images.json"
-        )
+        expected = f"{min(names)} … {max(names)}"
+        raise InputError(f"{images} holds {min(foreign)}, and the images of these latents are {expected}: {advice}")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in origin if stored[name] != origin[name]]
+        differing = ", ".join(name for name in origin if stored[name] != origin[name])
     except FileNotFoundError:
         if there:
-            raise InputError(
-                f"{images} holds images, and {path}, which says what they were rendered from, is missing: restore it, or choose "
-                "another folder"
-            ) from None
-        differing = list(origin)
+            lost = f"{path}, which says what they were rendered from, is missing: restore it, or {advice}"
+            raise InputError(f"{images} holds images, and {lost}") from None
+        differing = "everything"
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged: remove it together with {images}") from None
     if differing and there:
-        other = ", ".join(differing)
-        raise InputError(f"{images} was rendered with other {other} ({path}): choose another folder, or remove both")
+        raise InputError(f"{images} was rendered with other {differing} ({path}): {advice}")
     if differing:
         write_json(path, origin)
 
@@ -273,24 +254,20 @@ def parse_flags(argv):
     """The Namespace of the command line."""
     parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
-    none = "folder assets of a clone of Multimodal3DIdent (none: stand-in shapes)"
-    parser.add_argument("--assets", type=Path, metavar="DIR", help=none)
+    parser.add_argument("--assets", type=Path, metavar="DIR", help="assets of a clone of Multimodal3DIdent (none: stand-ins)")
     parser.add_argument("--samples", type=integer(1), default=128, help="samples of a pixel (%(default)s)")
     parser.add_argument("--size", type=integer(8), default=128, help="pixels of an image's side (%(default)s)")
     parser.add_argument("--seed", type=integer(0), default=0, help="of the sampling noise (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda", "optix"), default="cpu", help="(%(default)s)")
-    workers = "rendering processes (CPU: one a core, of one thread each; GPU: one)"
-    parser.add_argument("--workers", type=integer(1), help=workers)
-    batches = "parts of the data set, for job arrays (%(default)s)"
-    parser.add_argument("--n-batches", type=integer(1), default=1, help=batches)
+    parser.add_argument("--workers", type=integer(1), help="processes (CPU: one a core, of one thread each; GPU: one)")
+    parser.add_argument("--n-batches", type=integer(1), default=1, help="parts of the data set, for job arrays (%(default)s)")
     parser.add_argument("--batch-index", type=integer(0), default=0, help="the part to render, from 0 (%(default)s)")
     hues = (
         "hues of ground and spotlight below 0: as colorsys takes them, closer to the published data set's statistics (code), "
         "or wrapped, as the formula reads (paper) (%(default)s)"
     )
     parser.add_argument("--protocol", choices=("code", "paper"), default="code", help=hues)
-    plain = "the plain way: lamps at once, denoised, the scene loaded for each image"
-    parser.add_argument("--plain", action="store_true", help=plain)
+    parser.add_argument("--plain", action="store_true", help="all lamps at once, denoised, the scene loaded for each image")
     args = parser.parse(argv)[0]
     if args.batch_index >= args.n_batches:
         batches = f"--n-batches {args.n_batches} has the batches 0 … {args.n_batches - 1}"
@@ -350,11 +327,8 @@ def main(argv=None):
     workers = min(args.workers or (usable_cores() if args.device == "cpu" else 1), len(images))
     # On the CPU one thread each, whatever the number of processes: the last bits of an image depend on it.
     threads = 1 if args.device == "cpu" else max(1, usable_cores() // workers)
-    kept = f"{len(batch) - len(images):,} there already"
-    print(
-        f"{folder}: {len(images):,} images of {args.size} × {args.size}, {kept}; {args.device}, {workers} processes",
-        flush=True,
-    )
+    there = f"{len(batch) - len(images):,} there already; {args.device}, {workers} processes"
+    print(f"{folder}: {len(images):,} images of {args.size} × {args.size}, {there}", flush=True)
     # SIGTERM ends the script as Ctrl-C does, inside Blender too.
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     done, started, reported = 0, None, 0.0

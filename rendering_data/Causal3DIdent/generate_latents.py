@@ -25,7 +25,7 @@ import pandas as pd
 from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, hsv_to_rgb, to_rgb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT
+from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, ROTATIONS
 from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
@@ -39,7 +39,7 @@ def image_latents(size, rng):
     """DataFrame of `size` images' latents, in the order of the data set's file; hues and rotations in [0, 1]."""
     latents = {name: rng.integers(0, count, size) for name, count in CAUSAL_IMAGE.items() if count}
     latents["object_zpos"] = np.zeros(size, int)
-    for name in ("object_alpharot", "object_betarot", "object_gammarot", "spotlight_pos"):
+    for name in (*ROTATIONS, "spotlight_pos"):
         latents[name] = rng.random(size)
     latents["object_color"] = ((latents["object_xpos"] + latents["object_ypos"]) / 2 + rng.random(size)) / 3
     latents["spotlight_color"] = (latents["spotlight_pos"] + rng.random(size)) / 2
@@ -97,9 +97,8 @@ def sample_tables(size, seed, protocol):
         bias_type, bias_id = setting.split("_")
         if bias_type == "perturbations":
             text = perturbed_latents(image, int(bias_id), rng)
-            drawn = set(PERTURBED[: int(bias_id)])
-            named_from = {factor: factor for factor in drawn & set(PALETTES)}
-            if protocol == "code" and "background_color" not in drawn:
+            named_from = {factor: factor for factor in PERTURBED[: int(bias_id)] if factor in PALETTES}
+            if protocol == "code" and "background_color" not in named_from:
                 named_from["background_color"] = "object_color"
             for factor, source in named_from.items():
                 colors[factor] = nearest_colors(text[source].to_numpy(), PALETTES[factor])
@@ -107,41 +106,29 @@ def sample_tables(size, seed, protocol):
     return tables
 
 
-def parse_flags(argv):
-    """The Namespace of the command line."""
+def main(argv=None):
+    """Write the fifteen tables, all or none of them; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     parser.add_argument("--n-points", type=integer(1), required=True, help="samples")
     parser.add_argument("--seed", type=integer(0), default=0, help="of every random number (%(default)s)")
-    protocol = (
-        "background colour in the captions of perturbations 0: from the object's hue, as in the paper's runs (code), or from "
-        "its own (paper) (%(default)s)"
-    )
+    protocol = "background colour in the captions of perturbations 0: from the object's hue (code), its own (paper) (%(default)s)"
     parser.add_argument("--protocol", choices=("code", "paper"), default="code", help=protocol)
     overwrite = "replace other latents in DIR; captions and images have to be made anew then"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
-    return parser.parse(argv)[0]
-
-
-def main(argv=None):
-    """Write the fifteen tables, all or none of them; returns the exit code."""
-    args = parse_flags(argv)
+    args, _ = parser.parse(argv)
     files = {}
     for name, table in sample_tables(args.n_points, args.seed, args.protocol).items():
         files[args.output_folder / name] = table.to_csv(index=False, lineterminator="\n").encode()
     args.output_folder.mkdir(parents=True, exist_ok=True)
     others = [file for file, content in files.items() if file.exists() and file.read_bytes() != content]
     if others and not args.overwrite:
-        raise InputError(
-            f"{others[0]} holds other latents already; choose another folder, or --overwrite replaces them"
-        )
+        raise InputError(f"{others[0]} holds other latents already; choose another folder, or --overwrite replaces them")
     with contextlib.ExitStack() as stack:
         for file, content in files.items():
             stack.enter_context(replaced(file)).write_bytes(content)
-    print(
-        f"{args.output_folder}: latents of {args.n_points:,} images and of their captions in {len(CAUSAL_SETTINGS)} settings, "
-        f"seed {args.seed}, {args.protocol} protocol"
-    )
+    made = f"latents of {args.n_points:,} images and of their captions in {len(CAUSAL_SETTINGS)} settings"
+    print(f"{args.output_folder}: {made}, seed {args.seed}, {args.protocol} protocol")
     if stale := [f"{name}/" for name in ("text", "images") if others and (args.output_folder / name).exists()]:
         print(f"{' and '.join(stale)} there come from the earlier latents: make them anew")
     return 0

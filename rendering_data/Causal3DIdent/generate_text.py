@@ -60,8 +60,7 @@ TEMPLATES = {
         'At the {Y}-{X} of the image, there is a "{C}" object in the form of a {S}, with illumination from the {P}.',
     ),
     6: (
-        'A {S} of "{C}" color is visible, positioned at the {Y}-{X} of the image, '
-        'under a "{L}" spotlight shining from the {P}.',
+        'A {S} of "{C}" color is visible, positioned at the {Y}-{X} of the image, under a "{L}" spotlight shining from the {P}.',
         'A "{C}" {S} is at the {Y}-{X} of the image, illuminated by a "{L}" spotlight from the {P}.',
         'The {Y}-{X} of the image shows a "{C}" colored {S}, highlighted by a "{L}" spotlight positioned at the {P}.',
         'At the {Y}-{X} of the picture is a {S} in "{C}" color, standing out under a "{L}" spotlight coming from the {P}.',
@@ -71,8 +70,7 @@ TEMPLATES = {
     7: (
         'A {S} of "{C}" color is visible, positioned at the {Y}-{X} of the image, '
         'under a "{L}" spotlight shining from the {P}, with a "{B}" background.',
-        'A "{C}" {S} is at the {Y}-{X} of the image, illuminated by a "{L}" spotlight from the {P}, '
-        'against a "{B}" background.',
+        'A "{C}" {S} is at the {Y}-{X} of the image, illuminated by a "{L}" spotlight from the {P}, against a "{B}" background.',
         'The {Y}-{X} of the image shows a "{C}" colored {S}, highlighted by a "{L}" spotlight positioned at the {P}, '
         'on a "{B}" backdrop.',
         'At the {Y}-{X} of the picture is a {S} in "{C}" color, bathed in a "{L}" spotlight coming from the {P}, '
@@ -101,18 +99,13 @@ def captions(latents, n_factors):
     return [TEMPLATES[n_factors][phrasing].format(**dict(zip(words, row, strict=True))) for phrasing, *row in rows]
 
 
-def parse_flags(argv):
-    """The Namespace of the command line."""
+def main(argv=None):
+    """Write the captions of the fourteen settings; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     seed = "taken as by the other scripts, and without effect: the phrasings are latents"
     parser.add_argument("--seed", type=integer(0), default=0, help=seed)
-    return parser.parse(argv)[0]
-
-
-def main(argv=None):
-    """Write the captions of the fourteen settings; returns the exit code."""
-    args = parse_flags(argv)
+    args, _ = parser.parse(argv)
     if not args.output_folder.is_dir():
         raise InputError(f"{args.output_folder} is missing; generate_latents.py makes it")
     texts = {}
@@ -122,10 +115,8 @@ def main(argv=None):
         texts[setting] = captions(latents, int(bias_id) + 1 if bias_type == "selections" else len(TEMPLATES))
     count = len(texts["selections_0"])
     if unequal := [setting for setting, lines in texts.items() if len(lines) != count]:
-        raise InputError(
-            f"{args.output_folder}/latents_text_{unequal[0]}.csv has {len(texts[unequal[0]])} rows, those of "
-            f"selections_0 {count}: make all again with generate_latents.py"
-        )
+        found = f"latents_text_{unequal[0]}.csv has {len(texts[unequal[0]])} rows, those of selections_0 {count}"
+        raise InputError(f"{args.output_folder}/{found}: make all again with generate_latents.py")
     with contextlib.ExitStack() as stack:
         for setting, lines in texts.items():
             folder = args.output_folder / "text" / setting

@@ -20,16 +20,15 @@ import bpy
 import numpy as np
 from mathutils import Euler, Matrix, Vector
 
+from reading.causal3dident import ROTATIONS
 from running.command_line import InputError
 
+# Tubes that stand-ins are made of: turns around z, points of them, rise of a turn, radius of the tube, corners around it.
+TUBES = {"ring": (1, 48, 0.0, 0.38, 20), "coil": (2.5, 100, 0.9, 0.22, 14)}
 # Boxes that stand-ins are made of: (size, centre) along x, y and z.
 BOXES = {
     "jack": [((2.0, 0.36, 0.36), (0, 0, 0)), ((0.36, 1.6, 0.36), (0, 0, 0)), ((0.36, 0.36, 1.2), (0, 0, 0))],
-    "arch": [
-        ((1.8, 0.6, 0.5), (0, 0, 0.75)),
-        ((0.5, 0.6, 1.5), (-0.65, 0, -0.25)),
-        ((0.5, 0.6, 1.5), (0.65, 0, -0.25)),
-    ],
+    "arch": [((1.8, 0.6, 0.5), (0, 0, 0.75)), ((0.5, 0.6, 1.5), (-0.65, 0, -0.25)), ((0.5, 0.6, 1.5), (0.65, 0, -0.25))],
 }
 OBJECT_SCALE, GROUND_SIZE = 1.5, 1500.0
 SPOT_WATTS, SPOT_CONE, SPOT_BLEND, SPOT_RADIUS = 3000.0, math.radians(35), 0.1, 0.5
@@ -40,21 +39,29 @@ BOX_MARGIN = 2  # pixels around what is computed: the pixel filter reaches 0.75 
 DENOISED_BELOW = 64  # samples: from here on the denoiser gains at most 0.3 dB, for a quarter of the time
 
 
+def assign(target, **values):
+    """Set several properties of something of Blender's."""
+    for name, value in values.items():
+        setattr(target, name, value)
+
+
+def add(name, data):
+    """New object of the scene, of a mesh, a lamp or a camera."""
+    item = bpy.data.objects.new(name, data)
+    bpy.context.scene.collection.objects.link(item)
+    return item
+
+
 def clear_scene():
     """A scene with the camera and the two lamps of the base scene, and nothing else; returns the material's node group."""
     bpy.ops.wm.read_factory_settings(use_empty=True)
-    scene = bpy.context.scene
-    camera = bpy.data.objects.new("Camera", bpy.data.cameras.new("Camera"))
-    camera.data.lens, camera.data.sensor_width = 35.0, 50.0
-    camera.location = (8.0, 0.0, 8.0)
-    area = bpy.data.objects.new("LightStatic", bpy.data.lights.new("LightStatic", "AREA"))
-    area.data.energy, area.data.size, area.location = 39.27, 1.0, (0.0, 0.0, 7.0)
-    sun = bpy.data.objects.new("LightDynamic", bpy.data.lights.new("LightDynamic", "SUN"))
-    sun.data.energy, sun.data.angle = 0.5, 0.2
+    bpy.context.scene.camera = camera = add("Camera", bpy.data.cameras.new("Camera"))
+    camera.data.lens, camera.data.sensor_width, camera.location = 35.0, 50.0, (8.0, 0.0, 8.0)
     camera.rotation_euler = (-camera.location).to_track_quat("-Z", "Y").to_euler()
-    for item in (camera, area, sun):
-        scene.collection.objects.link(item)
-    scene.camera = camera
+    area = add("LightStatic", bpy.data.lights.new("LightStatic", "AREA"))
+    area.data.energy, area.data.size, area.location = 39.27, 1.0, (0.0, 0.0, 7.0)
+    sun = add("LightDynamic", bpy.data.lights.new("LightDynamic", "SUN"))
+    sun.data.energy, sun.data.angle = 0.5, 0.2
     group = bpy.data.node_groups.new("Rubber", "ShaderNodeTree")
     group.interface.new_socket("Shader", in_out="OUTPUT", socket_type="NodeSocketShader")
     group.interface.new_socket("Color", in_out="INPUT", socket_type="NodeSocketColor")
@@ -99,53 +106,41 @@ def append(file, kind, name):
     return getattr(target, kind)[0]
 
 
+def circle(count, turns=1):
+    """`count` angles that divide so many turns."""
+    return [2 * math.pi * turns * k / count for k in range(count)]
+
+
 def standin_mesh(name):
     """Mesh of a stand-in shape, its largest dimension STANDIN_SIZE, its bounding box around the origin."""
-    shape = bmesh.new()
-
-    def tube(path, radius, sides, closed):
-        """Circle of `sides` corners swept along points that wind around the z axis."""
-        rings, angles = [], [2 * math.pi * k / sides for k in range(sides)]
-        for point in path:
-            outwards = Vector((point.x, point.y, 0.0)).normalized()
-            corners = [point + radius * (math.cos(a) * outwards + math.sin(a) * Vector((0, 0, 1))) for a in angles]
-            rings.append([shape.verts.new(corner) for corner in corners])
-        for here, there in itertools.pairwise([*rings, *rings[:closed]]):
-            for j in range(sides):
-                shape.faces.new((here[j], there[j], there[(j + 1) % sides], here[(j + 1) % sides]))
-        if not closed:
-            shape.faces.new(rings[0])
-            shape.faces.new(reversed(rings[-1]))
-
-    def turn(turns, points, rise):
-        angles = [2 * math.pi * turns * k / points for k in range(points)]
-        return [Vector((math.cos(a), math.sin(a), rise * (a / (2 * math.pi) - turns / 2))) for a in angles]
-
-    if name == "ring":
-        tube(turn(1, 48, 0.0), 0.38, 20, closed=True)
+    shape, rings = bmesh.new(), []
+    if name in TUBES:
+        turns, points, rise, radius, sides = TUBES[name]
+        for a in circle(points, turns):
+            centre = Vector((math.cos(a), math.sin(a), rise * (a / (2 * math.pi) - turns / 2)))
+            outwards, up = Vector((centre.x, centre.y, 0.0)).normalized(), Vector((0, 0, 1))
+            rings.append([centre + radius * (math.cos(b) * outwards + math.sin(b) * up) for b in circle(sides)])
+    elif name == "star":
+        corners = [(radius * math.cos(a), radius * math.sin(a)) for radius, a in zip((1.0, 0.42) * 5, circle(10), strict=True)]
+        rings = [[(*corner, z) for corner in corners] for z in (-0.3, 0.3)]
     elif name == "cone":
         bmesh.ops.create_cone(shape, cap_ends=True, segments=48, radius1=1.0, radius2=0.0, depth=2.2)
-    elif name == "coil":
-        tube(turn(2.5, 100, 0.9), 0.22, 14, closed=False)
-    elif name == "star":
-        radii, angles = (1.0, 0.42) * 5, [math.pi * k / 5 for k in range(10)]
-        outline = [(radius * math.cos(a), radius * math.sin(a)) for radius, a in zip(radii, angles, strict=True)]
-        bottom, top = ([shape.verts.new((*corner, z)) for corner in outline] for z in (-0.3, 0.3))
-        shape.faces.new(reversed(bottom))
-        shape.faces.new(top)
-        for k in range(10):
-            shape.faces.new((bottom[k], bottom[(k + 1) % 10], top[(k + 1) % 10], top[k]))
     elif name == "monkey":
         bmesh.ops.create_monkey(shape)
         bmesh.ops.subdivide_edges(shape, edges=shape.edges[:], cuts=1, smooth=1.0, use_grid_fill=True)
     for size, centre in BOXES.get(name, ()):
-        matrix = Matrix.Translation(centre) @ Matrix.Diagonal((*size, 1.0))
-        bmesh.ops.create_cube(shape, size=1.0, matrix=matrix)
-    low, high = ([pick(vertex.co[axis] for vertex in shape.verts) for axis in range(3)] for pick in (min, max))
-    centre = (Vector(low) + Vector(high)) / 2
-    factor = STANDIN_SIZE / max(b - a for a, b in zip(low, high, strict=True))
+        bmesh.ops.create_cube(shape, size=1.0, matrix=Matrix.Translation(centre) @ Matrix.Diagonal((*size, 1.0)))
+    rings = [[shape.verts.new(corner) for corner in ring] for ring in rings]
+    for here, there in itertools.pairwise([*rings, rings[0]] if name == "ring" else rings):
+        for j, k in itertools.pairwise([*range(len(here)), 0]):
+            shape.faces.new((here[j], there[j], there[k], here[k]))
+    if rings and name != "ring":
+        shape.faces.new(rings[0])
+        shape.faces.new(reversed(rings[-1]))
+    corners = np.array([vertex.co for vertex in shape.verts])
+    low, high = corners.min(0), corners.max(0)
     for vertex in shape.verts:
-        vertex.co = (vertex.co - centre) * factor
+        vertex.co = (vertex.co - Vector((low + high) / 2)) * (STANDIN_SIZE / (high - low).max())
     bmesh.ops.recalc_face_normals(shape, faces=shape.faces[:])
     mesh = bpy.data.meshes.new(name)
     shape.to_mesh(mesh)
@@ -180,10 +175,8 @@ def build_scene(settings):
         shape.data.materials.clear()
         shape.data.materials.append(material)
         shape.scale = [OBJECT_SCALE * factor for factor in shape.scale]
-        shape.rotation_mode = "XYZ"
-        shape.location = PARKED
-        corners = [[corner[axis] for corner in shape.bound_box] for axis in range(3)]
-        size = max((max(c) - min(c)) * s for c, s in zip(corners, shape.scale, strict=True))
+        shape.rotation_mode, shape.location = "XYZ", PARKED
+        size = float((np.ptp([corner[:] for corner in shape.bound_box], axis=0) * np.array(shape.scale)).max())
         link(shape)
         link(shape.copy())  # a second user of the mesh: without it, Cycles rebuilds the BVH of a mesh that moves
         shapes[number] = shape, size
@@ -191,27 +184,20 @@ def build_scene(settings):
     plane = bpy.data.meshes.new("Plane")
     plane.from_pydata([(-half, -half, 0), (half, -half, 0), (half, half, 0), (-half, half, 0)], [], [(0, 1, 2, 3)])
     plane.materials.append(rubber_material("Plane", group))
-    ground = bpy.data.objects.new("Plane", plane)
-    spot = bpy.data.objects.new("Spot", bpy.data.lights.new("Spot", "SPOT"))
-    spot.data.energy, spot.data.spot_size, spot.data.spot_blend = SPOT_WATTS, SPOT_CONE, SPOT_BLEND
-    spot.data.shadow_soft_size = SPOT_RADIUS
-    link(ground)
-    link(spot)
+    ground, spot = add("Plane", plane), add("Spot", bpy.data.lights.new("Spot", "SPOT"))
+    assign(spot.data, energy=SPOT_WATTS, spot_size=SPOT_CONE, spot_blend=SPOT_BLEND, shadow_soft_size=SPOT_RADIUS)
     set_up_cycles(settings)
     return shapes, ground, spot
 
 
 def set_up_cycles(settings):
     """Set the scene's renderer: no bounces, sampling and denoising, device and threads."""
-    scene = bpy.context.scene
+    scene, size, plain = bpy.context.scene, settings["size"], settings["plain"]
     render, cycles = scene.render, scene.cycles
-    render.engine = "CYCLES"
-    render.resolution_x = render.resolution_y = settings["size"]
-    render.resolution_percentage = 100
-    render.image_settings.file_format, render.image_settings.color_mode = "PNG", "RGB"
-    render.image_settings.color_depth = "8"
-    render.use_compositing = render.use_sequencer = render.use_file_extension = False
-    render.dither_intensity = 0.0
+    assign(render, engine="CYCLES", resolution_x=size, resolution_y=size, resolution_percentage=100, dither_intensity=0.0)
+    assign(render, use_compositing=False, use_sequencer=False, use_file_extension=False, use_persistent_data=not plain)
+    assign(render, threads_mode="FIXED", threads=settings["threads"])
+    assign(render.image_settings, file_format="PNG", color_mode="RGB", color_depth="8")
     scene.view_settings.view_transform = "Standard"
     scene.world = scene.world or bpy.data.worlds.new("World")
     scene.world.use_nodes = True
@@ -221,26 +207,22 @@ def set_up_cycles(settings):
     for name in ("max", "diffuse", "glossy", "transmission", "volume", "transparent_max"):
         setattr(cycles, f"{name}_bounces", 0)
     cycles.samples = settings["samples"]
-    cycles.use_denoising = settings["denoise"] and (settings["plain"] or settings["samples"] < DENOISED_BELOW)
+    cycles.use_denoising = settings["denoise"] and (plain or cycles.samples < DENOISED_BELOW)
     if cycles.use_denoising:
         try:
             cycles.denoiser = "OPENIMAGEDENOISE"
         except TypeError:
             raise InputError(
-                f"this Blender was built without OpenImageDenoise, without which --plain and fewer than {DENOISED_BELOW} samples "
-                f"do not work; use --samples {DENOISED_BELOW} or more, or Blender's own build, or `make blender`"
+                f"this Blender was built without OpenImageDenoise, which --plain and fewer than {DENOISED_BELOW} samples need; "
+                f"use --samples {DENOISED_BELOW} or more, or Blender's own build, or `make blender`"
             ) from None
         cycles.denoising_input_passes = "RGB_ALBEDO_NORMAL"
         # Albedo and normals of a scene without textures are free of noise but for edges: nothing to filter beforehand.
-        cycles.denoising_prefilter = "ACCURATE" if settings["plain"] else "NONE"
-        cycles.denoising_quality = "HIGH" if settings["plain"] else "BALANCED"
+        cycles.denoising_prefilter, cycles.denoising_quality = ("ACCURATE", "HIGH") if plain else ("NONE", "BALANCED")
     cycles.use_adaptive_sampling = False  # more noise at equal time: it ends a pixel's samples amid a Sobol block
-    cycles.use_light_tree = False
-    if not settings["plain"]:
+    cycles.use_light_tree = cycles.use_auto_tile = False
+    if not plain:
         cycles.sampling_pattern = "TABULATED_SOBOL"  # the automatic one depends on what was rendered before
-    cycles.use_auto_tile = False
-    render.threads_mode, render.threads = "FIXED", settings["threads"]
-    render.use_persistent_data = not settings["plain"]
     if settings["device"] != "cpu":
         preferences = bpy.context.preferences.addons["cycles"].preferences
         kind = settings["device"].upper()
@@ -276,9 +258,7 @@ def set_latents(shapes, ground, spot, latents, protocol="code"):
         if other is not shape and tuple(other.location) != PARKED:
             other.location = PARKED
     shape.location = (3.0 * latents["object_ypos"] - 3.0, 3.0 * latents["object_xpos"] - 3.0, 0.0)
-    shape.rotation_euler = Euler(
-        math.pi * latents[f"object_{name}rot"] - math.pi / 2 for name in ("alpha", "beta", "gamma")
-    )
+    shape.rotation_euler = Euler(math.pi * latents[name] - math.pi / 2 for name in ROTATIONS)
     shape.color = (*colorsys.hsv_to_rgb(latents["object_color"], 1.0, 1.0), 1.0)
     ground.location.z = -size
     ground.color = (*colorsys.hsv_to_rgb(hue(latents["background_color"], protocol), 0.6, 1.0), 1.0)
@@ -313,10 +293,7 @@ def on_plane(starts, rays, height):
 
 
 def shadow(corners, lamp, height):
-    """(M, 3) points of the plane z = height whose hull contains the shadow of a convex body; None if it has no bounds.
-
-    corners: (V, 3) of the body, in the world's coordinates as all here; lamp: a lamp object.
-    """
+    """(M, 3) points of z = height whose hull holds the shadow of the hull of (V, 3) corners of the world; None if unbounded."""
     matrix, data = np.array(lamp.matrix_world), lamp.data
     if data.type == "SUN":
         return on_plane(corners[:, None], cone(data.angle / 2) @ matrix[:3, :3].T, height)
@@ -339,12 +316,8 @@ def pool(spot, height):
 
 
 def pixel_box(points):
-    """(left, right, bottom, top): the pixels that the hull of (M, 3) points may touch; all of them if it has no bounds.
-
-    points: None for no bounds. Points behind the camera have none either.
-    """
-    scene = bpy.context.scene
-    size, camera = scene.render.resolution_x, scene.camera
+    """(left, right, bottom, top): pixels that the hull of (M, 3) points may touch; all of them for None or behind the camera."""
+    size, camera = bpy.context.scene.render.resolution_x, bpy.context.scene.camera
     if points is None:
         return 0, size, 0, size
     projection = camera.calc_matrix_camera(bpy.context.evaluated_depsgraph_get(), x=size, y=size)
@@ -359,16 +332,16 @@ def pixel_box(points):
 
 
 def radiance(file):
-    """(image, (H, W, 4) float32): the scene rendered, linear, its rows from the bottom; by way of `file`, which is left."""
+    """(H, W, 4) float32: the scene rendered, linear, its rows from the bottom; by way of `file`, which is left."""
     render = bpy.context.scene.render
     render.filepath = file
-    render.image_settings.file_format, render.image_settings.color_depth = "OPEN_EXR", "32"
-    render.image_settings.exr_codec = "NONE"
+    assign(render.image_settings, file_format="OPEN_EXR", color_depth="32", exr_codec="NONE")
     bpy.ops.render.render(write_still=True)
     image = bpy.data.images.load(file)
-    pixels = np.empty(4 * image.size[0] * image.size[1], np.float32)
-    image.pixels.foreach_get(pixels)
-    return image, pixels.reshape(image.size[1], image.size[0], 4)
+    pixels = np.empty((image.size[1], image.size[0], 4), np.float32)
+    image.pixels.foreach_get(pixels.ravel())
+    bpy.data.images.remove(image)
+    return pixels
 
 
 class LampByLamp:
@@ -379,10 +352,10 @@ class LampByLamp:
 
     def __init__(self, scene, settings):
         self.scene, self.protocol, self.kept = scene, settings["protocol"], {}
-        spot = scene[2]
+        spot, half = scene[2], settings["samples"] // 2
         others = [item for item in bpy.context.scene.objects if item.type == "LIGHT" and item is not spot]
-        self.lamps = [(spot, spot.data.energy, max(1, settings["samples"] // 2))]
-        self.lamps += [(lamp, lamp.data.energy, max(1, settings["samples"] // 2 // len(others))) for lamp in others]
+        self.lamps = [(spot, spot.data.energy, max(1, half))]
+        self.lamps += [(lamp, lamp.data.energy, max(1, half // len(others))) for lamp in others]
 
     def light(self, lamp):
         """Turn off all lamps but one."""
@@ -394,8 +367,8 @@ class LampByLamp:
         has, and what a white one adds to it. The object is out of sight then; `file` is overwritten.
         """
         shapes, ground, _ = self.scene
-        cycles, render = bpy.context.scene.cycles, bpy.context.scene.render
-        denoised, cycles.use_denoising, render.use_border = cycles.use_denoising, False, False
+        cycles = bpy.context.scene.cycles
+        denoised, cycles.use_denoising, bpy.context.scene.render.use_border = cycles.use_denoising, False, False
         cycles.samples, cycles.seed = GROUND_SAMPLES, 0
         for shape, _ in shapes.values():
             shape.location = PARKED
@@ -403,13 +376,10 @@ class LampByLamp:
         parts = []
         for lamp, _, _ in self.lamps[1:]:
             self.light(lamp)
-            levels = []
-            for level in (0.0, 1.0):
-                ground.color = (level, level, level, 1.0)
-                image, pixels = radiance(file)
-                bpy.data.images.remove(image)
-                levels.append(pixels)
-            parts.append((levels[0], levels[1] - levels[0]))
+            ground.color = (0.0, 0.0, 0.0, 1.0)
+            black = radiance(file)
+            ground.color = (1.0, 1.0, 1.0, 1.0)
+            parts.append((black, radiance(file) - black))
         cycles.use_denoising = denoised
         return parts
 
@@ -418,34 +388,31 @@ class LampByLamp:
         shapes, ground, spot = self.scene
         cycles, render = bpy.context.scene.cycles, bpy.context.scene.render
         number, file = image["latents"]["object_shape"], image["temporary"]
-        shape = shapes[number][0]
         if number not in self.kept:
-            self.kept[number] = hull(shape), self.empty_ground(number, file)
+            self.kept[number] = hull(shapes[number][0]), self.empty_ground(number, file)
         corners, grounds = self.kept[number]
         set_latents(*self.scene, image["latents"], self.protocol)
         bpy.context.view_layer.update()
-        matrix, height, color = np.array(shape.matrix_world), ground.location.z, np.array(ground.color)
+        matrix, height, color = np.array(shapes[number][0].matrix_world), ground.location.z, np.array(ground.color)
         corners = corners @ matrix[:3, :3].T + matrix[:3, 3]
-        size, total, picture = render.resolution_x, 0.0, None
+        size, total = render.resolution_x, 0.0
         for k, (lamp, _, samples) in enumerate(self.lamps):
             reached = pool(spot, height) if lamp is spot else shadow(corners, lamp, height)
             box = pixel_box(None if reached is None else np.concatenate([corners, reached]))
-            render.use_border, render.use_crop_to_border = True, False
+            edges = ("border_min_x", "border_max_x", "border_min_y", "border_max_y")
             # Blender rounds down to whole pixels.
-            render.border_min_x, render.border_max_x, render.border_min_y, render.border_max_y = (
-                (edge + 0.25) / size for edge in box
-            )
+            places = {name: (edge + 0.25) / size for name, edge in zip(edges, box, strict=True)}
+            assign(render, use_border=True, use_crop_to_border=False, **places)
             self.light(lamp)
             cycles.samples, cycles.seed = samples, (image["seed"] + 1013904223 * k) % 2**31  # noise of its own
-            if picture:
-                bpy.data.images.remove(picture)
-            picture, pixels = radiance(file)
+            pixels = radiance(file)
             inside = slice(box[2], box[3]), slice(box[0], box[1])
             part = np.zeros_like(pixels) if lamp is spot else grounds[k - 1][0] + grounds[k - 1][1] * color
             part[inside] = pixels[inside]
             total = total + part
         total[..., 3] = 1.0
+        picture = bpy.data.images.new("Picture", size, size, float_buffer=True)
         picture.pixels.foreach_set(total.astype(np.float32).ravel())
-        render.image_settings.file_format, render.image_settings.color_depth = "PNG", "8"
+        assign(render.image_settings, file_format="PNG", color_depth="8")
         picture.save_render(file, scene=bpy.context.scene)  # with the scene's view transform
         bpy.data.images.remove(picture)

@@ -98,11 +98,8 @@ def render(folder, sizes, train_ratio, seed):
         rng = np.random.default_rng([seed, stream])
         bias, name = mpi3d_bias(bias_type, bias_id), f"{bias_type}_{bias_id}"
         stated = {factor: sizes[factor] for factor in bias.selected}
-        text = [
-            perturb(image[factor], size, rng) if factor in bias.perturbed else image[factor]
-            for factor, size in stated.items()
-        ]
-        values = np.ravel_multi_index(text, tuple(stated.values()))
+        text = image | {factor: perturb(image[factor], sizes[factor], rng) for factor in bias.perturbed}
+        values = np.ravel_multi_index([text[factor] for factor in stated], tuple(stated.values()))
         captions = caption_table(stated, sizes)
         caption = values * len(TEMPLATES[0]) + rng.integers(0, len(TEMPLATES[0]), count)
         for split, part in splits.items():
@@ -119,9 +116,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--output-dir", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
     parser.add_argument("--seed", type=integer(0), default=0, help="of the split and the captions (%(default)s)")
-    parser.add_argument(
-        "--train-ratio", type=number(0, 1, above=True), default=0.9, help="share of the images in train (%(default)s)"
-    )
+    parser.add_argument("--train-ratio", type=number(0, 1, above=True), default=0.9, help="share of train (%(default)s)")
     default = "those of the images in the folder, else " + " ".join(map(str, MPI3D_GRID.values()))
     grid = f"values of {', '.join(MPI3D_GRID)}; none given: {default}"
     parser.add_argument("--grid", type=integer(1), nargs=7, metavar="SIZE", help=grid)

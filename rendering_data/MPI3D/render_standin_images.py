@@ -39,12 +39,8 @@ DISTANCE, TARGET, FOCAL = 2.0, (0.0, 0.0, 0.36), 86.0  # of the camera; what it 
 POST, REACH = 0.40, 0.52  # height of the post, length of the arm
 AZIMUTHS, RISES = (-1.4, 1.4), (-0.45, 0.85)  # range of the joints: to the left and right, down and up
 OBJECT_RADII = (0.135, 0.22)  # small, large
-
-
-def pixel_grid():
-    """(x, y): coordinates of the samples in pixels of 64 × 64 images, (S, S) each, S = 128."""
-    samples = (np.arange(SAMPLES, dtype=np.float32) + 0.5) * (SIZE / SAMPLES)
-    return np.meshgrid(samples, samples)
+# coordinates of the samples in pixels of 64 × 64 images, (SAMPLES, SAMPLES) each
+X, Y = np.meshgrid(*2 * [(np.arange(SAMPLES, dtype=np.float32) + 0.5) * (SIZE / SAMPLES)])
 
 
 def project(points, elevation):
@@ -57,9 +53,8 @@ def project(points, elevation):
 
 
 def draw_scene(elevation):
-    """(table, rim) cover of the samples, (S, S) float32 in [0, 1]: where the rays meet the plane of the table."""
-    x, y = pixel_grid()
-    horizontal, vertical = (x - SIZE / 2) / FOCAL, (SIZE / 2 - y) / FOCAL
+    """(table, rim) as covers of the samples, (S, S) bool: where the rays meet the plane of the table."""
+    horizontal, vertical = (X - SIZE / 2) / FOCAL, (SIZE / 2 - Y) / FOCAL
     # rays from the camera, as directions in the scene
     down = math.sin(elevation) - vertical * math.cos(elevation)
     forward = math.cos(elevation) + vertical * math.sin(elevation)
@@ -67,16 +62,14 @@ def draw_scene(elevation):
     length = np.where(down > 1e-3, height / np.maximum(down, 1e-3), np.inf)
     with np.errstate(invalid="ignore", over="ignore"):
         radius = np.hypot(horizontal * length, forward * length - DISTANCE * math.cos(elevation))
-    return (radius < RIM[0]).astype(np.float32), ((radius >= RIM[0]) & (radius < RIM[1])).astype(np.float32)
+    return radius < RIM[0], (radius >= RIM[0]) & (radius < RIM[1])
 
 
 def joint_positions(sizes):
     """(tips, azimuths) of the arm for every pair of joint positions, in row-major order: (P, 3), (P,)."""
-    azimuth, rise = (
-        np.linspace(*limits, size) if size > 1 else np.zeros(1)
-        for limits, size in zip((AZIMUTHS, RISES), sizes, strict=True)
-    )
-    azimuth, rise = (part.ravel() for part in np.meshgrid(azimuth, rise, indexing="ij"))
+    joints = zip((AZIMUTHS, RISES), sizes, strict=True)
+    values = [np.linspace(*limits, size) if size > 1 else np.zeros(1) for limits, size in joints]
+    azimuth, rise = (part.ravel() for part in np.meshgrid(*values, indexing="ij"))
     flat = REACH * np.cos(rise)
     tips = np.stack((flat * np.sin(azimuth), -flat * np.cos(azimuth) * 0.6, POST + REACH * np.sin(rise)), axis=1)
     return tips, azimuth
@@ -84,20 +77,19 @@ def joint_positions(sizes):
 
 def draw_arm(tips, elevation):
     """(P, S, S) bool: post, foot and arm up to each of the tips."""
-    x, y = pixel_grid()
     foot, top = project([[0, 0, 0], [0, 0, POST]], elevation)
-    post = _near_segment(x, y, foot, top, 0.045 * foot[2])
     wide = 0.11 * foot[2]
     deep = wide * max(math.sin(elevation), 0.3)
-    base = ((x - foot[0]) / wide) ** 2 + ((y - foot[1]) / deep) ** 2 < 1
-    ends = project(tips, elevation)
-    return np.stack([post | base | _near_segment(x, y, top, end, 0.022 * end[2]) for end in ends])
+    base = ((X - foot[0]) / wide) ** 2 + ((Y - foot[1]) / deep) ** 2 < 1
+    still = base | _near_segment(foot, top, 0.045 * foot[2])
+    return np.stack([still | _near_segment(top, end, 0.022 * end[2]) for end in project(tips, elevation)])
 
 
-def _near_segment(x, y, start, end, width):
+def _near_segment(start, end, width):
     dx, dy = end[0] - start[0], end[1] - start[1]
-    share = np.clip(((x - start[0]) * dx + (y - start[1]) * dy) / max(dx * dx + dy * dy, 1e-9), 0, 1)
-    return (x - start[0] - share * dx) ** 2 + (y - start[1] - share * dy) ** 2 < width**2
+    x, y = X - start[0], Y - start[1]
+    share = np.clip((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-9), 0, 1)
+    return (x - share * dx) ** 2 + (y - share * dy) ** 2 < width**2
 
 
 def coffee_cup(u, v):
@@ -135,9 +127,8 @@ SHAPES = (coffee_cup, tennis_ball, croissant, beer_cup)
 
 def draw_object(shape, radius, tips, azimuths, elevation):
     """(cover, brightness, white) of an object at each of the tips, (P, S, S) each; it turns with the arm."""
-    x, y = pixel_grid()
     ends = project(tips, elevation)[:, :, None, None].astype(np.float32)
-    across, along = (x - ends[:, 0]) / (radius * ends[:, 2]), (ends[:, 1] - y) / (radius * ends[:, 2])
+    across, along = (X - ends[:, 0]) / (radius * ends[:, 2]), (ends[:, 1] - Y) / (radius * ends[:, 2])
     angle = (0.45 * azimuths)[:, None, None].astype(np.float32)
     return shape(across * np.cos(angle) - along * np.sin(angle), across * np.sin(angle) + along * np.cos(angle))
 
@@ -151,11 +142,9 @@ def downsample(layer, pixels):
 def rim_scenes(elevation, count, pixels):
     """(count, pixels, pixels, 3) float32: the empty scene with each rim colour."""
     table, rim = (downsample(cover, pixels) for cover in draw_scene(elevation))
-    _, y = np.meshgrid(np.arange(pixels), np.arange(pixels))
-    light = (0.75 + 0.5 * y / pixels)[..., None].astype(np.float32)  # nearer is brighter
-    backdrop = (1 - table - rim) * np.float32(BACKDROP_COLOR)
-    colors = np.float32(RIM_COLORS[:count])[:, None, None]
-    return table * np.float32(TABLE_COLOR) * light + backdrop + rim * colors
+    light = np.float32(0.75 + 0.5 * np.arange(pixels)[:, None, None] / pixels)  # nearer is brighter
+    ground = table * np.float32(TABLE_COLOR) * light + (1 - table - rim) * np.float32(BACKDROP_COLOR)
+    return ground + rim * np.float32(RIM_COLORS[:count])[:, None, None]
 
 
 def blocks(sizes, pixels=SIZE):
@@ -166,8 +155,7 @@ def blocks(sizes, pixels=SIZE):
     arms = [downsample(draw_arm(tips, ELEVATIONS[camera]), pixels).astype(np.float16) for camera in range(cameras)]
     layers = {}  # in half precision: a full grid has 24 × 1600 of them
     for shape, size, camera in itertools.product(range(shapes), range(object_sizes), range(cameras)):
-        drawn = draw_object(SHAPES[shape], OBJECT_RADII[size], tips, azimuths, ELEVATIONS[camera])
-        cover, brightness, white = drawn
+        cover, brightness, white = draw_object(SHAPES[shape], OBJECT_RADII[size], tips, azimuths, ELEVATIONS[camera])
         parts = (cover, (cover & ~white) * brightness, white)
         layers[shape, size, camera] = [downsample(part, pixels).astype(np.float16) for part in parts]
     for color, shape, size, camera, background in itertools.product(*map(range, sizes[:5])):
@@ -180,10 +168,7 @@ def blocks(sizes, pixels=SIZE):
 
 
 def write_images(path, sizes, pixels=SIZE):
-    """Write the npz of a grid of images, a dict factor → number of values: `images` block by block, and `grid`.
-
-    pixels: of an image along each side, a divisor of 128.
-    """
+    """Write the npz of a grid, a dict factor → number of values: `images` of pixels × pixels, a divisor of 128, and `grid`."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (math.prod(sizes.values()), pixels, pixels, 3)}
     # entries without a time: the same bytes whenever it is drawn
     with replaced(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
