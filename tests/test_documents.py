@@ -19,13 +19,7 @@ import torch.distributed.run as torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "RESULTS.md"
-PAGES = [
-    README,
-    RESULTS,
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "benchmarks/README.md",
-    ROOT / "paper/README.md",
-]
+PAGES = [README, RESULTS, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md", ROOT / "paper/README.md"]
 SCRIPTS = [
     file.relative_to(ROOT).as_posix()
     for pattern in ("*.py", "rendering_data/*/*.py", "benchmarks/*.py")
@@ -124,9 +118,7 @@ def shell(tmp_path_factory):
     def run(code):
         log.write_text("")
         environment = {"PATH": str(folder / "bin"), "CALLS": str(log)}
-        ended = subprocess.run(
-            [bash, "-u", "-c", code], cwd=repository, env=environment, capture_output=True, text=True
-        )
+        ended = subprocess.run([bash, "-u", "-c", code], cwd=repository, env=environment, capture_output=True, text=True)
         calls = [call.split("\0") for call in log.read_text().split("\0\x1e\0")[:-1]]
         return calls, ended.stderr.splitlines()
 
@@ -228,11 +220,7 @@ def wrong_commands(page, shell):
         faults += complaints
         faults += [f"nothing is called by {piece!r}"] if not calls else []
         faults += [fault for call in calls for fault in wrong_call(*call)]
-    alone = {flag for piece in code for flag in re.findall(r"(?<!\S)--[\w-]+", piece)} - {
-        "--help",
-        "--python",
-        "--background",
-    }
+    alone = {flag for piece in code for flag in re.findall(r"(?<!\S)--[\w-]+", piece)} - {"--help", "--python", "--background"}
     if alone:
         subcommands = [("reproduce.py", command) for command in ("list", "run", "report")]
         all_known = set().union(*(flags_of(*words)[0] for words in [*zip(SCRIPTS), *subcommands]))

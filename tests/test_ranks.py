@@ -62,17 +62,10 @@ def started(count, plan, torchrun=False):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         children = [subprocess.Popen([sys.executable, *launcher, *command], env=environment, **pipes)]
     else:
-        shared = {
-            "WORLD_SIZE": count,
-            "LOCAL_WORLD_SIZE": count,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-        }
+        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} if count > 1 else {} for rank in range(count)]
         children = [
-            subprocess.Popen(
-                [sys.executable, *command], env=environment | {k: str(v) for k, v in place.items()}, **pipes
-            )
+            subprocess.Popen([sys.executable, *command], env=environment | {k: str(v) for k, v in place.items()}, **pipes)
             for place in places
         ]
     try:
@@ -93,9 +86,7 @@ def weights(directory):
 def assert_alike(found, expected, tolerance=1e-5):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name} {text}"
-        )
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name} {text}")
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +128,7 @@ def test_several_processes_train_what_one_trains(models, case, count):
 def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(models, tmp_path):
     script, flags = CASES["batch"]
     flags = f"{flags} --model-dir {tmp_path} --model-id m --log-steps 5"
-    codes, _, (err,) = started(
-        2, {"run": {"script": script, "flags": flags, "in_last": [13, "SIGKILL"]}}, torchrun=True
-    )
+    codes, _, (err,) = started(2, {"run": {"script": script, "flags": flags, "in_last": [13, "SIGKILL"]}}, torchrun=True)
     # nobody waited for ranks.SILENCE: the process was killed a few steps after the checkpoint of step 10
     assert codes != [0] and time.time() - (tmp_path / "m/checkpoint.pt").stat().st_mtime < 60
     assert err.count("error: another process of this run has ended") == 1, err
@@ -161,9 +150,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(models, tmp_path)
     stopped = [line for err in errors for line in err.splitlines() if "stopped by" in line]
     assert len(stopped) == 1 and f"stopped by SIGTERM after step {steps} of 20" in stopped[0]
     assert "torchrun --standalone --nproc_per_node=2 " in stopped[0] and stopped[0].endswith("--model-id m --resume")
-    codes, seen, errors = started(
-        1, {"run": {"script": script, "flags": f"--model-dir {tmp_path} --model-id m --resume"}}
-    )
+    codes, seen, errors = started(1, {"run": {"script": script, "flags": f"--model-dir {tmp_path} --model-id m --resume"}})
     assert codes == [0] and len(seen["run"][1]) == 20 - steps, errors
     assert_alike(weights(tmp_path / "m"), weights(models[1][0] / "both"))
 
@@ -176,14 +163,8 @@ def test_what_is_wrong_in_any_process_ends_all_with_one_line(tmp_path):
     flags = f"{NUMERIC} --model-dir {tmp_path} --model-id"
     (tmp_path / "file").touch()
     calls = {
-        "other flags": (
-            {"flags": f"{flags} a", "flags_of_last": "--lr 0.01"},
-            "process 2 has other flags than the first",
-        ),
-        "other data": (
-            {"flags": f"{flags} b", "in_last": {"data": "x"}},
-            "process 2 has other data than the first, x and None",
-        ),
+        "other flags": ({"flags": f"{flags} a", "flags_of_last": "--lr 0.01"}, "process 2 has other flags than the first"),
+        "other data": ({"flags": f"{flags} b", "in_last": {"data": "x"}}, "process 2 has other data than the first, x and None"),
         "no data": ({"flags": f"{flags} c", "in_last": "no data here"}, "process 2: no data here"),
         "too many": ({"flags": f"{flags} d --batch-size 2"}, "3 processes share a batch of 2 pairs"),
         "unknown flag": ({"flags": f"{flags} e --no-flag"}, "unrecognized arguments: --no-flag"),
