@@ -40,7 +40,7 @@ def launcher():
 
 
 def own_gpu():
-    """torch.device of this process's GPU; InputError if this machine has fewer than processes, or no means to add up on them."""
+    """torch.device of this process's GPU; InputError if this machine has fewer than processes, or no NCCL."""
     if size() == 1:
         return torch.device("cuda")
     local, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
