@@ -140,9 +140,9 @@ def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None):
 
     encodings: a dictionary from a name to (fit_h (N, D), test_h (M, D)), standardised; fit_targets, test_targets:
     (N, k), (M, k) under the same names; generator: a torch.Generator, of which one number is drawn. One hidden layer of
-    100 ReLU units and scikit-learn's defaults for MLPRegressor, in float32; with `steps`, that many steps instead of its
-    rule to stop. Raises ValueError for shapes or names that do not fit, for values that are not finite and where the
-    training diverges.
+    100 ReLU units and scikit-learn's defaults for MLPRegressor but for MAX_EPOCHS, in float32; with `steps`, that many
+    steps instead of its rule to stop. Raises ValueError for shapes or names that do not fit, for values that are not finite
+    and where the training diverges.
     """
     for fit_h, test_h in encodings.values():
         check_regression(fit_h, fit_targets, test_h, test_targets)
@@ -153,7 +153,7 @@ def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None):
 
 
 def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None):
-    """MCC of an MLP classifier on the test set, by (encoding, target); as `mlp_r2`, with MLPClassifier's defaults.
+    """MCC of an MLP classifier on the test set, by (encoding, target); as `mlp_r2`, with what MLPClassifier does by default.
 
     fit_targets, test_targets: (N,), (M,) integers under the same names. A target with a single class to fit scores 0.
     """
