@@ -27,7 +27,7 @@ import torch
 
 from datasets import MPI3D_FILE, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, EpochOrder, load_mpi3d
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
-from running.training import describe_device
+from running.devices import describe_device
 
 BATCH_SIZE = 256
 
@@ -51,7 +51,8 @@ class PlainDataset(torch.utils.data.Dataset):
         self.images = content["images"][np.ravel_multi_index(tuple(factors[key] for key in MPI3D_GRID), tuple(grid))]
         tokenise = NLTKWordTokenizer().tokenize
         self.captions = [tokenise(line) for line in (folder / split / f"text_{name}.txt").read_text().splitlines()]
-        self.vocabulary = json.loads((folder / f"vocab_{name}.json").read_text())
+        vocabulary = json.loads((folder / f"vocab_{name}.json").read_text())
+        self.vocabulary = vocabulary.get("w2i", vocabulary)
         self.length = 1 + max(map(len, self.captions))
 
     def __len__(self):
