@@ -8,6 +8,7 @@ args.json is there from the first moment and says "finished" last of all: killed
 import abc
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -17,19 +18,24 @@ from running.directory import (
     adopt_stored_flags,
     check_machine,
     drawn_seed,
+    encoding_size,
     find_directory,
     is_finished,
     keep_results,
     load_weights,
     provenance,
+    read_weights,
     refuse_to_overwrite,
+    save_torch,
     save_weights,
     start_directory,
     stored_args,
     take_evaluation_seed,
+    trained_args,
     write_args,
 )
 from running.files import write_csv, write_json
+from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES
 from running.training import after_training, train
 
@@ -153,6 +159,8 @@ def add_run_flags(parser):
     flag("--overwrite", bool, "train anew where a model lies already", None, "call")
     flag("--evaluate", bool, "do not train: evaluate a trained model again, with another seed", None, "call")
     flag("--load-args", bool, "let args.json of the model directory win over contradicting flags", None, "call")
+    flag("--export-official", str, "do not train: write a trained model into that folder, as the code behind the paper's "
+         "figures reads it", None, "call")  # fmt: skip
     flag("--log-steps", integer(1), "steps between two lines of progress and checkpoints", 1000, "freely")
     flag("--no-cuda", bool, "stay on the CPU", None, "freely")
     parser.section("training", "--recipe sets what follows it at once; a flag that is given wins")
@@ -179,6 +187,8 @@ def run_experiment(experiment_class, argv=None):
     parser = experiment_class.parser()
     args, given = parser.parse(argv)
     directory = find_directory(args, experiment_class.default_id(args))
+    if args.export_official:
+        return export_model(experiment_class, directory, Path(args.export_official))
     adopt_stored_flags(args, given, parser, directory)
     refuse_to_overwrite(args, directory)
     experiment_class.settle(args)
@@ -196,7 +206,7 @@ def run_experiment(experiment_class, argv=None):
     if args.resume and (directory / "args.json").exists():
         stored = stored_args(directory)
         experiment.check_stored(stored)
-        details |= check_machine(directory, stored, details, "no_cuda" in given)
+        details |= experiment.details() | check_machine(directory, stored, details, "no_cuda" in given)
     start_directory(directory, args, details)
     print(f"model        {directory}, seed {args.seed}")
     print_description(experiment)
@@ -214,7 +224,8 @@ def run_experiment(experiment_class, argv=None):
 
 def evaluate_again(experiment_class, args, directory, device):
     """--evaluate: results.csv of a trained model by another seed; the results of an earlier one are kept beside it."""
-    stored, seed = take_evaluation_seed(args, directory)
+    parser = experiment_class.parser()
+    stored, seed = take_evaluation_seed(args, directory, parser)
     # in full, also where the device does not have the precision of the training
     args.seed, args.precision = stored["seed"], "fp32"
     experiment = experiment_class(args, device)
@@ -223,8 +234,27 @@ def evaluate_again(experiment_class, args, directory, device):
     print(f"model        {directory}, training seed {args.seed}, evaluation seed {seed}")
     print_description(experiment)
     timing = write_evaluation(experiment, directory, seed, stored.get("eval_seed"))
-    flags = {name: getattr(args, name) for name in experiment_class.parser().names("again")}
+    flags = {name: getattr(args, name) for name in parser.names("again")}
     write_json(directory / "args.json", {**stored, **flags, "eval_seed": seed, **timing, "finished": True})
+    return 0
+
+
+def export_model(experiment_class, directory, target):
+    """--export-official: weights and args.json of a trained model in the folder `target`, as running/official.py says.
+
+    Raises InputError if `target` holds files, and for a model that the code behind the paper's figures could not evaluate.
+    """
+    args, _ = trained_args(directory, experiment_class)
+    flags = official_args(args, experiment_class.parser())
+    states = {file: read_weights(directory / file) for file in experiment_class.weight_files}
+    flags["encoding_size"] = encoding_size(states[experiment_class.weight_files[-1]])
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already; name a folder that does not")
+    target.mkdir(parents=True, exist_ok=True)
+    for file, state in states.items():
+        save_torch(official_names(Path(file).stem, state), target / file)
+    write_json(target / "args.json", flags)
+    print(f"{target}: {directory} as the code behind the paper's figures reads it")
     return 0
 
 
