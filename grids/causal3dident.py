@@ -13,6 +13,7 @@ from reading.causal3dident import (
     CAUSAL_IMAGE,
     CAUSAL_TEXT,
     CAUSAL_TOOLS,
+    RUNS_SPELLING,
     causal_text_factor,
 )
 
@@ -44,8 +45,8 @@ SCORES = {
 }
 APPLIES = {"continuous": "r2", "discrete": "mcc"}
 KEYS = ("ix", "modality", "factor_name", "factor_type")
-RESULTS = ResultFile("results.csv", KEYS, tuple(SCORES.values()), APPLIES)
-PAPER_SPELLING = {"spotlight_color_index": "splotlight_color_index"}  # in the tables of the paper's numbers
+SPELLING = {runs: own for own, runs in RUNS_SPELLING.items()}  # of results.csv; those of earlier versions have our own
+RESULTS = ResultFile("results.csv", KEYS, tuple(SCORES.values()), APPLIES, spelling=SPELLING)
 # Causes of each semantics; the hues have noise of their own besides.
 CAUSES = {
     "object_color": ("object_xpos", "object_ypos"),
@@ -94,7 +95,7 @@ def causal3dident_cells(figure, scale):
                 "bias_type": bias_type,
                 "bias_id": bias_id,
             }
-            keys |= {"modality": modality, "factor": PAPER_SPELLING.get(factor, factor)}
+            keys |= {"modality": modality, "factor": RUNS_SPELLING.get(factor, factor)}
             panel = (f"{modality} encoding", f"{bias_type[:-1]} bias")
             where, score = {"modality": modality, "factor_name": factor}, SCORES[probe, metric]
             learned = foretold(bias, factor) if probe == "nonlinear" else None
