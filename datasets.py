@@ -6,7 +6,7 @@ MPI3D-Complex in one folder:
     {train,test}/image_semantics.csv                          the seven factors of each image
     {train,test}/text_semantics_{selection|perturbation}_{0..4}.csv   what its caption speaks of
     {train,test}/text_{selection|perturbation}_{0..4}.txt     its caption, one a line
-    vocab_{selection|perturbation}_{0..4}.json                word → number; without it the training captions give it
+    vocab_{selection|perturbation}_{0..4}.json                w2i: word → number; without it the training captions give it
 
 Causal3DIdent in one folder, its rows in the order of the images' numbers:
 
@@ -21,6 +21,7 @@ caption is the number of its row in the table of distinct ones.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reading.captions import Captions, check_captions, load_captions
+from reading.captions import UNK, Captions, check_captions, load_captions
 from reading.causal3dident import (
     CAUSAL_IMAGE,
     CAUSAL_SEMANTICS,
@@ -120,6 +121,20 @@ class ImageTextPairs:
             for part in (split.rows, split.captions.tokens, split.captions.index):
                 digest.update(part.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
+
+    def with_training_words(self):
+        """The same pairs for a model that knows the words of the training captions alone: all others are {unk}.
+
+        Words are numbered in order of appearance, those of the training captions first.
+        """
+        count = 1 + max(self.vocabulary[UNK], self.splits["train"].captions.tokens.max().item())
+        splits = {
+            name: dataclasses.replace(
+                split, rows=split.rows.cpu(), captions=split.captions.with_words(count, self.vocabulary[UNK])
+            )
+            for name, split in self.splits.items()
+        }
+        return ImageTextPairs(self.images, splits, dict(itertools.islice(self.vocabulary.items(), count)))
 
     def images_of(self, split, rows):
         """(B, H, W, 3) uint8 images of the pairs `rows`, (B,) int64 on any device, of a split."""
@@ -280,8 +295,8 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
     """(pairs, bias) of Causal3DIdent: ImageTextPairs with the splits "train", "fit" and "test".
 
     They are the first 80 % of the rows in file order, the next 10 %, and the rest. image_factors are those of CAUSAL_IMAGE,
-    text_factors what the captions of the setting state, and their phrasing. Raises InputError, one line that names the
-    file, for whatever is missing, damaged or does not fit together.
+    text_factors what the captions of the setting state, and their phrasing; the vocabulary has the words of all rows. Raises
+    InputError, one line that names the file, for whatever is missing, damaged or does not fit together.
     """
     folder, bias, name = Path(folder), causal_bias(bias_type, bias_id), f"{bias_type}_{bias_id}"
     if not folder.is_dir():
@@ -301,7 +316,7 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
     fit, test = total * 8 // 10, total * 9 // 10
     splits = {"train": slice(0, fit), "fit": slice(fit, test), "test": slice(test, None)}
     parts = {split: (file, part) for split, part in splits.items()}
-    captions, vocabulary = load_captions(parts, texts / "vocab.json", texts / "tokens.npz")
+    captions, vocabulary = load_captions(parts, texts / "vocab.json", texts / "tokens.npz", heard=parts)
     entries = numbered_images(folder / "images")
     counts = {
         image_path.name: total,

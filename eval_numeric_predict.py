@@ -32,7 +32,7 @@ import torch
 
 import main_numeric
 import probes
-from latent_spaces import seeded_generator
+from latent_spaces import biased_blocks, seeded_generator
 from mlp_probes import FullBatchProbes
 from running.command_line import InputError, Parser, integer, run_script
 from running.devices import describe_device, encoder_precision, select_device, settled_precision
@@ -48,7 +48,7 @@ RESULTS = ("results_predict.csv", "results_classify.csv", "downstream.png")
 
 
 def parse_flags(argv):
-    """The Namespace of the command line."""
+    """The Namespace of the command line; `claimed`: dict of the flags of the setting that were given."""
     parser = Parser(__doc__)
     batches = f"batches of {main_numeric.EVAL_BATCH} samples to fit, as many to test and as many shifted"
     parser.flag("--model-id", str, "directories of trained models", nargs="+", required=True, metavar="DIR")
@@ -58,7 +58,26 @@ def parse_flags(argv):
     parser.flag("--precision", ("fp32", "tf32", "bf16"), "of products; tf32 on CUDA, bf16 in the model alone", "fp32")
     parser.flag("--protocol", ("code", "paper"), "tasks and shift of the paper's runs or of its text (the model's)")
     parser.flag("--overwrite", bool, "replace the results of an earlier evaluation")
-    return parser.parse(argv)[0]
+    parser.section("setting", "args.json of the model has it; a flag that is given must agree with it")
+    for name, kind, text, _ in main_numeric.SETTING:
+        parser.flag(name, kind, text)
+    args, given = parser.parse(argv)
+    own = (name.removeprefix("--").replace("-", "_") for name, *_ in main_numeric.SETTING)
+    args.claimed = {name: getattr(args, name) for name in own if name in given}
+    return args
+
+
+def check_claims(claimed, setting):
+    """Raise InputError unless the flags of the setting that were given, a dict, are those of the model, a Namespace."""
+    unbiased = len(biased_blocks(setting.theta_value, setting.beta_value, setting.semantics_n)[2])
+    for name, value in claimed.items():
+        own = getattr(setting, name)
+        if name == "encoding_size":  # 0 is another word for the number of unbiased semantics
+            value, own = value or unbiased, own or unbiased
+        if value != own:
+            raise InputError(
+                f"--{name.replace('_', '-')} {value} contradicts {own} in its args.json; leave the flag out"
+            )
 
 
 def prefix_sizes(n):
@@ -163,6 +182,7 @@ def evaluate_model(directory, args, device):
     if not is_finished(directory):
         raise InputError("it holds no finished model; main_numeric.py trains one, and --resume ends one that was stopped")
     setting, stored = trained_args(directory, main_numeric.NumericExperiment)
+    check_claims(args.claimed, setting)
     seed = setting.seed + 1 if args.seed is None else args.seed
     if seed == setting.seed:
         raise InputError(f"--seed {seed} is its training seed; evaluate with another one")

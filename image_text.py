@@ -4,6 +4,7 @@ A script names its data set, sizes, columns and recipes in a subclass of ImageTe
 """
 
 import abc
+import contextlib
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,7 @@ from running.schedules import FIRST_BATCHES_UNTIL, SPARE_UNTIL, batch_size, temp
 
 NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
 PROBE_STEPS = {"code": None, "paper": 10_000}  # of the MLP probes; None: until their loss stalls
-ENCODE_BATCH = 1024  # images encoded at once
+ENCODE_BATCH = 1024  # images encoded at once where batch normalisation does not tell how many
 WHITENING_FLOOR = 1e-4  # of variances, in units of the largest
 MONITOR_PAIRS = 512  # pairs behind the scores of the progress lines to fit, and as many to test
 MODALITIES = {"image": "encoder_img", "text": "encoder_txt"}
@@ -39,6 +40,7 @@ class ImageTextExperiment(Experiment):
     """
 
     weight_files = ("encoder_img.pt", "encoder_txt.pt")
+    columns = tuple((name, name) for name in ("ix", "modality", "factor_name", "factor_type", *SCORES))
 
     @staticmethod
     @abc.abstractmethod
@@ -94,7 +96,7 @@ class ImageTextExperiment(Experiment):
              "adds to it at the end, and a share of it before, as of the steps")  # fmt: skip
         parser.section("setting: what the caption says of the image")
         flag("--bias-type", cls.bias_types, "captions leave factors out, or state them wrongly", cls.bias_types[0])
-        flag("--bias-id", int, cls.bias_help, 0)
+        flag("--bias-id", int, cls.bias_help, cls.bias_ids[-1])
 
     @classmethod
     def default_id(cls, args):
@@ -123,18 +125,21 @@ class ImageTextExperiment(Experiment):
         self.pairs, self.setting = self.open(args.datapath, args.bias_type, args.bias_id, device, args.workers)
         self._check_counts()
         self.encoding_size = args.encoding_size or self.default_encoding_size(len(self.setting.unbiased))
-        width = self.encoding_size + (0 if args.evaluate else args.spare_dimensions)
-        try:
-            text = TextEncoder(len(self.pairs.vocabulary), self.pairs.length, width)
-        except ValueError as error:
-            setting = f"{args.bias_type} {args.bias_id}"
-            raise InputError(f"{args.datapath}, {setting}: {error}; shorten or lengthen them in their files") from None
-        image = ImageEncoder(width, self.mean, self.std, args.hidden_size)
-        self.modules = {"encoder_img": image.to(device), "encoder_txt": text.to(device)}
+        self.width = self.encoding_size + (0 if args.evaluate else args.spare_dimensions)
+        image = ImageEncoder(self.width, self.mean, self.std, args.hidden_size)
+        self.modules = {"encoder_img": image.to(device), "encoder_txt": self._text_encoder()}
         self.rates, self.keep_steps = {"encoder_txt": args.text_lr_factor}, args.checkpoint_steps
         generator = seeded_generator(args.seed, "order")
         self.order = EpochOrder(len(self.pairs.splits["train"]), generator, self.pairs.images.index_device)
         self.generators = {"order": self.order}
+
+    def _text_encoder(self):
+        args, pairs = self.args, self.pairs
+        try:
+            return TextEncoder(len(pairs.vocabulary), pairs.length, self.width).to(self.device)
+        except ValueError as error:
+            setting = f"{args.bias_type} {args.bias_id}"
+            raise InputError(f"{args.datapath}, {setting}: {error}; shorten or lengthen them in their files") from None
 
     def _check_counts(self):
         args, available = self.args, len(self.pairs.splits["train"])
@@ -156,8 +161,15 @@ class ImageTextExperiment(Experiment):
         return {"data": self.pairs.fingerprint}
 
     def check_stored(self, stored):
-        """Raise InputError if the run was trained on other pairs than those of --datapath."""
-        if stored.get("data") not in (None, self.pairs.fingerprint):
+        """Raise InputError if the run was trained on other pairs than those of --datapath.
+
+        A run of an earlier version, which knew the words of the training captions alone, goes on with these.
+        """
+        if stored.get("data") in (None, self.pairs.fingerprint):
+            return
+        self.pairs = self.pairs.with_training_words()
+        self.modules["encoder_txt"] = self._text_encoder()
+        if stored["data"] != self.pairs.fingerprint:
             directory = Path(self.args.model_dir) / self.args.model_id
             raise InputError(
                 f"{self.args.datapath} does not hold the images, captions and order that {directory} was trained with; name "
@@ -229,18 +241,21 @@ class ImageTextExperiment(Experiment):
 
     @torch.no_grad()
     def encode(self, split, rows):
-        """Dict image, text → (len(rows), D) float32 encodings of pairs of a split."""
-        training = {name: encoder.training for name, encoder in self.modules.items()}
-        for encoder in self.modules.values():
-            encoder.eval()
+        """Dict image, text → (len(rows), D) float32 encodings of pairs of a split.
+
+        Protocol "code": the rows, in order, in batches of --batch-size, of which each is normalised by its own statistics, as
+        in the runs, which never left the training mode; "paper": all are normalised by the running statistics.
+        """
+        pairs, size, by_batch = self.pairs, self.args.batch_size, self.args.protocol == "code"
         image, text = self.modules["encoder_img"], self.modules["encoder_txt"]
-        encoded = {
-            "image": self.pairs.encode_images(split, rows, image, ENCODE_BATCH),
-            "text": self.pairs.encode_captions(split, rows, text, ENCODE_BATCH),
-        }
-        for name, encoder in self.modules.items():
-            encoder.train(training[name])
-        return {name: h[:, : self.encoding_size] for name, h in encoded.items()}
+        with evaluation_mode((image, text), by_batch):
+            if by_batch:
+                h_x = encoded_by_batch(lambda part: image(pairs.images_of(split, part)), rows, size)
+                h_t = encoded_by_batch(lambda part: text(pairs.tokens_of(split, part)), rows, size)
+            else:
+                h_x = pairs.encode_images(split, rows, image, ENCODE_BATCH)
+                h_t = pairs.encode_captions(split, rows, text, ENCODE_BATCH)
+        return {"image": h_x[:, : self.encoding_size], "text": h_t[:, : self.encoding_size]}
 
     def probe_data(self, count=None):
         """Dict of modalities that share their factors → (encodings, fit_targets, test_targets).
@@ -325,6 +340,38 @@ def whiten(encoder, inputs):
     layer = encoder.linear
     layer.bias.copy_(transform @ (layer.bias.double() - encodings.mean(dim=0)))
     layer.weight.copy_(transform @ layer.weight.double())
+
+
+@contextlib.contextmanager
+def evaluation_mode(encoders, batch_statistics):
+    """Context in which batch normalisation takes its running statistics, or those of each batch, and changes neither."""
+    training = [encoder.training for encoder in encoders]
+    layers = [layer for encoder in encoders for layer in encoder.modules() if hasattr(layer, "running_mean")]
+    running = [(layer.running_mean, layer.running_var) for layer in layers]
+    for encoder in encoders:
+        encoder.eval()
+    if batch_statistics:  # which a layer that has no others takes, in either mode
+        for layer in layers:
+            layer.running_mean = layer.running_var = None
+    try:
+        yield
+    finally:
+        for layer, (mean, variance) in zip(layers, running, strict=True):
+            layer.running_mean, layer.running_var = mean, variance
+        for encoder, mode in zip(encoders, training, strict=True):
+            encoder.train(mode)
+
+
+def encoded_by_batch(encode, rows, size):
+    """(len(rows), D): what `encode` makes of the rows (N,), in order, `size` at a time.
+
+    An incomplete last batch is filled up with the rows before it, which are encoded once more for its statistics alone.
+    """
+    parts = []
+    for start in range(0, len(rows), size):
+        stop = min(start + size, len(rows))
+        parts.append(encode(rows[max(stop - size, 0) : stop])[start - stop :])
+    return torch.cat(parts)
 
 
 def length_variance(h, total):

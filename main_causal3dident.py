@@ -14,9 +14,9 @@ The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoi
 import pandas as pd
 
 import datasets
-from image_text import MODALITIES, SCORES, ImageTextExperiment, names_of
+from image_text import MODALITIES, ImageTextExperiment, names_of
 from probes import ABSENT, FOUND
-from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, causal_text_factor
+from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, RUNS_SPELLING, causal_text_factor
 from running.command_line import run_script
 from running.experiment import run_experiment
 from running.pictures import plot_factor_scores
@@ -39,28 +39,29 @@ RECIPES = {
     ),
 }  # fmt: skip
 ENCODING_SIZES = (3, 3, 4, 5, 5, 6, 7)  # dimensions for 1 … 7 unbiased semantics
-ROTATIONS = ["object_alpharot", "object_betarot", "object_gammarot"]  # no caption speaks of them
 
 
 class Causal3dIdentExperiment(ImageTextExperiment):
     """One model of Causal3DIdent; image encodings are probed for what images show, text encodings for what captions state."""
 
     name, recipes, datapath = "causal3dident", RECIPES, "data/Causal3DIDent"
-    bias_types, bias_ids = CAUSAL_BIAS_TYPES, CAUSAL_BIAS_IDS
-    bias, open = staticmethod(datasets.causal_bias), staticmethod(datasets.load_causal3dident)
+    bias_types, bias_ids, bias = CAUSAL_BIAS_TYPES, CAUSAL_BIAS_IDS, staticmethod(datasets.causal_bias)
     bias_help = ("selections: 0 shape alone, + 1 xpos, + 2 ypos, + 3 spotlight_pos, colours of + 4 object, + 5 spotlight, "
                  "+ 6 background; perturbations: how many are stated wrongly, from background_color to xpos")  # fmt: skip
     smallest = f"{', '.join(map(str, ENCODING_SIZES))} for 1 … {len(ENCODING_SIZES)} unbiased semantics"
     default_encoding_size = staticmethod(lambda unbiased: ENCODING_SIZES[unbiased - 1])
-    mean, std, own_text_factors = datasets.CAUSAL_MEAN, datasets.CAUSAL_STD, True
-    perturbing = "drawn anew for the caption"
-    columns = tuple((name, name) for name in ("ix", "modality", "factor_name", "factor_type", *SCORES))
+    mean, std, open = datasets.CAUSAL_MEAN, datasets.CAUSAL_STD, staticmethod(datasets.load_causal3dident)
+    perturbing, own_text_factors = "drawn anew for the caption", True
 
     @classmethod
     def factors(cls, bias, modality):
         """All of the image; of the caption what it states, and its phrasing."""
-        stated = [*map(causal_text_factor, bias.selected), "text_phrasing"]
-        return list(CAUSAL_IMAGE) if modality == "image" else stated
+        return list(CAUSAL_IMAGE) if modality == "image" else [*map(causal_text_factor, bias.selected), "text_phrasing"]
+
+    def table(self, results):
+        """As the runs wrote it: with an index, in their spelling, and the image's factors counted with z position, number 3."""
+        ix = results.ix + ((results.modality == "image") & (results.ix > 2))
+        return super().table(results.assign(ix=ix).replace(RUNS_SPELLING)).reset_index(names="")
 
     def show(self, results, path):
         """Print both tables and the verdict, and draw them: R² of continuous factors, MCC of discrete ones."""
@@ -79,10 +80,9 @@ class Causal3dIdentExperiment(ImageTextExperiment):
 
 def score_tables(results):
     """Dict title → DataFrame (linear, nonlinear × factors) of both encodings: R² of continuous factors, MCC of discrete ones."""
-    scores = pd.DataFrame({"linear": results.r2_linreg.fillna(results.mcc_logreg),
-                           "nonlinear": results.r2_krreg.fillna(results.mcc_mlp)})  # fmt: skip
-    own = {modality: results.modality == modality for modality in MODALITIES}
-    return {f"{m} encoding": scores[rows].set_axis(results.factor_name[rows]).T for m, rows in own.items()}
+    linear, nonlinear = results.r2_linreg.fillna(results.mcc_logreg), results.r2_krreg.fillna(results.mcc_mlp)
+    scores = pd.DataFrame({"linear": linear, "nonlinear": nonlinear}).set_index(results.factor_name)
+    return {f"{modality} encoding": scores[(results.modality == modality).array].T for modality in MODALITIES}
 
 
 def verdict(results, bias):
@@ -91,7 +91,7 @@ def verdict(results, bias):
     unbiased = [name for name in bias.unbiased if image.factor_type.get(name) == "discrete"]
     found = [name for name in unbiased if image.mcc_mlp[name] >= FOUND]
     missed = [name for name in unbiased if name not in found]
-    lowest, highest = image.mcc_mlp[found or unbiased].min(), max(image.r2_krreg[ROTATIONS].max(), 0)
+    lowest, highest = image.mcc_mlp[found or unbiased].min(), max(image.filter(like="rot", axis=0).r2_krreg.max(), 0)
     scores = f"nonlinear MCC of at least {lowest:.2f} in the image encoding, the rotations R² of at most {highest:.2f}"
     if not found or highest > ABSENT:
         return f"Not (yet) the pattern of the theory: {names_of(unbiased)} has {scores}."

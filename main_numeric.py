@@ -63,6 +63,19 @@ RECIPES = {
 AUTO_STEPS = ((1, 6_500), (5, 3_500), (10, 7_000))
 # final_batch_size "auto": in more dimensions it takes more negatives to find one that is hard to tell from the positive
 AUTO_BATCH, AUTO_BATCH_PER_DIMENSION = 384, 128
+# Flags of the setting: name, kind, help, default.
+SETTING = (
+    ("--semantics-n", integer(1), "semantic latents s", 10),
+    ("--modality-n", integer(0), "modality-specific latents m_x, and as many m_t", 5),
+    ("--theta-value", integer(0), "selection bias θ: number of the subset I_θ that the text speaks of", 1022),
+    ("--beta-value", integer(-1), "perturbation bias ρ: number of I_ρ, what the text may state wrongly, -1 = none", -1),
+    ("--change-prob", number(0, 1), "probability that a perturbable semantic is perturbed", 0.75),
+    ("--causal-dependence", bool, "dependent latents: covariances drawn from a Wishart distribution", None),
+    ("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0),
+    ("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0),
+    ("--n-mixing-layer", integer(1), "linear layers of the generative functions g_x, g_t", 3),
+    ("--encoding-size", integer(0), "dimensions D of the encodings, 0 = size of the unbiased block", 0),
+)
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 MONITOR_BATCHES = 1  # batches behind the R² of the progress lines
 
@@ -77,23 +90,10 @@ class NumericExperiment(Experiment):
     def add_flags(cls, parser):
         """What --recipe sets beside the shared flags, the setting, and its evaluation."""
         flag = parser.flag
-        flag(
-            "--negatives",
-            ("independent", "batch"),
-            "an anchor's: a second, independent batch, or the others of its own",
-        )
+        flag("--negatives", ("independent", "batch"), "an anchor's: a second batch, or the others of its own")
         parser.section("setting: what the text says of the image")
-        flag("--semantics-n", integer(1), "semantic latents s", 10)
-        flag("--modality-n", integer(1), "modality-specific latents m_x, and as many m_t", 5)
-        flag("--theta-value", integer(0), "selection bias θ: number of the subset I_θ that the text speaks of", 1022)
-        flag("--beta-value", integer(-1), "perturbation bias ρ: number of the subset I_ρ that the text may state wrongly, "
-             "-1 = none", -1)  # fmt: skip
-        flag("--change-prob", number(0, 1), "probability that a perturbable semantic is perturbed", 0.75)
-        flag("--causal-dependence", bool, "dependent latents: covariances drawn from a Wishart distribution")
-        flag("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0)
-        flag("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0)
-        flag("--n-mixing-layer", integer(1), "linear layers of the generative functions g_x, g_t", 3)
-        flag("--encoding-size", integer(0), "dimensions D of the encodings, 0 = size of the unbiased block", 0)
+        for name, kind, text, default in SETTING:
+            flag(name, kind, text, default)
         parser.section("evaluation")
         flag("--num-eval-batches", integer(1), f"batches of {EVAL_BATCH} samples to fit the probes, and as many to test", 5,
              "again")  # fmt: skip
@@ -125,10 +125,10 @@ class NumericExperiment(Experiment):
 
     @classmethod
     def result_rows(cls, args):
-        """Both encodings of s_i, s_inv (the unbiased block), tilde_s_i of each perturbed i, m_x and m_t."""
+        """Both encodings of s_i, s_inv (the unbiased block), tilde_s_i of each perturbed i, m_x and m_t where there are any."""
         _, perturbed, _ = biased_blocks(args.theta_value, args.beta_value, args.semantics_n)
         factors = [f"s_{i}" for i in range(args.semantics_n)] + ["s_inv"] + [f"tilde_s_{i}" for i in perturbed]
-        factors += ["m_x", "m_t"]
+        factors += ["m_x", "m_t"] if args.modality_n else []
         return [{"encoding": h, "predicted_factors": name} for h in ("hz_x", "hz_t") for name in factors]
 
     def __init__(self, args, device):
@@ -213,7 +213,7 @@ class NumericExperiment(Experiment):
             part |= {f"s_{i}": z.s[:, i : i + 1] for i in range(self.args.semantics_n)}
             part["s_inv"] = z.s[:, list(self.latents.unbiased)]
             part |= {f"tilde_s_{i}": z.s_tilde[:, i : i + 1] for i in self.latents.perturbed}
-            parts.append(part | {"m_x": z.m_x, "m_t": z.m_t})
+            parts.append(part | ({"m_x": z.m_x, "m_t": z.m_t} if self.args.modality_n else {}))
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {name: joined.pop(name) for name in ("hz_x", "hz_t")}, joined
 
@@ -279,10 +279,10 @@ def verdict(results, latents, causal_dependence):
     """One sentence: whether exactly the unbiased block was learned."""
     inside = results.predicted_factors.isin({f"s_{i}" for i in latents.unbiased} | {"s_inv"})
     # a perturbed s̃_i is s_i plus noise that no encoder can know of: biased like s_i itself
-    lowest, highest = results[inside].r2_nonlinear.min(), results[~inside].r2_nonlinear.max()
+    lowest, highest = results[inside].r2_nonlinear.min(), max([0.0, *results[~inside].r2_nonlinear])
     found = (
         f"the unbiased block {names_of(latents.unbiased)} has nonlinear R² of at least {lowest:.2f}, "
-        f"everything else at most {max(highest, 0):.2f}"
+        f"everything else at most {highest:.2f}"
     )
     if lowest >= LEARNED and highest <= ABSENT:
         return f"Exactly the unbiased block is learned: {found}."

@@ -9,7 +9,8 @@ import math
 import torch
 from tqdm import trange
 
-HIDDEN_UNITS, LEARNING_RATE, BATCH_SIZE, WEIGHT_DECAY, MAX_EPOCHS = 100, 1e-3, 200, 1e-4, 200
+HIDDEN_UNITS, LEARNING_RATE, BATCH_SIZE, WEIGHT_DECAY = 100, 1e-3, 200, 1e-4
+MAX_EPOCHS = 10_000  # the runs' limit; scikit-learn's default, 200, ends fits to classes and to small sets too early
 TOLERANCE, PATIENCE = 1e-4, 10  # stop once more than PATIENCE epochs running have not improved the loss by TOLERANCE
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 CHUNK = 1024  # samples of a full batch whose activations are still in a CPU cache when the gradient needs them

@@ -127,8 +127,8 @@ def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None):
     """R² of an MLP on the test set, by (encoding, target).
 
     encodings: dict name → (fit_h, test_h), standardised; generator: a torch.Generator, of which one number is drawn. One hidden
-    layer of 100 ReLU units and scikit-learn's defaults for MLPRegressor, in float32; with `steps`, that many steps instead of
-    its rule to stop. Raises ValueError where the training diverges.
+    layer of 100 ReLU units and scikit-learn's defaults for MLPRegressor but for MAX_EPOCHS, in float32; with `steps`, that many
+    steps instead of its rule to stop. Raises ValueError where the training diverges.
     """
     for fit_h, test_h in encodings.values():
         check_regression(fit_h, fit_targets, test_h, test_targets)

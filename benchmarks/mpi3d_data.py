@@ -51,7 +51,8 @@ class PlainDataset(torch.utils.data.Dataset):
         self.images = content["images"][np.ravel_multi_index(tuple(factors[key] for key in MPI3D_GRID), tuple(grid))]
         tokenise = NLTKWordTokenizer().tokenize
         self.captions = [tokenise(line) for line in (folder / split / f"text_{name}.txt").read_text().splitlines()]
-        self.vocabulary = json.loads((folder / f"vocab_{name}.json").read_text())
+        vocabulary = json.loads((folder / f"vocab_{name}.json").read_text())
+        self.vocabulary = vocabulary.get("w2i", vocabulary)
         self.length = 1 + max(map(len, self.captions))
 
     def __len__(self):

@@ -22,6 +22,7 @@ from sklearn.metrics import matthews_corrcoef
 from sklearn.neural_network import MLPClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mlp_probes
 import probes
 from datasets import MPI3D_GRID
 from running.devices import describe_device
@@ -63,7 +64,8 @@ def sklearn_evaluation(encodings, fit_targets, test_targets, seed):
     scores, seconds = {}, {"logistic": 0.0, "mlp": 0.0}
     for modality, (fit_h, test_h) in encodings.items():
         for factor in fit_targets:
-            models = {"logistic": LogisticRegression(max_iter=1000), "mlp": MLPClassifier(random_state=seed)}
+            mlp = MLPClassifier(max_iter=mlp_probes.MAX_EPOCHS, random_state=seed)
+            models = {"logistic": LogisticRegression(max_iter=1000), "mlp": mlp}
             for probe, model in models.items():
                 started = time.perf_counter()
                 model.fit(fit_h.numpy(), fit_targets[factor].numpy())

@@ -27,6 +27,7 @@ from sklearn.neural_network import MLPRegressor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernel_ridge
+import mlp_probes
 import probes
 from running.cores import usable_cores
 from running.devices import describe_device
@@ -68,10 +69,11 @@ def our_evaluation(encodings, fit_targets, test_targets, seed, device):
 
 def sklearn_evaluation(encodings, fit_targets, test_targets, seed):
     """The same by scikit-learn, one target at a time."""
-    start, scores = time.perf_counter(), {}
+    start, scores, limit = time.perf_counter(), {}, mlp_probes.MAX_EPOCHS
     for name, (fit_h, test_h) in encodings.items():
         for target in fit_targets:
-            for probe, model in (("linear", LinearRegression()), ("mlp", MLPRegressor(random_state=seed))):
+            mlp = MLPRegressor(max_iter=limit, random_state=seed)
+            for probe, model in (("linear", LinearRegression()), ("mlp", mlp)):
                 model.fit(fit_h.numpy(), fit_targets[target].squeeze(1).numpy())
                 prediction = model.predict(test_h.numpy()).reshape(len(test_h), -1)
                 scores[probe, name, target] = r2_score(test_targets[target].numpy(), prediction)

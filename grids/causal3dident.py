@@ -7,7 +7,15 @@ from datasets import causal_bias
 from grids.cells import Cell, Figure
 from grids.models import BLENDER, DataSet, ResultFile, Setting
 from main_causal3dident import Causal3dIdentExperiment
-from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, CAUSAL_TEXT, CAUSAL_TOOLS, causal_text_factor
+from reading.causal3dident import (
+    CAUSAL_BIAS_IDS,
+    CAUSAL_BIAS_TYPES,
+    CAUSAL_IMAGE,
+    CAUSAL_TEXT,
+    CAUSAL_TOOLS,
+    RUNS_SPELLING,
+    causal_text_factor,
+)
 
 DATA = DataSet(
     "data/Causal3DIDent/latents_image.csv",
@@ -33,8 +41,8 @@ SCORES = {
     ("nonlinear", "mcc"): "mcc_mlp",
 }
 KEYS, APPLIES = ("ix", "modality", "factor_name", "factor_type"), {"continuous": "r2", "discrete": "mcc"}
-RESULTS = ResultFile("results.csv", KEYS, tuple(SCORES.values()), APPLIES)
-PAPER_SPELLING = {"spotlight_color_index": "splotlight_color_index"}  # in the tables of the paper's numbers
+SPELLING = {runs: own for own, runs in RUNS_SPELLING.items()}  # of results.csv; those of earlier versions have our own
+RESULTS = ResultFile("results.csv", KEYS, tuple(SCORES.values()), APPLIES, spelling=SPELLING)
 # Causes of each semantics; the hues have noise of their own besides.
 CAUSES = {
     "object_color": ("object_xpos", "object_ypos"),
@@ -76,7 +84,7 @@ def causal3dident_cells(figure, scale):
             name, flags = f"{bias_type}_{bias_id}", f"{FLAGS[scale]} --bias-type {bias_type} --bias-id {bias_id}"
             setting = Setting(Causal3dIdentExperiment, scale, name, "main_causal3dident.py", flags, data)
             keys = {"figure": figure.number, "probe": probe, "metric": metric, "bias_type": bias_type, "bias_id": bias_id}
-            keys |= {"modality": modality, "factor": PAPER_SPELLING.get(factor, factor)}
+            keys |= {"modality": modality, "factor": RUNS_SPELLING.get(factor, factor)}
             panel = (f"{modality} encoding", f"{bias_type[:-1]} bias")
             where, score = {"modality": modality, "factor_name": factor}, SCORES[probe, metric]
             learned = foretold(bias, factor) if probe == "nonlinear" else None

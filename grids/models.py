@@ -29,8 +29,9 @@ class ResultFile:
     """A CSV in a model directory, with the columns `keys`, which tell its rows apart, and `scores`, which are numbers.
 
     applies: where some scores do not apply to some rows, dict factor_type → prefix of those that do; rows: the keys of every
-    row, none: those that the experiment names. A file that the training does not write has a script and dict scale → its
-    flags, if any, and the name of the record of how it was made in args.json, and dict scale → what this must hold.
+    row, none: those that the experiment names; spelling: dict of another spelling of a key → the one that is read. A file that
+    the training does not write has a script and dict scale → its flags, if any, and the name of the record of how it was made
+    in args.json, and dict scale → what this must hold.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ResultFile:
     scores: tuple
     applies: dict = dataclasses.field(default_factory=dict)
     rows: tuple = ()
+    spelling: dict = dataclasses.field(default_factory=dict)
     script: str = ""
     flags: dict = dataclasses.field(default_factory=dict)
     record: str = ""
@@ -163,7 +165,7 @@ class Model:
                 if made != value:
                     wanted = f"the {setting.scale} scale has {value}; remove it and `run` makes it again"
                     raise InputError(f"{path} was made with {name} {made}, and {wanted}")
-        table = read_csv(path, (*file.keys, *file.scores), gaps=True)
+        table = read_csv(path, (*file.keys, *file.scores), gaps=True).replace(file.spelling)
         scores = {name: pd.to_numeric(table[name], errors="coerce") for name in file.scores}
         rows = table.assign(**scores).to_dict("records")
         for keys in file.rows or setting.experiment.result_rows(trained_args(setting)):

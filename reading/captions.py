@@ -63,17 +63,23 @@ class Captions:
         """(B, L) int64 tokens of the captions `rows`, a (B,) int64 tensor on the captions' device."""
         return self.tokens[self.index[rows]].long()
 
+    def with_words(self, count, unknown):
+        """The same, on the CPU, with `unknown` for every number from `count` on."""
+        tokens = self.tokens.cpu().int()
+        tokens = torch.where(tokens < count, tokens, unknown)
+        return Captions(tokens.to(torch.uint8 if count <= 256 else torch.int32), self.index.cpu())
 
-def load_captions(parts, vocabulary_file, cache_file):
+
+def load_captions(parts, vocabulary_file, cache_file, heard=("train",)):
     """(captions, vocabulary): dict split → Captions, and dict word → number.
 
     parts: dict split → (file, slice of its lines), with "train" among the splits. Each caption ends with {eos} and is padded
     with {pad}, up to the longest of all splits plus one, so that one encoder reads them all. The vocabulary is that of
-    vocabulary_file; where there is none it is {pad}, {eos}, {unk}, then the words of "train" in order of appearance. The
-    result is kept in cache_file, if that can be written, and taken from there as long as the files hold the same bytes.
-    Raises InputError that names a missing or damaged file or an empty caption.
+    vocabulary_file; where there is none it is {pad}, {eos}, {unk}, then the words of the splits `heard` in order of
+    appearance. The result is kept in cache_file, if that can be written, and taken from there as long as the files hold the
+    same bytes. Raises InputError that names a missing or damaged file or an empty caption.
     """
-    digest = hashlib.blake2b(repr([(split, lines) for split, (_, lines) in parts.items()]).encode())
+    digest = hashlib.blake2b(repr([(split, lines, split in heard) for split, (_, lines) in parts.items()]).encode())
     files = dict.fromkeys(path for path, _ in parts.values())
     for path in (*files, vocabulary_file):  # the vocabulary last: its content is needed again
         content = Path(path).read_bytes() if Path(path).exists() else None
@@ -81,13 +87,13 @@ def load_captions(parts, vocabulary_file, cache_file):
         digest.update(content or b"")
     loaded = _read_cache(cache_file, digest.hexdigest(), parts)
     if loaded is None:
-        loaded = _tokenise_files(parts, files, _parsed_vocabulary(vocabulary_file, content))
+        loaded = _tokenise_files(parts, files, heard, _parsed_vocabulary(vocabulary_file, content))
         _write_cache(cache_file, digest.hexdigest(), *loaded)
     return loaded
 
 
-def _tokenise_files(parts, files, vocabulary):
-    """What `load_captions` returns, from the captions' `files`; vocabulary: None for that of the training captions."""
+def _tokenise_files(parts, files, heard, vocabulary):
+    """What `load_captions` returns, from the captions' `files`; vocabulary: None for that of the splits `heard`."""
     files = {path: read_lines(path) for path in files}
     for path, lines in files.items():
         if empty := next((number for number, line in enumerate(lines, 1) if not line.strip()), None):
@@ -98,7 +104,7 @@ def _tokenise_files(parts, files, vocabulary):
             raise InputError(f"{path} holds no caption for {split}; make it again")
         numbers, captions = pd.factorize(np.array(files[path][part], dtype=object))
         index[split], distinct[split] = torch.from_numpy(numbers.astype(np.int32)), list(map(tokenise, captions))
-    vocabulary = vocabulary or number_words(distinct["train"])
+    vocabulary = vocabulary or number_words(caption for split in heard for caption in distinct[split])
     length = 1 + max(len(caption) for captions in distinct.values() for caption in captions)
     return {split: Captions(_encode(distinct[split], vocabulary, length), index[split]) for split in parts}, vocabulary
 

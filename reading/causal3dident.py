@@ -39,14 +39,16 @@ def causal_text_factor(name):
 
 CAUSAL_TEXT = {causal_text_factor(name): (CAUSAL_IMAGE | CAUSAL_PALETTES)[name] for name in CAUSAL_SEMANTICS}
 CAUSAL_TEXT["text_phrasing"] = 5
+# What files of the paper's runs, and those written here, call some columns and factors of captions.
+RUNS_SPELLING = {f"spotlight_color_{kind}": f"splotlight_color_{kind}" for kind in ("name", "index")}
 
 
 def read_latents(path, factors, names=()):
     """Dict column → (N,) array of a table of latents: int64 or float64 for `factors`, and of strings for `names`.
 
     factors: dict name → number of values, or None for a number in [0, 1]. Other columns and empty lines are passed over.
-    Earlier tools spelled the spotlight's columns `splotlight_color…`. Raises InputError that names the file and what is missing,
-    or the line of the first value that is out of range.
+    The spotlight's columns may have either spelling of RUNS_SPELLING. Raises InputError that names the file and what is
+    missing, or the line of the first value that is out of range.
     """
     made_by = f"{CAUSAL_TOOLS}/generate_latents.py writes"
     try:

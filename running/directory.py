@@ -25,6 +25,7 @@ import torch
 from running.command_line import InputError
 from running.devices import describe_device
 from running.files import read_json, write_bytes, write_json
+from running.official import completed, is_official, own_names
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
 LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0}
@@ -49,7 +50,7 @@ def find_directory(args, default_id):
     if sum((args.resume, args.overwrite, args.evaluate)) > 1:
         raise InputError("--resume, --overwrite and --evaluate exclude each other")
     if args.model_id is None:
-        for flag in ("resume", "evaluate", "load_args"):
+        for flag in ("resume", "evaluate", "load_args", "export_official"):
             if getattr(args, flag):
                 raise InputError(f"--{flag.replace('_', '-')} needs --model-id, the folder of a model in {args.model_dir}")
         args.model_id = fresh_id(args.model_dir, default_id)
@@ -68,7 +69,7 @@ def adopt_stored_flags(args, given, parser, directory):
     args_file = directory / "args.json"
     if not (args.evaluate or args.load_args or (args.resume and args_file.exists())):
         return
-    stored = LATER_FLAGS | stored_args(directory)
+    stored = known_args(directory, parser)
     own = parser.names("call") | (given & parser.names("freely", "again"))
     if args.evaluate:
         own |= {"seed", *parser.freely}  # of the evaluation
@@ -102,9 +103,10 @@ def trained_args(directory, experiment_class):
 
     Raises InputError if args.json is missing or damaged, or says that the model is not finished.
     """
-    stored, parser = LATER_FLAGS | stored_args(directory), experiment_class.parser()
-    if not stored.get("finished"):
+    if not is_finished(directory):
         raise InputError(f"{directory} holds no finished model")
+    parser = experiment_class.parser()
+    stored = known_args(directory, parser)
     args, _ = parser.parse([])
     for name in [name for name in vars(args) if name not in parser.freely]:
         check_stored_value(name, stored, Path(directory) / "args.json", parser)
@@ -137,9 +139,21 @@ def stored_args(directory):
     return stored
 
 
+def known_args(directory, parser):
+    """`stored_args`, with what earlier versions and the code behind the paper's figures did where a flag of ours is missing."""
+    stored = stored_args(directory)
+    if is_official(stored):
+        stored = completed(stored, parser)
+        encoders = [path for name in ("f_x", "encoder_img") if (path := Path(directory) / f"{name}.pt").exists()]
+        if stored.get("encoding_size") == 0 and encoders:  # their default is not ours
+            stored["encoding_size"] = encoding_size(read_weights(encoders[0]))
+    return LATER_FLAGS | stored
+
+
 def is_finished(directory):
     """Whether the run in `directory` has ended: trained, evaluated, all files written."""
-    return (Path(directory) / "args.json").exists() and bool(stored_args(directory).get("finished"))
+    stored = stored_args(directory) if (Path(directory) / "args.json").exists() else {"finished": False}
+    return bool(stored.get("finished", is_official(stored)))
 
 
 def start_directory(directory, args, details):
@@ -169,14 +183,14 @@ def start_directory(directory, args, details):
     write_args(directory, args, {**details, "finished": False})
 
 
-def take_evaluation_seed(args, directory):
-    """(stored, seed): args.json of the model that --evaluate evaluates, and the evaluation's seed, drawn if not given.
+def take_evaluation_seed(args, directory, parser):
+    """(stored, seed): `known_args` of the model that --evaluate evaluates, and the evaluation's seed, drawn if not given.
 
     Raises InputError if the seed is that of the training or the model is not trained to its end, and OSError if the results
     could not be written.
     """
-    stored, seed = stored_args(directory), args.seed
-    if not stored.get("finished") and (step := checkpoint_step(directory / "checkpoint.pt")) < args.train_steps:
+    stored, seed = known_args(directory, parser), args.seed
+    if not is_finished(directory) and (step := checkpoint_step(directory / "checkpoint.pt")) < args.train_steps:
         raise InputError(f"{directory} is trained for {step} of {args.train_steps} steps; --resume continues it")
     if seed is None:
         seed = next(seed for seed in iter(drawn_seed, None) if seed != stored["seed"])
@@ -210,7 +224,7 @@ def check_writable(directory):
 
 def write_args(directory, args, details):
     """args.json: every flag that says what was trained and evaluated, then `details`."""
-    of_the_call = ("resume", "overwrite", "evaluate", "load_args")
+    of_the_call = ("resume", "overwrite", "evaluate", "load_args", "export_official")
     flags = {name: value for name, value in vars(args).items() if name not in of_the_call}
     write_json(directory / "args.json", {**flags, **details})
 
@@ -295,15 +309,22 @@ def save_weights(state, path):
     save_torch({name.removeprefix("module."): value.cpu() for name, value in state.items()}, path)
 
 
-def load_weights(module, path):
-    """Load a state_dict into `module`, with or without the prefix `module.`; returns the module.
-
-    Raises InputError naming the file if it is missing, damaged or of another shape.
-    """
+def read_weights(path):
+    """The state_dict of a network's file, under our names; InputError naming the file if it is missing or damaged."""
     state = load_torch(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path} does not hold weights, expected the state_dict of a {type(module).__name__}")
-    load_state(module, {name.removeprefix("module."): value for name, value in state.items()}, path)
+        raise InputError(f"{path} does not hold weights, expected a state_dict")
+    return own_names(Path(path).stem, state)
+
+
+def encoding_size(state):
+    """Dimensions of the encodings of an encoder's state_dict, whose last weight is the bias of its last layer."""
+    return len(list(state.values())[-1])
+
+
+def load_weights(module, path):
+    """Load a network's file into `module`; returns the module. InputError as `read_weights`, and if the shapes differ."""
+    load_state(module, read_weights(path), path)
     return module
 
 

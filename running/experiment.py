@@ -8,6 +8,7 @@ args.json is there from the first moment and says "finished" last of all: killed
 import abc
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -18,19 +19,24 @@ from running.directory import (
     adopt_stored_flags,
     check_machine,
     drawn_seed,
+    encoding_size,
     find_directory,
     is_finished,
     keep_results,
     load_weights,
     provenance,
+    read_weights,
     refuse_to_overwrite,
+    save_torch,
     save_weights,
     start_directory,
     stored_args,
     take_evaluation_seed,
+    trained_args,
     write_args,
 )
 from running.files import write_csv, write_json
+from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES, smallest_batch
 from running.training import after_training, train
 
@@ -154,6 +160,8 @@ def add_run_flags(parser):
     flag("--overwrite", bool, "train anew where a model lies already", None, "call")
     flag("--evaluate", bool, "do not train: evaluate a trained model again, with another seed", None, "call")
     flag("--load-args", bool, "let args.json of the model directory win over contradicting flags", None, "call")
+    flag("--export-official", str, "do not train: write a trained model into that folder, as the code behind the paper's "
+         "figures reads it", None, "call")  # fmt: skip
     flag("--log-steps", integer(1), "steps between two lines of progress and checkpoints", 1000, "freely")
     flag("--no-cuda", bool, "stay on the CPU", None, "freely")
     parser.section("training", "--recipe sets what follows it at once; a flag that is given wins")
@@ -181,8 +189,9 @@ def run_experiment(experiment_class, argv=None):
     with ranks.joined():
         ranks.require_alike({"flags": " ".join(sys.argv[1:] if argv is None else argv)})
         args, given, directory = ranks.from_first(lambda: settled_flags(experiment_class, argv))
-        if args.evaluate:
-            return evaluate_again(experiment_class, args, directory) if ranks.rank() == 0 else 0
+        if args.evaluate or args.export_official:
+            work = evaluate_again if args.evaluate else export_model
+            return work(experiment_class, args, directory) if ranks.rank() == 0 else 0
         if args.resume and ranks.from_first(lambda: is_finished(directory)):
             print(f"{directory} is finished already: nothing to resume")
             return 0
@@ -205,6 +214,8 @@ def settled_flags(experiment_class, argv):
     parser = experiment_class.parser()
     args, given = parser.parse(argv)
     directory = find_directory(args, experiment_class.default_id(args))
+    if args.export_official:
+        return args, given, directory
     adopt_stored_flags(args, given, parser, directory)
     refuse_to_overwrite(args, directory)
     experiment_class.settle(args)
@@ -244,8 +255,8 @@ def finish(experiment, directory, progress, details):
 
 def evaluate_again(experiment_class, args, directory):
     """--evaluate: results.csv of a trained model by another seed; the results of an earlier one are kept beside it."""
-    device = select_device(args.no_cuda)
-    stored, seed = take_evaluation_seed(args, directory)
+    device, parser = select_device(args.no_cuda), experiment_class.parser()
+    stored, seed = take_evaluation_seed(args, directory, parser)
     # in full, also where the device does not have the precision of the training
     args.seed, args.precision = stored["seed"], "fp32"
     experiment = experiment_class(args, device)
@@ -254,8 +265,28 @@ def evaluate_again(experiment_class, args, directory):
     print(f"model        {directory}, training seed {args.seed}, evaluation seed {seed}")
     print_description(experiment)
     timing = write_evaluation(experiment, directory, seed, stored.get("eval_seed"))
-    flags = {name: getattr(args, name) for name in experiment_class.parser().names("again")}
+    flags = {name: getattr(args, name) for name in parser.names("again")}
     write_json(directory / "args.json", {**stored, **flags, "eval_seed": seed, **timing, "finished": True})
+    return 0
+
+
+def export_model(experiment_class, args, directory):
+    """--export-official: weights and args.json of a trained model in the folder that it names, as running/official.py says.
+
+    Raises InputError if that holds files, and for a model that the code behind the paper's figures could not evaluate.
+    """
+    target = Path(args.export_official)
+    args, _ = trained_args(directory, experiment_class)
+    flags = official_args(args, experiment_class.parser())
+    states = {file: read_weights(directory / file) for file in experiment_class.weight_files}
+    flags["encoding_size"] = encoding_size(states[experiment_class.weight_files[-1]])
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already; name a folder that does not")
+    target.mkdir(parents=True, exist_ok=True)
+    for file, state in states.items():
+        save_torch(official_names(Path(file).stem, state), target / file)
+    write_json(target / "args.json", flags)
+    print(f"{target}: {directory} as the code behind the paper's figures reads it")
     return 0
 
 

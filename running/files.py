@@ -82,10 +82,15 @@ def read_table(path):
 
 
 def read_csv(path, columns, gaps=False):
-    """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named."""
+    """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named.
+
+    A first column without a name, the index of a DataFrame, is passed over.
+    """
     import pandas as pd
 
     table = read_table(path)
+    if len(table.columns) and table.columns[0] == "Unnamed: 0":
+        table = table.iloc[:, 1:]
     surplus = not isinstance(table.index, pd.RangeIndex)  # rows longer than the header: pandas takes names for them
     if surplus or list(table.columns) != list(columns) or table.empty or (table.isna().to_numpy().any() and not gaps):
         rows = "rows" if gaps else "rows without gaps"

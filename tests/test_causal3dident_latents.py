@@ -2,6 +2,8 @@
 
 import colorsys
 import functools
+import itertools
+import operator
 import re
 
 import numpy as np
@@ -15,6 +17,9 @@ from tests.scripts import contents, outcome
 
 N = 20_000
 NOISE = 5 / N**0.5  # a correlation of independent factors is larger once in a million times
+# of a caption's table, by the factor that they state
+COLUMNS = [("object_shape",), ("object_xpos",), ("object_ypos",), ("spotlight_pos",),
+           *((f"{name}_name", f"{name}_index") for name in ("object_color", "splotlight_color", "background_color"))]  # fmt: skip
 SETTINGS = [f"{bias_type}_{bias_id}" for bias_type in ("selections", "perturbations") for bias_id in range(7)]
 PALETTES = {"object_color": TABLEAU_COLORS, "spotlight_color": CSS4_COLORS, "background_color": XKCD_COLORS}
 PERTURBED = ["background_color", "spotlight_color", "object_color", "spotlight_pos", "object_ypos", "object_xpos"]
@@ -115,9 +120,13 @@ def test_of_two_names_of_one_colour_the_first_is_taken():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_caption_states_wrongly_what_the_setting_perturbs_and_nothing_else(tables, image, setting):
     text, bias_id = tables[f"latents_text_{setting}.csv"], int(setting[-1])
+    stated = COLUMNS if setting.startswith("perturbations") else COLUMNS[: bias_id + 1]
+    assert list(text) == [*itertools.chain(*stated), "text_phrasing"]
     perturbed = set(PERTURBED[:bias_id]) if setting.startswith("perturbations") else set()
     assert (text.object_shape == image.object_shape).all()
     for name, count in (("object_xpos", 3), ("object_ypos", 3), ("spotlight_pos", None)):
+        if (name,) not in stated:
+            continue
         if name not in perturbed:
             assert (text[name] == image[name]).all()
         elif count:
@@ -125,7 +134,10 @@ def test_a_caption_states_wrongly_what_the_setting_perturbs_and_nothing_else(tab
         else:
             assert stats.kstest(text[name], "uniform").pvalue > 1e-4
             assert abs(text[name].corr(image[name])) < NOISE
+    text = text.rename(columns=lambda name: name.replace("splotlight", "spotlight"))
     for factor, palette in PALETTES.items():
+        if f"{factor}_index" not in text:
+            continue
         names = np.array(sorted(palette))
         assert (names[text[f"{factor}_index"]] == text[f"{factor}_name"]).all()
         if factor in perturbed:
@@ -185,19 +197,22 @@ def test_captions_say_what_the_latents_say(data, setting):
     captions = (data / f"text/{setting}/text_raw.txt").read_text().split("\n")
     assert captions.pop() == ""
     table = pd.read_csv(data / f"latents_text_{setting}.csv")
+    table = table.rename(columns=lambda name: name.replace("splotlight", "spotlight"))
     order = ["object_shape", "object_xpos", "object_ypos", "spotlight_pos", *PALETTES]
     spoken_of = order[: int(setting[-1]) + 1] if setting.startswith("selections") else order
     assert len(captions) == len(table) == 300
     fifths = ["northwest", "northeast", "center", "southwest", "southeast"]
     for caption, row in zip(captions, table.itertuples(), strict=True):
-        expected = {
-            "object_shape": ["teapot", "hare", "dragon", "cow", "armadillo", "horse", "head"][row.object_shape],
-            "object_xpos": ["left", "center", "right"][row.object_xpos],
-            "object_ypos": ["top", "mid", "bottom"][row.object_ypos],
-            "spotlight_pos": fifths[min(int(row.spotlight_pos // 0.2), 4)],
-            **{factor: getattr(row, f"{factor}_name") for factor in PALETTES},
+        words = {
+            "object_shape": lambda row: ["teapot", "hare", "dragon", "cow", "armadillo", "horse", "head"][
+                row.object_shape
+            ],
+            "object_xpos": lambda row: ["left", "center", "right"][row.object_xpos],
+            "object_ypos": lambda row: ["top", "mid", "bottom"][row.object_ypos],
+            "spotlight_pos": lambda row: fifths[min(int(row.spotlight_pos // 0.2), 4)],
+            **{factor: operator.attrgetter(f"{factor}_name") for factor in PALETTES},
         }
-        assert parsed(caption) == {factor: expected[factor] for factor in spoken_of}
+        assert parsed(caption) == {factor: words[factor](row) for factor in spoken_of}
     beginnings = (
         "A ",
         "A ",
@@ -236,14 +251,19 @@ def test_a_caption_is_the_template_word_for_word(n_factors, phrasing, caption):
     ) == [caption]
 
 
-def test_the_misspelled_columns_of_earlier_tools_are_read(data, run):
+@pytest.mark.parametrize("index", [False, True])
+def test_either_spelling_wider_tables_and_an_index_are_read(data, run, index):
     before = contents(data / "text")
     for path in data.glob("latents_text_*.csv"):
-        path.write_text(path.read_text().replace("spotlight_color_", "splotlight_color_"))
+        wider = pd.read_csv(data / "latents_text_perturbations_0.csv").rename(
+            columns=lambda name: name.replace("splot", "spot")
+        )
+        own = pd.read_csv(path).rename(columns=lambda name: name.replace("splot", "spot"))
+        own.combine_first(wider).to_csv(path, index=index)
     assert run(generate_text.main, "--output-folder", data)[0] == 0
     assert contents(data / "text") == before
-    path = next(data.glob("latents_text_*.csv"))
-    pd.read_csv(path).assign(spotlight_color_name="red").to_csv(path, index=False)
+    path = data / "latents_text_selections_6.csv"
+    pd.read_csv(path).assign(splotlight_color_name="red").to_csv(path, index=False)
     code, err = run(generate_text.main, "--output-folder", data)[::2]
     assert code == 2 and "has the column spotlight_color_name in two spellings" in err and err.count("\n") == 1
 

@@ -299,16 +299,18 @@ def test_a_folder_that_cannot_be_written_is_read(mpi3d, monkeypatch):
 
 
 def test_the_vocabulary_is_that_of_the_training_captions_by_appearance(mpi3d):
-    rendered = json.loads((mpi3d / "vocab_selection_2.json").read_text())
+    both_ways = json.loads((mpi3d / "vocab_selection_2.json").read_text())
+    rendered, words = both_ways["w2i"], both_ways["i2w"]
     os.remove(mpi3d / "vocab_selection_2.json")
     pairs, _ = load_mpi3d(mpi3d, "selection", 2)
     lines = (mpi3d / "train/text_selection_2.txt").read_text().splitlines()
     expected = dict.fromkeys(["{pad}", "{eos}", "{unk}", *(word for line in lines for word in tokenise(line))])
     assert list(pairs.vocabulary.items()) == list(rendered.items()) == [(word, i) for i, word in enumerate(expected)]
+    assert both_ways.keys() == {"w2i", "i2w"} and words == {str(i): word for i, word in enumerate(expected)}
 
 
 def test_splits_may_be_parts_of_one_file(tmp_path):
-    """The vocabulary is that of the training part alone."""
+    """The vocabulary is that of the training part alone, or of the parts that are named."""
     (tmp_path / "all.txt").write_text("a red cow.\na red cow.\na blue hen.\na red hen.\n")
     parts = {"train": (tmp_path / "all.txt", slice(0, 2)), "test": (tmp_path / "all.txt", slice(2, 4))}
     for _ in range(2):  # the second time from the cache
@@ -316,6 +318,10 @@ def test_splits_may_be_parts_of_one_file(tmp_path):
         assert list(vocabulary) == ["{pad}", "{eos}", "{unk}", "a", "red", "cow", "."]
         assert captions["train"].tokens.tolist() == [[3, 4, 5, 6, 1]] and captions["train"].index.tolist() == [0, 0]
         assert captions["test"].take(torch.tensor([1, 0])).tolist() == [[3, 4, 2, 6, 1], [3, 2, 2, 6, 1]]
+    for _ in range(2):
+        captions, vocabulary = load_captions(parts, tmp_path / "none.json", tmp_path / "cache.npz", heard=parts)
+        assert list(vocabulary) == ["{pad}", "{eos}", "{unk}", "a", "red", "cow", ".", "blue", "hen"]
+        assert captions["test"].take(torch.tensor([1, 0])).tolist() == [[3, 4, 8, 6, 1], [3, 7, 8, 6, 1]]
     other = {**parts, "test": (tmp_path / "all.txt", slice(3, 4))}
     captions, _ = load_captions(other, tmp_path / "none.json", tmp_path / "cache.npz")
     assert len(captions["test"].index) == 1

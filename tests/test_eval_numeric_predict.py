@@ -353,6 +353,34 @@ def test_the_latents_are_those_of_the_training_whatever_the_protocol_of_the_task
             assert np.array_equal(latents.covariances[name], covariance)
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("--semantics-n 3", "--semantics-n 10"),
+        ("--modality-n 1", "--modality-n 0"),
+        ("--theta-value 3", "--theta-value 1022"),
+        ("--beta-value -1", "--beta-value 0"),
+        ("--change-prob 0.75", "--change-prob 0.5"),
+        ("", "--causal-dependence"),
+        ("--margin-param 1", "--margin-param 2"),
+        ("--cond-param 1.0", "--cond-param 0.5"),
+        ("--n-mixing-layer 3", "--n-mixing-layer 2"),
+        ("--encoding-size 0", "--encoding-size 1"),
+        ("--encoding-size 2", "--encoding-size 3"),  # of the unbiased block, {s_0, s_1}
+    ],
+)
+def test_flags_of_the_setting_must_agree_with_the_model(predict, model, right, wrong):
+    before = contents(model)
+    code, _, err = predict([model], wrong)
+    flag, *value = wrong.split()
+    assert (
+        code == 2 and f"{flag} {value[0] if value else True}" in err and "contradicts" in err and err.count("\n") == 1
+    )
+    assert contents(model) == before
+    assert predict([model], right)[0] == 0 and set(RESULTS) <= contents(model).keys()
+    assert predict([model], wrong)[0] == 2, "also where nothing is left to do"
+
+
 def test_the_shifted_samples_alone_are_shifted(predict, model, monkeypatch):
     kept, encode = [], downstream.encode
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 from datasets import Bias, causal_bias, load_causal3dident
 from reading import images as image_reading
 from reading.captions import tokenise
@@ -51,18 +52,17 @@ def test_pairs_are_those_of_a_plain_loop_over_the_files(causal3dident, bias_type
         for number, (pixels, tokens) in enumerate(found, start):
             with Image.open(files[number]) as expected:
                 assert np.array_equal(pixels, np.asarray(expected))
-            known = (word if word in pairs.vocabulary else "{unk}" for word in tokenise(captions[number]))
-            caption = [*known, "{eos}"]
+            caption = [*tokenise(captions[number]), "{eos}"]
             assert [words[token] for token in tokens] == caption + ["{pad}"] * (pairs.length - len(caption))
         for table, factors in ((image, pairs.splits[split].image_factors), (text, pairs.splits[split].text_factors)):
             for name, values in factors.items():
-                assert np.array_equal(values, table[name][start:stop]), name
-                assert values.dtype == (torch.int64 if table[name].dtype.kind == "i" else torch.float64)
+                column = table[name.replace("spotlight_color_", "splotlight_color_")]
+                assert np.array_equal(values, column[start:stop]), name
+                assert values.dtype == (torch.int64 if column.dtype.kind == "i" else torch.float64)
         assert set(pairs.splits[split].image_factors) == set(image)
-    # the vocabulary knows the words of the training captions alone
-    assert list(words.values()) == list(
-        dict.fromkeys(["{pad}", "{eos}", "{unk}", *(word for line in captions[:160] for word in tokenise(line))])
-    )
+    # the vocabulary knows the words of all captions, {unk} is none
+    spoken = dict.fromkeys(word for line in captions for word in tokenise(line))
+    assert list(words.values()) == ["{pad}", "{eos}", "{unk}", *spoken]
 
 
 def test_the_settings_and_the_text_s_factors_are_those_of_who_writes_them():
@@ -92,11 +92,11 @@ def test_a_selection_s_text_factors_are_what_its_captions_state(causal3dident, k
     assert list(pairs.splits["fit"].text_factors) == [*expected, "text_phrasing"]
 
 
-def test_the_older_spelling_is_read_alike(causal3dident):
+def test_the_other_spelling_is_read_alike(causal3dident):
     before, _ = load_causal3dident(causal3dident, "perturbations", 2)
     path = causal3dident / "latents_text_perturbations_2.csv"
-    assert path.read_text().count("spotlight_color_index") == 1
-    replace(path, path.read_text().replace("spotlight_color_", "splotlight_color_"))
+    assert path.read_text().count("splotlight_color_index") == 1
+    replace(path, path.read_text().replace("splotlight_color_", "spotlight_color_"))
     after, _ = load_causal3dident(causal3dident, "perturbations", 2)
     for name, values in before.splits["train"].text_factors.items():
         assert torch.equal(after.splits["train"].text_factors[name], values)
@@ -246,9 +246,10 @@ def swapped_captions(folder):
 
 
 def swapped_setting(folder):
-    """Captions and latents of another setting."""
+    """Captions and latents of another setting, in a table that has all columns, as earlier versions wrote it."""
     swapped_captions(folder)
-    replace(folder / "latents_text_selections_1.csv", (folder / "latents_text_selections_0.csv").read_bytes())
+    table, xpos = pd.read_csv(folder / "latents_text_selections_0.csv"), pd.read_csv(folder / IMAGE).object_xpos
+    replace(folder / TEXT, table.assign(object_xpos=xpos).to_csv(index=False))
 
 
 def unlink(name):
@@ -332,3 +333,25 @@ def test_images_json_of_the_latents_is_accepted(causal3dident):
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(InputError, match=r"nowhere is no folder, expected that of Causal3DIdent"):
         load_causal3dident(tmp_path / "nowhere", "selections", 0)
+
+
+@pytest.mark.parametrize("words", [0, 300])
+def test_pairs_with_the_training_words_are_those_of_earlier_versions(causal3dident, monkeypatch, words):
+    """With few words and, in wider integers, with more; rows after the training's have words of their own."""
+    path = causal3dident / "text/selections_1/text_raw.txt"
+    captions = path.read_text().splitlines()
+    captions = [f"{line} t{number % max(words // 3, 1)}" for number, line in enumerate(captions)]
+    captions[150:] = [f"{line} w{number}" for number, line in enumerate(captions[150:])]
+    captions[0] += "".join(f" x{number}" for number in range(words // 3))
+    replace(path, "\n".join(captions) + "\n")
+    monkeypatch.setattr(datasets, "check_captions", lambda *_, **__: None)
+    pairs, _ = load_causal3dident(causal3dident, "selections", 1)
+    fewer = pairs.with_training_words()
+    real = datasets.load_captions
+    monkeypatch.setattr(datasets, "load_captions", lambda *files, heard: real(*files))
+    earlier, _ = load_causal3dident(causal3dident, "selections", 1)
+    assert earlier.vocabulary == fewer.vocabulary and len(pairs.vocabulary) == len(earlier.vocabulary) + 40
+    assert fewer.fingerprint == earlier.fingerprint != pairs.fingerprint
+    rows = torch.arange(20)
+    assert (fewer.tokens_of("test", rows) == 2).sum() == 20 and not (pairs.tokens_of("test", rows) == 2).any()
+    assert torch.equal(fewer.images_of("test", rows), pairs.images_of("test", rows))

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,7 +20,7 @@ from image_text import ImageTextExperiment
 from main_causal3dident import Causal3dIdentExperiment
 from reading import images as image_reading
 from running import experiment
-from tests.scripts import Killed, SmallImageEncoder, contents, small_image_text_run
+from tests.scripts import Killed, SmallImageEncoder, contents, replace, small_image_text_run
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
 FILES = [
@@ -31,7 +32,17 @@ FILES = [
     "results.png",
     "train_log.csv",
 ]
-COLUMNS = ["ix", "modality", "factor_name", "factor_type", "r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp"]
+COLUMNS = [
+    "Unnamed: 0",
+    "ix",
+    "modality",
+    "factor_name",
+    "factor_type",
+    "r2_linreg",
+    "r2_krreg",
+    "mcc_logreg",
+    "mcc_mlp",
+]
 DISCRETE = ["object_shape", "object_xpos", "object_ypos"]
 IMAGE = [*DISCRETE, "object_alpharot", "object_betarot", "object_gammarot", "spotlight_pos", "object_color",
          "spotlight_color", "background_color"]  # fmt: skip
@@ -56,7 +67,8 @@ def test_a_run_writes_the_specified_files(run, tmp_path):
     assert sorted(contents(directory)) == FILES
     results = pd.read_csv(directory / "results.csv")
     assert list(results.columns) == COLUMNS
-    assert results.factor_name.tolist() == IMAGE + TEXT and results.ix.tolist() == [*range(10), *range(5)]
+    assert results.factor_name.tolist() == IMAGE + TEXT and results.ix.tolist() == [0, 1, 2, *range(4, 11), *range(5)]
+    assert results[COLUMNS[0]].tolist() == [*range(15)]
     assert results.modality.tolist() == ["image"] * 10 + ["text"] * 5
     discrete = results.factor_name.isin([*DISCRETE, "text_phrasing"])
     assert (results.factor_type == discrete.map({True: "discrete", False: "continuous"})).all()
@@ -97,8 +109,11 @@ def test_results_are_the_probes_fitted_on_one_split_and_tested_on_the_other(run,
     }
     for modality, (file, encoder, inputs) in networks.items():
         encoder.load_state_dict(torch.load(tmp_path / "models/m" / file, weights_only=True))
+        # in training mode, batches of 12, of which the second begins within the first
+        parts = [(split, torch.arange(start, start + 12)) for split in ("fit", "test") for start in (0, 8)]
         with torch.no_grad():
-            fit, test = (encoder.eval()(inputs(split, torch.arange(20))).double().numpy() for split in ("fit", "test"))
+            h = [encoder(inputs(split, rows)).double().numpy() for split, rows in parts]
+        fit, test = np.concatenate((h[0], h[1][4:])), np.concatenate((h[2], h[3][4:]))
         scaler = StandardScaler().fit(fit)
         fit, test = scaler.transform(fit), scaler.transform(test)
         factors = pd.read_csv(causal3dident / tables[modality])
@@ -113,6 +128,16 @@ def test_results_are_the_probes_fitted_on_one_split_and_tested_on_the_other(run,
                 expected = matthews_corrcoef(test_values, model.predict(test))
                 assert row.mcc_logreg == pytest.approx(expected, abs=0.1), (modality, name)
     assert results.mcc_logreg["image"].nunique() > 2
+
+
+def test_the_spotlight_s_colour_has_the_name_that_the_runs_gave_it(run, tmp_path):
+    code, out, err = run("--seed 1 --train-steps 1 --bias-id 5")
+    assert code == 0 and "\nspotlight_color_index *" in out, err
+    results = pd.read_csv(tmp_path / "models/m/results.csv", index_col=0)
+    assert results.factor_name[results.modality == "text"].tolist() == [
+        *TEXT[:-1], "object_color_index", "splotlight_color_index", "text_phrasing"]  # fmt: skip
+    assert results.ix[results.modality == "text"].tolist() == [*range(7)]
+    assert "spotlight_color" in results.factor_name.tolist()
 
 
 def test_each_factor_has_the_nonlinear_score_of_its_own_encoding_and_kind(run, tmp_path, monkeypatch):
@@ -140,7 +165,7 @@ def test_the_defaults_are_the_specified_ones():
     args, _ = Causal3dIdentExperiment.parse_flags([])
     defaults = {
         **{"datapath": "data/Causal3DIDent", "model_dir": "models", "model_id": None, "bias_type": "selections"},
-        **{"bias_id": 0, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
+        **{"bias_id": 6, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
         **{"train_steps": 100001, "log_steps": 1000, "checkpoint_steps": 10000, "evaluate": False, "seed": None},
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
@@ -211,6 +236,31 @@ def test_evaluation_again_draws_other_probes_and_keeps_the_first(run, tmp_path):
     first, again = (pd.read_csv(tmp_path / f"models/m/results{suffix}.csv") for suffix in ("_seed2", ""))
     assert first.r2_linreg.equals(again.r2_linreg) and first.mcc_logreg.equals(again.mcc_logreg)
     assert not first.r2_krreg.equals(again.r2_krreg)
+
+
+def test_models_that_know_the_training_words_alone_go_on_with_them(run, tmp_path, causal3dident, monkeypatch):
+    """As earlier versions trained them: evaluated again, and resumed, the text encoder has their words."""
+    path = causal3dident / "text/selections_3/text_raw.txt"
+    captions = path.read_text().splitlines()
+    replace(path, "\n".join([*captions[:-1], captions[-1].replace("A ", "One ")]) + "\n")
+    real = datasets.load_captions
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_captions", lambda *files, heard: real(*files))
+        assert run("--seed 1", "whole")[0] == 0 and run("--seed 1", "stopped")[0] == 0
+    words = len(torch.load(tmp_path / "models/whole/encoder_txt.pt", weights_only=True)["embedding.weight"].T)
+    assert len(datasets.load_causal3dident(causal3dident, "selections", 3)[0].vocabulary) > words
+    before = contents(tmp_path / "models/whole")
+    args = json.loads(before["args.json"])
+    (tmp_path / "models/stopped/args.json").write_text(json.dumps({**args, "finished": False, "model_id": "stopped"}))
+    for flags, model in (("--evaluate --seed 2", "whole"), ("--resume", "stopped"), ("--evaluate --seed 2", "stopped")):
+        code, _, err = run(flags, model, base="--no-cuda")
+        assert code == 0, err
+        after = contents(tmp_path / "models" / model)
+        assert after["results.csv"] == before["results.csv"] and after["encoder_txt.pt"] == before["encoder_txt.pt"]
+        assert json.loads(after["args.json"])["data"] == args["data"]
+    replace(path, "\n".join([captions[0].replace("A ", "One "), *captions[1:]]) + "\n")
+    code, _, err = run("--evaluate --seed 2", "whole", base="--no-cuda")
+    assert code == 2 and "does not hold the images, captions and order" in err
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -290,7 +340,7 @@ def test_the_picture_has_both_encodings_with_their_own_factors(tmp_path, monkeyp
             for name in IMAGE]  # fmt: skip
     rows += [("text", name, 0.3, 0.4, None, None) if name == "spotlight_pos" else ("text", name, None, None, 0.6, 0.7)
              for name in TEXT]  # fmt: skip
-    results = pd.DataFrame(rows, columns=["modality", "factor_name", *COLUMNS[4:]])
+    results = pd.DataFrame(rows, columns=["modality", "factor_name", *COLUMNS[5:]])
     tables = main_causal3dident.score_tables(results)
     assert list(tables["image encoding"]) == IMAGE and list(tables["text encoding"]) == TEXT
     assert tables["image encoding"].loc["nonlinear", "object_xpos"] == 0.9

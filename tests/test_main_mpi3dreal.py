@@ -73,13 +73,25 @@ def test_a_run_writes_the_specified_files(run, tmp_path):
     assert stored["finished"] and stored["seed"] == 1 and stored["eval_seed"] == 2 and stored["bias_id"] == 1
 
 
-def test_results_are_the_probes_of_the_two_halves_of_test(run, tmp_path, mpi3d):
+def encoded(encoder, inputs, size, protocol):
+    """(N, D) encodings: normalised by running statistics, or in training mode, `size` at a time, the last batch filled up."""
+    encoder.train(protocol == "code")
+    with torch.no_grad():
+        if protocol == "paper":
+            return encoder(inputs)
+        whole = len(inputs) // size * size
+        parts = [encoder(part) for part in inputs[:whole].split(size)]
+        return torch.cat([*parts, encoder(inputs[-size:])[whole - len(inputs) :]])
+
+
+@pytest.mark.parametrize("protocol", ["code", "paper"])
+def test_results_are_the_probes_of_the_two_halves_of_test(run, tmp_path, mpi3d, protocol):
     """Linear scores by scikit-learn, of encodings that are computed from the files of the run."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import matthews_corrcoef
     from sklearn.preprocessing import StandardScaler
 
-    assert run("--seed 1 --train-steps 40")[0] == 0
+    assert run(f"--seed 1 --train-steps 40 --batch-size 20 --protocol {protocol}")[0] == 0
     results = pd.read_csv(tmp_path / "models/m/results.csv").set_index(["modality", "semantic_name"]).mcc_logreg
     pairs, _ = main_mpi3dreal.load_mpi3d(mpi3d, "selection", 1)
     factors = pd.read_csv(mpi3d / "test/image_semantics.csv")
@@ -90,8 +102,7 @@ def test_results_are_the_probes_of_the_two_halves_of_test(run, tmp_path, mpi3d):
         (text, "encoder_txt.pt", pairs.tokens_of("test", rows)),
     ):
         encoder.load_state_dict(torch.load(tmp_path / "models/m" / file, weights_only=True))
-        with torch.no_grad():
-            h = encoder.eval()(inputs).double().numpy()
+        h = torch.cat([encoded(encoder, part, 20, protocol) for part in inputs.split(half)]).double().numpy()
         h = StandardScaler().fit(h[:half]).transform(h)
         for name in MPI3D_GRID:
             expected = 0.0
@@ -102,11 +113,48 @@ def test_results_are_the_probes_of_the_two_halves_of_test(run, tmp_path, mpi3d):
             assert results[modality, name] == pytest.approx(expected, abs=0.03), (modality, name)
 
 
+@pytest.mark.parametrize("protocol", ["code", "paper"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_changes_neither_statistics_nor_modes(mpi3d, protocol, training):
+    flags = f"--datapath {mpi3d} --no-cuda --seed 1 --batch-size 20 --protocol {protocol}"
+    model = Mpi3dExperiment(Mpi3dExperiment.parse_flags(flags.split())[0], torch.device("cpu"))
+    model.modules["encoder_img"] = SmallImageEncoder(3, 0, 1)
+    model.draw(None)
+    for encoder in model.modules.values():
+        encoder.train(training)
+    before = {name: {key: value.clone() for key, value in state.items()} for name, state in model.weights().items()}
+    rows = torch.arange(48)
+    first = model.encode("test", rows)
+    for name, state in model.weights().items():
+        assert state.keys() == before[name].keys() and all(torch.equal(state[key], before[name][key]) for key in state)
+        assert all(layer.training == training for layer in model.modules[name].modules())
+    again, reversed_order = model.encode("test", rows), model.encode("test", rows.flip(0))
+    for name, h in first.items():
+        assert torch.equal(h, again[name])
+        # whose batch a pair is in matters to its encoding under "code" alone
+        change = (h - reversed_order[name].flip(0)).abs().max()
+        assert (change > 1e-3) if protocol == "code" else (change < 1e-5)
+
+
+def test_fewer_pairs_than_a_batch_are_one_batch_and_a_rest_of_one_is_no_batch():
+    seen = []
+
+    def encode(rows):
+        seen.append(rows.tolist())
+        return rows[:, None] + 0.0
+
+    for count, batches in ((3, [[0, 1, 2]]), (9, [[0, 1, 2, 3], [4, 5, 6, 7], [5, 6, 7, 8]]), (4, [[0, 1, 2, 3]])):
+        rows = torch.arange(count)
+        assert torch.equal(image_text.encoded_by_batch(encode, rows, 4)[:, 0], rows + 0.0)
+        assert seen == batches
+        seen.clear()
+
+
 def test_the_defaults_are_the_specified_ones():
     args, _ = Mpi3dExperiment.parse_flags([])
     defaults = {
         **{"datapath": "data/MPI3d_real_complex", "model_dir": "models", "model_id": None, "bias_type": "selection"},
-        **{"bias_id": 0, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
+        **{"bias_id": 4, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
         **{"train_steps": 200001, "log_steps": 1000, "checkpoint_steps": 10000, "evaluate": False, "seed": None},
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
@@ -440,7 +488,7 @@ def test_finished_models_are_safe(run, trained):
 def test_other_captions_than_those_trained_on_are_refused(run, trained, mpi3d):
     before = contents(trained)
     path = mpi3d / "vocab_selection_1.json"
-    words = list(json.loads(path.read_text()))
+    words = list(json.loads(path.read_text())["w2i"])
     path.unlink()
     path.write_text(json.dumps({word: number for number, word in enumerate(words[:3] + words[:2:-1])}))
     code, _, err = run("--evaluate --seed 5", base="--no-cuda")

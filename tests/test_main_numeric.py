@@ -91,6 +91,26 @@ def test_the_perturbed_factors_are_evaluated(run, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "flags", ["", "--causal-dependence --protocol paper --theta-value 6", "--semantics-n 1 --theta-value 0"]
+)
+def test_without_modality_specific_latents_their_rows_are_left_out(run, tmp_path, flags):
+    code, out, err = run(f"--seed 1 --modality-n 0 {flags}")
+    assert code == 0 and "nan" not in out and "semantics, 0 + 0 modality-specific" in out, err
+    directory = tmp_path / "models/m"
+    n = 1 if "--semantics-n" in flags else 3
+    factors = [*(f"s_{i}" for i in range(n)), "s_inv"]
+    results = pd.read_csv(directory / "results.csv")
+    assert results.predicted_factors.tolist() == 2 * factors and np.isfinite(results.r2_nonlinear).all()
+    columns = [f"{h}_{name}" for h in ("hz_x", "hz_t") for name in factors]
+    assert pd.read_csv(directory / "train_log.csv").columns.tolist() == ["step", "loss", "lr", "seconds", *columns]
+    args, _ = NumericExperiment.parse_flags(f"{TINY} --modality-n 0 {flags}".split())
+    expected = [(row["encoding"], row["predicted_factors"]) for row in NumericExperiment.result_rows(args)]
+    assert expected == list(zip(results.encoding, results.predicted_factors, strict=True))
+    assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
+    pd.testing.assert_frame_equal(pd.read_csv(directory / "results.csv"), results)
+
+
 def test_one_seed_one_result(run, tmp_path):
     for model, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(f"--seed {seed} --model-id {model}")[0] == 0
@@ -485,7 +505,7 @@ def fails(run, flags, words, **options):
         ("--theta-value 0 --beta-value 6", "no unbiased semantics are left"),
         ("--semantics-n 0", "--semantics-n"),
         ("--semantics-n -3", "--semantics-n"),
-        ("--modality-n 0", "--modality-n"),
+        ("--modality-n -1", "--modality-n"),
         ("--batch-size 0", "--batch-size"),
         ("--train-steps 0", "--train-steps"),
         ("--log-steps -1", "--log-steps"),

@@ -81,6 +81,7 @@ def test_linear_agrees_with_scikit_learn():
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_networks_follow_mlp_regressor_step_by_step(outputs, monkeypatch):
     """From the same weights over the same minibatches: the same number of epochs and the same predictions."""
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 200)  # one output takes a thousand, over which rounding adds up
     encodings, fit_targets, _ = make_data(430)
     fit_h, test_h = encodings["x"]
     target = fit_targets["several" if outputs == 3 else "square"]
@@ -99,7 +100,9 @@ def test_networks_follow_mlp_regressor_step_by_step(outputs, monkeypatch):
         "sklearn.neural_network._multilayer_perceptron.shuffle",
         lambda index, random_state: torch.randperm(len(index), generator=shared).numpy(),
     )
-    expected = MLPRegressor().fit(fit_h.double().numpy(), target.squeeze(1).double().numpy())
+    expected = MLPRegressor(max_iter=mlp_probes.MAX_EPOCHS).fit(
+        fit_h.double().numpy(), target.squeeze(1).double().numpy()
+    )
     assert expected.n_iter_ == epochs[0]
     parameters = mlp_probes.views(networks, 4, outputs)
     own = mlp_probes.network_outputs(parameters, mlp_probes.with_ones(test_h)[None], torch.tensor([0]))[0].T
@@ -119,18 +122,20 @@ def test_mlp_agrees_with_scikit_learn():
     assert list(scores) == [(encoding, target) for encoding in encodings for target in fit_targets]
     for (encoding, target), score in scores.items():
         fit_h, test_h = encodings[encoding]
-        model = MLPRegressor(random_state=0).fit(fit_h.numpy(), fit_targets[target].squeeze(1).numpy())
+        model = MLPRegressor(max_iter=mlp_probes.MAX_EPOCHS, random_state=0)
+        model.fit(fit_h.numpy(), fit_targets[target].squeeze(1).numpy())
         expected = r2_score(test_targets[target].numpy(), model.predict(test_h.numpy()).reshape(len(test_h), -1))
         # at this size MLPRegressor differs by as much from itself with another seed, most of all on noise
         assert score == pytest.approx(expected, abs=0.06 if expected < 0.2 else 0.02)
     assert scores["x", "square"] > 0.9 and 0.3 < scores["x", "half"] < 0.6 and scores["x", "noise"] < 0.05
 
 
-def test_a_target_alone_gives_the_same_as_among_others():
+def test_a_target_alone_gives_the_same_as_among_others(monkeypatch):
     """Each network stops by its own loss, and neither the others nor their leaving change it, but by rounding.
 
     Were all to stop with the first, the R² of `square` would change by 0.03, and its epochs by 87.
     """
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 200)  # over five hundred rounding changes when `square` stops
     encodings, fit_targets, test_targets = make_data(600)
     together = probes.mlp_r2(encodings, fit_targets, test_targets, generator())
     columns = [fit_targets[name] for name in ("linear", "square", "half", "noise")]
@@ -325,6 +330,8 @@ def test_logistic_regression_finds_scikit_learn_s_weights():
 @pytest.mark.parametrize("classes", [2, 4, 40])
 def test_networks_follow_mlp_classifier_step_by_step(classes, monkeypatch):
     """From the same weights over the same minibatches: the same number of epochs and the same probabilities."""
+    if classes == 40:  # thousands of epochs, over which rounding adds up
+        monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 200)
     encodings, fit, test = make_classes(430)
     fit_h, test_h = encodings["x"]
     name = {2: "two", 4: "four", 40: "forty"}[classes]
@@ -342,8 +349,9 @@ def test_networks_follow_mlp_classifier_step_by_step(classes, monkeypatch):
         "sklearn.neural_network._multilayer_perceptron.shuffle",
         lambda index, random_state: torch.randperm(len(index), generator=shared).numpy(),
     )
-    expected = MLPClassifier().fit(fit_h.double().numpy(), target.numpy())
+    expected = MLPClassifier(max_iter=mlp_probes.MAX_EPOCHS).fit(fit_h.double().numpy(), target.numpy())
     assert expected.n_iter_ == epochs[0]
+    assert epochs[0] > 200 or classes == 40  # which is scikit-learn's default limit
     parameters = mlp_probes.views(networks, 4, outputs)
     logits = mlp_probes.network_outputs(parameters, mlp_probes.with_ones(test_h)[None], source)[0].T
     own = torch.cat((1 - logits.sigmoid(), logits.sigmoid()), dim=1) if classes == 2 else logits.softmax(dim=1)
@@ -353,13 +361,15 @@ def test_networks_follow_mlp_classifier_step_by_step(classes, monkeypatch):
     assert next(scores) == pytest.approx(next(scores), abs=0.01)
 
 
-def test_mlp_classifiers_agree_with_scikit_learn():
+def test_mlp_classifiers_agree_with_scikit_learn(monkeypatch):
+    """All but the forty classes stop by their loss."""
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 600)
     encodings, fit, test = make_classes(800)
     scores = probes.mlp_mcc(encodings, fit, test, generator())
     assert list(scores) == [(encoding, target) for encoding in encodings for target in fit]
     fit_h, test_h = encodings["x"]
     for name in ("four", "two", "three", "forty"):
-        model = MLPClassifier(random_state=0).fit(fit_h, fit[name])
+        model = MLPClassifier(max_iter=mlp_probes.MAX_EPOCHS, random_state=0).fit(fit_h, fit[name])
         expected = matthews_corrcoef(test[name], model.predict(test_h))
         # at this size MLPClassifier differs by as much from itself with another seed
         assert scores["x", name] == pytest.approx(expected, abs=0.03), name

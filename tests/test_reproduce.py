@@ -595,6 +595,20 @@ def test_a_model_counts_whatever_its_checkpoints_and_workers_but_not_with_other_
             assert model.missing([causal3dident.RESULTS]) == []
 
 
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("spelling", ["spotlight_color_index", "splotlight_color_index"])
+def test_results_count_with_and_without_an_index_in_either_spelling(tmp_path, index, spelling):
+    cell = next(cell for cell in FIGURES["fig16"].cells("tiny") if cell.row == "spotlight_color_index")
+    rows = causal_rows(cell.setting, spotlight_color_index=(0.25, 0.75))
+    directory = write_model(tmp_path, cell.setting, 1, rows, causal3dident.RESULTS)
+    table = pd.read_csv(directory / "results.csv").replace({"spotlight_color_index": spelling})
+    table.to_csv(directory / "results.csv", index=index)
+    assert (directory / "results.csv").read_text().startswith("," * index + "ix,") and spelling in table.to_string()
+    model = Model(cell.setting, 1, tmp_path)
+    assert model.missing([causal3dident.RESULTS]) == []
+    assert report.cell_value(cell, model.read(causal3dident.RESULTS)) == 0.75
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """No pictures: what is tested are the numbers."""

@@ -3,7 +3,7 @@
     python rendering_data/Causal3DIdent/generate_latents.py --output-folder data/Causal3DIDent --n-points 100000 --seed 0
 
     latents_image.csv                                    what is in the image
-    latents_text_{selections|perturbations}_{0..6}.csv   what the caption says of it
+    latents_text_{selections|perturbations}_{0..6}.csv   what the caption says of it, and nothing that it leaves out
 
     spotlight_pos ──> spotlight_color ──> background_color        object_xpos ──> object_color <── object_ypos
           └──────────────────────────────────^
@@ -25,7 +25,7 @@ import pandas as pd
 from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, hsv_to_rgb, to_rgb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, ROTATIONS
+from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, ROTATIONS, RUNS_SPELLING
 from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
@@ -70,17 +70,20 @@ def nearest_colors(hues, palette):
     return nearest
 
 
-def caption_latents(text, color_indices, rng):
-    """DataFrame of what the captions say: factors as in `text`, colours by name and index, and a phrasing.
+def caption_latents(text, stated, color_indices, rng):
+    """DataFrame of what the captions say: the factors `stated` as in `text`, colours by name and index, and a phrasing.
 
     text: N rows of latents; color_indices: each factor of PALETTES to (N,) indices among its palette's sorted names.
     """
-    caption = text[list(CAUSAL_SEMANTICS[:4])].copy()
-    for factor, palette in PALETTES.items():
-        caption[f"{factor}_name"] = np.array(sorted(palette))[color_indices[factor]]
-        caption[f"{factor}_index"] = color_indices[factor]
+    caption = {}
+    for factor in stated:
+        if factor in PALETTES:
+            caption[f"{factor}_name"] = np.array(sorted(PALETTES[factor]))[color_indices[factor]]
+            caption[f"{factor}_index"] = color_indices[factor]
+        else:
+            caption[factor] = text[factor]
     caption["text_phrasing"] = rng.integers(0, CAUSAL_TEXT["text_phrasing"], len(text))
-    return caption
+    return pd.DataFrame(caption).rename(columns=RUNS_SPELLING)
 
 
 def sample_tables(size, seed, protocol):
@@ -93,8 +96,10 @@ def sample_tables(size, seed, protocol):
     image_colors = {factor: nearest_colors(image[factor].to_numpy(), palette) for factor, palette in PALETTES.items()}
     tables = {"latents_image.csv": image}
     for setting, rng in zip(CAUSAL_SETTINGS, streams[1:], strict=True):
-        text, colors = image, dict(image_colors)
+        text, colors, stated = image, dict(image_colors), CAUSAL_SEMANTICS
         bias_type, bias_id = setting.split("_")
+        if bias_type == "selections":
+            stated = CAUSAL_SEMANTICS[: int(bias_id) + 1]
         if bias_type == "perturbations":
             text = perturbed_latents(image, int(bias_id), rng)
             named_from = {factor: factor for factor in PERTURBED[: int(bias_id)] if factor in PALETTES}
@@ -102,7 +107,7 @@ def sample_tables(size, seed, protocol):
                 named_from["background_color"] = "object_color"
             for factor, source in named_from.items():
                 colors[factor] = nearest_colors(text[source].to_numpy(), PALETTES[factor])
-        tables[f"latents_text_{setting}.csv"] = caption_latents(text, colors, rng)
+        tables[f"latents_text_{setting}.csv"] = caption_latents(text, stated, colors, rng)
     return tables
 
 

@@ -2,7 +2,7 @@
 
     python rendering_data/Causal3DIdent/generate_text.py --output-folder data/Causal3DIDent
 
-Reads latents_text_{selections|perturbations}_{0..6}.csv, which generate_latents.py wrote, and writes
+Reads latents_text_{selections|perturbations}_{0..6}.csv, which generate_latents.py or the paper's own code wrote, and writes
 text/{selections|perturbations}_{0..6}/text_raw.txt, all of them or none. The captions of selection setting k speak of its
 first k + 1 factors, those of the perturbation settings of all seven. Both protocols share these templates.
 """
@@ -14,15 +14,19 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from reading.causal3dident import CAUSAL_PALETTES, CAUSAL_SETTINGS, CAUSAL_TEXT, SHAPES, read_latents, spotlight_fifths
+from reading.causal3dident import CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, SHAPES, read_latents, spotlight_fifths
 from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
-XPOS = ("left", "center", "right")
-YPOS = ("top", "mid", "bottom")
-SPOTLIGHT_POS = ("northwest", "northeast", "center", "southwest", "southeast")  # fifths of [0, 1]
-# Templates by the number of factors in the caption, then by text_phrasing. S shape, X and Y position, P position of the
-# spotlight, C, L, B names of the object's, the spotlight's and the background's colour.
+# Words for the values of shape, X and Y position, and position of the spotlight, in fifths of [0, 1].
+WORDS = {
+    "S": SHAPES,
+    "X": ("left", "center", "right"),
+    "Y": ("top", "mid", "bottom"),
+    "P": ("northwest", "northeast", "center", "southwest", "southeast"),
+}
+# Templates by the number of factors in the caption, then by text_phrasing. S, X, Y, P are WORDS, and C, L, B names of the
+# object's, the spotlight's and the background's colour.
 TEMPLATES = {
     1: (
         "A {S} is visible.",
@@ -79,22 +83,20 @@ TEMPLATES = {
         'standing out under a "{L}" spotlight from the {P}, against a "{B}" background.',
     ),
 }
-FACTORS = {name: CAUSAL_TEXT[name] for name in (*list(CAUSAL_TEXT)[:4], "text_phrasing")}
-COLORS = [f"{name}_name" for name in CAUSAL_PALETTES]
 
 
 def captions(latents, n_factors):
-    """List of N captions that speak of the first `n_factors` factors.
+    """List of N captions that speak of the first `n_factors` of CAUSAL_SEMANTICS.
 
-    latents: dict name → (N,), integers for the discrete of FACTORS, [0, 1] for spotlight_pos, words for COLORS.
+    latents: dict of these, and text_phrasing → (N,): classes, [0, 1] for spotlight_pos, the names of colours.
     """
-    words = {
-        "S": np.array(SHAPES)[latents["object_shape"]],
-        "X": np.array(XPOS)[latents["object_xpos"]],
-        "Y": np.array(YPOS)[latents["object_ypos"]],
-        "P": np.array(SPOTLIGHT_POS)[spotlight_fifths(latents["spotlight_pos"])],
-        **dict(zip("CLB", (latents[name] for name in COLORS), strict=True)),
-    }
+    words = {}
+    for letter, factor in zip("SXYPCLB", CAUSAL_SEMANTICS[:n_factors], strict=False):
+        if letter in WORDS:
+            numbers = spotlight_fifths(latents[factor]) if factor == "spotlight_pos" else latents[factor]
+            words[letter] = np.array(WORDS[letter])[numbers]
+        else:
+            words[letter] = latents[f"{factor}_name"]
     rows = zip(latents["text_phrasing"], *(column.tolist() for column in words.values()), strict=True)
     return [TEMPLATES[n_factors][phrasing].format(**dict(zip(words, row, strict=True))) for phrasing, *row in rows]
 
@@ -110,9 +112,12 @@ def main(argv=None):
         raise InputError(f"{args.output_folder} is missing; generate_latents.py makes it")
     texts = {}
     for setting in CAUSAL_SETTINGS:
-        latents = read_latents(args.output_folder / f"latents_text_{setting}.csv", FACTORS, COLORS)
         bias_type, bias_id = setting.split("_")
-        texts[setting] = captions(latents, int(bias_id) + 1 if bias_type == "selections" else len(TEMPLATES))
+        stated = CAUSAL_SEMANTICS[: int(bias_id) + 1 if bias_type == "selections" else None]
+        factors = {name: CAUSAL_TEXT[name] for name in (*stated[: len(WORDS)], "text_phrasing")}
+        names = [f"{name}_name" for name in stated[len(WORDS) :]]
+        latents = read_latents(args.output_folder / f"latents_text_{setting}.csv", factors, names)
+        texts[setting] = captions(latents, len(stated))
     count = len(texts["selections_0"])
     if unequal := [setting for setting, lines in texts.items() if len(lines) != count]:
         found = f"latents_text_{unequal[0]}.csv has {len(texts[unequal[0]])} rows, those of selections_0 {count}"

@@ -107,7 +107,8 @@ def render(folder, sizes, train_ratio, seed):
             write_lines(folder / split / f"text_{name}.txt", captions, caption[part])
         distinct, first = np.unique(caption[splits["train"]], return_index=True)
         words = number_words(tokenise(captions[row]) for row in distinct[np.argsort(first)])
-        write_json(folder / f"vocab_{name}.json", words)
+        numbers = {number: word for word, number in words.items()}
+        write_json(folder / f"vocab_{name}.json", {"w2i": words, "i2w": numbers})
     return train_count, count - train_count
 
 
