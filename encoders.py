@@ -85,9 +85,7 @@ class TextEncoder(nn.Module):
     def __init__(self, vocabulary_size, length, encoding_size):
         """Encoder of captions of `length` tokens; ValueError unless it is one of CAPTION_LENGTHS."""
         if length not in CAPTION_LENGTHS:
-            raise ValueError(
-                f"captions of {length} tokens, expected {CAPTION_LENGTHS[0]} to {CAPTION_LENGTHS[-1]} with {{eos}}"
-            )
+            raise ValueError(f"captions of {length} tokens, expected {CAPTION_LENGTHS[0]} to {CAPTION_LENGTHS[-1]} with {{eos}}")
         super().__init__()
         # of one-hot tokens: the weights are (128, V) as anyone's linear layer, so its initialisation and files are too
         self.embedding = nn.Linear(vocabulary_size, self.WIDTH)

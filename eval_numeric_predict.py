@@ -75,9 +75,7 @@ def check_claims(claimed, setting):
         if name == "encoding_size":  # 0 is another word for the number of unbiased semantics
             value, own = value or unbiased, own or unbiased
         if value != own:
-            raise InputError(
-                f"--{name.replace('_', '-')} {value} contradicts {own} in its args.json; leave the flag out"
-            )
+            raise InputError(f"--{name.replace('_', '-')} {value} contradicts {own} in its args.json; leave the flag out")
 
 
 def prefix_sizes(n):

@@ -83,11 +83,7 @@ class ImageTextExperiment(Experiment):
              "of the last; 0 = --tau always")  # fmt: skip
         flag("--first-batch-size", integer(2, or_zero=True), f"pairs in a batch in the first {100 * FIRST_BATCHES_UNTIL:g} %% "
              "of the steps, while the temperature is the first; 0 = --batch-size always")  # fmt: skip
-        flag(
-            "--text-lr-factor",
-            number(0, above=True),
-            "learning rate of the text encoder, in units of the image encoder's",
-        )
+        flag("--text-lr-factor", number(0, above=True), "learning rate of the text encoder, in units of the image encoder's")
         flag("--spare-dimensions", integer(0), "dimensions that the encodings have more in the first "
              f"{100 * SPARE_UNTIL:g} %% of the steps")  # fmt: skip
         flag("--whitening-pairs", integer(2, or_zero=True), "set the last layers, before training, so that the encodings of "
@@ -308,9 +304,7 @@ class ImageTextExperiment(Experiment):
         left_out = [name for name in pairs.splits["train"].image_factors if name not in bias.selected]
         height, width = pairs.images.array.shape[1:3]
         sizes = (args.first_batch_size, args.batch_size, args.final_batch_size)
-        spare = (
-            f" and {args.spare_dimensions} dimensions at first" if args.spare_dimensions and not args.evaluate else ""
-        )
+        spare = f" and {args.spare_dimensions} dimensions at first" if args.spare_dimensions and not args.evaluate else ""
         return {
             "data": f"{args.datapath}: {train_count} pairs to train, {test_count} to evaluate; images of {height} × {width}, "
             f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words",

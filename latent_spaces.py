@@ -165,9 +165,7 @@ class MisalignedLatents:
             from scipy.stats import wishart  # a heavy module, for Wishart's covariances alone
 
             rng = np.random.default_rng(seed_sequence(seed, "covariance", substreams[name]))
-            return np.reshape(
-                wishart.rvs(df=sizes[name], scale=np.eye(sizes[name]), random_state=rng), (sizes[name],) * 2
-            )
+            return np.reshape(wishart.rvs(df=sizes[name], scale=np.eye(sizes[name]), random_state=rng), (sizes[name],) * 2)
 
         covariances = {}
         for name, size in sizes.items():

@@ -35,11 +35,7 @@ def sample_latents(count, shapes, seed):
     """List of `count` dicts of latents, distributed as in the data set; the shapes take turns."""
     draw, rows = random.Random(seed), []
     for k in range(count):
-        row = {
-            "object_shape": shapes[k % len(shapes)],
-            "object_xpos": draw.randrange(3),
-            "object_ypos": draw.randrange(3),
-        }
+        row = {"object_shape": shapes[k % len(shapes)], "object_xpos": draw.randrange(3), "object_ypos": draw.randrange(3)}
         row |= {f"object_{name}rot": draw.random() for name in ("alpha", "beta", "gamma")}
         row["spotlight_pos"] = draw.random()
         row["object_color"] = ((row["object_xpos"] + row["object_ypos"]) / 2 + draw.random()) / 3
@@ -67,9 +63,7 @@ def timed(renderers, images):
 def cpu_seconds(renderers):
     """CPU seconds that the rendering processes have used so far, on Linux; elsewhere nan."""
     try:
-        fields = [
-            Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split() for process in renderers.processes
-        ]
+        fields = [Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split() for process in renderers.processes]
     except OSError:
         return math.nan
     return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
@@ -183,9 +177,7 @@ def main():
         for name, values in scores.items():
             print(f"{name:24} PSNR mean {statistics.mean(values):.2f} dB, {spread(values)}")
         gains = [fast - plain for plain, fast in zip(*scores.values(), strict=True)]
-        print(
-            f"gain                     mean {statistics.mean(gains):+.2f} dB, {spread(gains)} over {len(gains)} images"
-        )
+        print(f"gain                     mean {statistics.mean(gains):+.2f} dB, {spread(gains)} over {len(gains)} images")
     if not args.keep:
         shutil.rmtree(folder)
 

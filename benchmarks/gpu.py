@@ -36,16 +36,7 @@ from running.files import write_bytes
 from running.optimisation import GRADIENT_NORM, make_optimiser, training_step
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = {
-    "correct": 70,
-    "resume": 60,
-    "step": 90,
-    "graph": 30,
-    "evaluation": 60,
-    "images": 70,
-    "rendering": 60,
-    "together": 60,
-}
+SECONDS = {"correct": 70, "resume": 60, "step": 90, "graph": 30, "evaluation": 60, "images": 70, "rendering": 60, "together": 60}
 SMALL = "--semantics-n 4 --modality-n 2 --theta-value 10 --batch-size 128 --num-eval-batches 1"
 LOSS_BOUND, GRADIENT_BOUND, SCORE_BOUND = 1e-5, 1e-3, 0.05  # between a GPU and a CPU, in fp32
 
@@ -116,9 +107,7 @@ def correct(options, data):
             model = model_of(experiment, flags, device)
             if experiment is NumericExperiment:  # generators of two devices give other numbers
                 generator, latents = torch.Generator().manual_seed(0), model_of(experiment, flags, "cpu").latents
-                model.latents.sample = lambda count, _, g=generator, sample=latents.sample, to=device: moved(
-                    sample(count, g), to
-                )
+                model.latents.sample = lambda count, _, g=generator, sample=latents.sample, to=device: moved(sample(count, g), to)
             loss = model.loss(0.5)
             parameters = [parameter for module in model.modules.values() for parameter in module.parameters()]
             losses.append(loss.item())
@@ -158,9 +147,7 @@ def resume(options, data):
         process.wait()
         script("main_numeric.py", "--resume", "--model-dir", models, "--model-id", "killed", *on(options))
         names = ("f_x.pt", "f_t.pt")
-        whole, killed = (
-            [torch.load(Path(models) / m / n, weights_only=True) for n in names] for m in ("whole", "killed")
-        )
+        whole, killed = ([torch.load(Path(models) / m / n, weights_only=True) for n in names] for m in ("whole", "killed"))
     difference = max((a[k] - b[k]).abs().max().item() for a, b in zip(whole, killed, strict=True) for k in a)
     words = "the same bits" if difference == 0 else f"weights differ by {difference:.1e}"
     return [("killed and resumed against never stopped", words, difference < 1e-3)]
@@ -256,11 +243,7 @@ def rendering(options, data):
         if done.returncode:
             raise RuntimeError(f"generate_images.py: {done.stderr.strip().splitlines()[-1:]}")
     return [
-        (
-            f"rendering {count} images, {flags[3]}, start included",
-            f"{(time.perf_counter() - started) / count:.2f} s each",
-            None,
-        )
+        (f"rendering {count} images, {flags[3]}, start included", f"{(time.perf_counter() - started) / count:.2f} s each", None)
     ]
 
 
@@ -270,32 +253,15 @@ def together(options, data):
     size = SMALL if options.small else "--theta-value 385"
     for count in (1, 2) if options.small else (1, 2, 4):
         with tempfile.TemporaryDirectory() as models:
-            flags = (
-                f"{size} --recipe fast --precision fp32 --train-steps {steps} --final-batch-size 0 --log-steps {steps}"
-            )
-            command = [
-                sys.executable,
-                "main_numeric.py",
-                *flags.split(),
-                "--model-dir",
-                models,
-                *on(options),
-                "--seed",
-                "1",
-            ]
+            flags = f"{size} --recipe fast --precision fp32 --train-steps {steps} --final-batch-size 0 --log-steps {steps}"
+            command = [sys.executable, "main_numeric.py", *flags.split(), "--model-dir", models, *on(options), "--seed", "1"]
             processes = [subprocess.Popen([*command, "--model-id", f"m{k}"], cwd=ROOT, stdout=subprocess.DEVNULL,
                                           stderr=subprocess.DEVNULL) for k in range(count)]  # fmt: skip
             rates = []
             for k, process in enumerate(processes):
                 process.wait()
                 rates.append(steps / json.loads((Path(models) / f"m{k}/args.json").read_text())["train_seconds"])
-        rows.append(
-            (
-                f"{count} numeric models at once",
-                f"{sum(rates):.0f} steps/s together, {min(rates):.0f} the slowest",
-                None,
-            )
-        )
+        rows.append((f"{count} numeric models at once", f"{sum(rates):.0f} steps/s together, {min(rates):.0f} the slowest", None))
     return rows
 
 
@@ -311,15 +277,7 @@ def make_data(folder):
     script("rendering_data/MPI3D/render_standin_images.py", "--output-dir", folder / "mpi3d", *grid)
     script("rendering_data/MPI3D/render_multimodal_mpi3d.py", "--output-dir", folder / "mpi3d")
     scenes = folder / "causal3dident"
-    script(
-        "rendering_data/Causal3DIdent/generate_latents.py",
-        "--output-folder",
-        scenes,
-        "--n-points",
-        "200",
-        "--seed",
-        "0",
-    )
+    script("rendering_data/Causal3DIdent/generate_latents.py", "--output-folder", scenes, "--n-points", "200", "--seed", "0")
     script("rendering_data/Causal3DIdent/generate_text.py", "--output-folder", scenes)
     (scenes / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -349,9 +307,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
     parser.add_argument("--small", action="store_true", help="small problems, to see that everything runs")
-    parser.add_argument(
-        "--only", nargs="+", choices=tuple(SECTIONS), metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)"
-    )
+    parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)")
     parser.add_argument("--output", default="gpu.md", help="file of the table (%(default)s)")
     parser.add_argument("--worker", choices=tuple(SECTIONS), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)

@@ -41,9 +41,7 @@ def synthetic_encodings(samples, seed):
             h += torch.randn(MPI3D_GRID[name], SIZE, generator=generator)[factors[name]]
         h[:, 0] += torch.sin(factors["H_AXIS"] / 6)
         encodings[modality] = probes.standardise(h[:samples], h[samples:])
-    fit, test = (
-        {name: part[rows] for name, part in factors.items()} for rows in (slice(samples), slice(samples, None))
-    )
+    fit, test = ({name: part[rows] for name, part in factors.items()} for rows in (slice(samples), slice(samples, None)))
     return encodings, fit, test
 
 

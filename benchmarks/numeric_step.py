@@ -160,9 +160,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each form, in turn (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps in each process (%(default)s)")
-    parser.add_argument(
-        "--share-done", type=float, default=0.0, help="of the training, for the batch's size (%(default)s)"
-    )
+    parser.add_argument("--share-done", type=float, default=0.0, help="of the training, for the batch's size (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="time bf16 on a CPU that emulates it, too")
     parser.add_argument("--small", action="store_true", help="a small problem, to see that the benchmark runs")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -139,9 +139,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=15, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    parser.add_argument(
-        "--models", type=Path, help="folder that keeps the runs' model directories; else they are removed"
-    )
+    parser.add_argument("--models", type=Path, help="folder that keeps the runs' model directories; else they are removed")
     parser.add_argument("--output", type=Path, default=HERE / "time_to_identification", help="without suffix")
     args, flags = parser.parse_known_args()
     curve = CURVES[args.experiment]

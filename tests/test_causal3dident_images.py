@@ -30,9 +30,7 @@ ROOT = Path(__file__).parents[1]
 BLENDER = ROOT / ".venv-blender/bin/python"
 SCRIPT = ROOT / "rendering_data/Causal3DIdent/generate_images.py"
 SIZE = 48
-renders = pytest.mark.skipif(
-    not BLENDER.exists(), reason="no .venv-blender: make blender installs it, with Python 3.11"
-)
+renders = pytest.mark.skipif(not BLENDER.exists(), reason="no .venv-blender: make blender installs it, with Python 3.11")
 
 # A green cone on red ground under a red light from the right; then the same but for one factor.
 BASE = {
@@ -74,17 +72,7 @@ def write_latents(folder, rows):
 
 
 def command(folder, *flags):
-    return [
-        str(BLENDER),
-        str(SCRIPT),
-        "--output-folder",
-        str(folder),
-        "--size",
-        str(SIZE),
-        "--samples",
-        "8",
-        *map(str, flags),
-    ]
+    return [str(BLENDER), str(SCRIPT), "--output-folder", str(folder), "--size", str(SIZE), "--samples", "8", *map(str, flags)]
 
 
 def render(folder, *flags):
@@ -103,20 +91,13 @@ def rendered(tmp_path_factory):
     """(folder, {name of CHANGES: (H, W, 3) pixels}): first a run that is stopped, then the rest in two batches."""
     folder = tmp_path_factory.mktemp("causal") / "data"
     write_latents(folder, [BASE | change for change in CHANGES.values()])
-    process = subprocess.Popen(
-        command(folder, "--workers", 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command(folder, "--workers", 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 600
     while not list((folder / "images").glob("[0-9]*.png")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
-    stopped = {
-        "code": process.returncode,
-        "out": out,
-        "err": err,
-        "files": sorted(p.name for p in folder.glob("images/*")),
-    }
+    stopped = {"code": process.returncode, "out": out, "err": err, "files": sorted(p.name for p in folder.glob("images/*"))}
     early = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("images/*")}
     logs = [render(folder, "--n-batches", 2, "--batch-index", k, "--workers", k + 1) for k in range(2)]
     files = sorted((folder / "images").iterdir())
@@ -161,11 +142,7 @@ def test_all_images_are_there_and_say_what_they_are(rendered):
 @renders
 def test_a_stopped_run_leaves_whole_images_and_goes_on(rendered):
     stopped, early = rendered["stopped"], rendered["early"]
-    assert (
-        stopped["code"] == 130
-        and stopped["err"] == "error: interrupted\n"
-        and "the same command continues" in stopped["out"]
-    )
+    assert stopped["code"] == 130 and stopped["err"] == "error: interrupted\n" and "the same command continues" in stopped["out"]
     assert 0 < len(stopped["files"]) < len(CHANGES)
     assert all(name.endswith(".png") and not name.startswith(".") for name in stopped["files"])
     for path, (content, written) in early.items():
@@ -201,11 +178,7 @@ def test_shapes_and_rotations_change_the_object_and_its_shadow_alone(rendered):
     rows, columns = np.nonzero(lit | object_mask(images["base"]))
     reach[rows.min() - 6 : rows.max() + 7, max(columns.min() - 6, 0) : columns.max() + 7] = True
     assert 0.1 < reach.mean() < 0.7
-    masks = {
-        name: object_mask(images[name])
-        for name in images
-        if name.startswith("shape") or name in ("alpha", "beta", "gamma")
-    }
+    masks = {name: object_mask(images[name]) for name in images if name.startswith("shape") or name in ("alpha", "beta", "gamma")}
     for name, mask in masks.items():
         assert mask.sum() > 20, name
         assert (mask ^ object_mask(images["base"])).sum() > 15, name
@@ -285,9 +258,7 @@ def test_an_installed_blender_renders_the_same(tmp_path):
     write_latents(tmp_path / "own", [BASE])
     write_latents(tmp_path / "package", [BASE])
     line = ["blender", "--background", "--python", str(SCRIPT), "--", "--output-folder", str(tmp_path / "own")]
-    result = subprocess.run(
-        [*line, "--size", str(SIZE), "--samples", "64"], capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run([*line, "--size", str(SIZE), "--samples", "64"], capture_output=True, text=True, timeout=300)
     if "too old" in result.stderr:
         assert result.returncode == 2
         pytest.skip(result.stderr.splitlines()[-1])

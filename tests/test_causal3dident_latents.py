@@ -149,10 +149,7 @@ def test_a_caption_states_wrongly_what_the_setting_perturbs_and_nothing_else(tab
             uniform = generate_latents.nearest_colors((np.arange(N) + 0.5) / N, palette)
             seen, expected = (np.bincount(each, minlength=len(names)) for each in (text[f"{factor}_index"], uniform))
             common = expected > 100
-            assert (
-                stats.chisquare(seen[common], expected[common] * seen[common].sum() / expected[common].sum()).pvalue
-                > 1e-4
-            )
+            assert stats.chisquare(seen[common], expected[common] * seen[common].sum() / expected[common].sum()).pvalue > 1e-4
             assert set(np.unique(text[f"{factor}_index"])) <= set(np.unique(uniform))
         elif not (setting == "perturbations_0" and factor == "background_color"):
             rows = slice(0, 100)
@@ -204,9 +201,7 @@ def test_captions_say_what_the_latents_say(data, setting):
     fifths = ["northwest", "northeast", "center", "southwest", "southeast"]
     for caption, row in zip(captions, table.itertuples(), strict=True):
         words = {
-            "object_shape": lambda row: ["teapot", "hare", "dragon", "cow", "armadillo", "horse", "head"][
-                row.object_shape
-            ],
+            "object_shape": lambda row: ["teapot", "hare", "dragon", "cow", "armadillo", "horse", "head"][row.object_shape],
             "object_xpos": lambda row: ["left", "center", "right"][row.object_xpos],
             "object_ypos": lambda row: ["top", "mid", "bottom"][row.object_ypos],
             "spotlight_pos": lambda row: fifths[min(int(row.spotlight_pos // 0.2), 4)],
@@ -220,10 +215,7 @@ def test_captions_say_what_the_latents_say(data, setting):
         "At the " if len(spoken_of) > 1 else "The picture",
         "At the " if len(spoken_of) > 1 else "There",
     )
-    assert all(
-        caption.startswith(beginnings[phrasing])
-        for caption, phrasing in zip(captions, table.text_phrasing, strict=True)
-    )
+    assert all(caption.startswith(beginnings[phrasing]) for caption, phrasing in zip(captions, table.text_phrasing, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -246,18 +238,14 @@ def test_captions_say_what_the_latents_say(data, setting):
 def test_a_caption_is_the_template_word_for_word(n_factors, phrasing, caption):
     latents = {"object_shape": 3, "object_xpos": 2, "object_ypos": 0, "spotlight_pos": 1.0, "text_phrasing": phrasing}
     names = {"object_color_name": "tab:red", "spotlight_color_name": "blue", "background_color_name": "xkcd:teal"}
-    assert generate_text.captions(
-        {name: np.array([value]) for name, value in (latents | names).items()}, n_factors
-    ) == [caption]
+    assert generate_text.captions({name: np.array([value]) for name, value in (latents | names).items()}, n_factors) == [caption]
 
 
 @pytest.mark.parametrize("index", [False, True])
 def test_either_spelling_wider_tables_and_an_index_are_read(data, run, index):
     before = contents(data / "text")
     for path in data.glob("latents_text_*.csv"):
-        wider = pd.read_csv(data / "latents_text_perturbations_0.csv").rename(
-            columns=lambda name: name.replace("splot", "spot")
-        )
+        wider = pd.read_csv(data / "latents_text_perturbations_0.csv").rename(columns=lambda name: name.replace("splot", "spot"))
         own = pd.read_csv(path).rename(columns=lambda name: name.replace("splot", "spot"))
         own.combine_first(wider).to_csv(path, index=index)
     assert run(generate_text.main, "--output-folder", data)[0] == 0
@@ -287,9 +275,7 @@ def test_other_latents_are_replaced_only_when_told_to(data, run):
     before, flags = contents(data), ("--output-folder", data, "--n-points", 200)
     assert run(generate_latents.main, "--output-folder", data, "--n-points", 300, "--seed", 1)[0] == 0  # the same bytes
     code, _, err = run(generate_latents.main, *flags)
-    assert (
-        code == 2 and "latents_image.csv holds other latents" in err and "--overwrite" in err and err.count("\n") == 1
-    )
+    assert code == 2 and "latents_image.csv holds other latents" in err and "--overwrite" in err and err.count("\n") == 1
     assert contents(data) == before
     code, out, _ = run(generate_latents.main, *flags, "--overwrite")
     assert code == 0 and out.endswith("text/ there come from the earlier latents: make them anew\n")

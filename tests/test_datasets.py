@@ -47,14 +47,7 @@ def test_tokens_of_every_caption_are_nltk_s(nltk_tokens):
     for count in range(1, 6):
         for caption in caption_table(datasets.MPI3D_SEMANTICS[:count], datasets.MPI3D_GRID):
             assert tokenise(caption) == nltk_tokens(caption)
-    assert tokenise("An object shaped like a beer-cup, colored red.")[4:] == [
-        "a",
-        "beer-cup",
-        ",",
-        "colored",
-        "red",
-        ".",
-    ]
+    assert tokenise("An object shaped like a beer-cup, colored red.")[4:] == ["a", "beer-cup", ",", "colored", "red", "."]
 
 
 QUOTED = (
@@ -249,9 +242,7 @@ def test_a_compressed_file_in_a_folder_that_cannot_be_written_says_what_to_do(mp
 def test_a_file_without_a_grid_is_the_real_one_if_it_has_its_number_of_images(mpi3d, monkeypatch):
     images, grid = images_and_grid(mpi3d)
     save_npz(mpi3d / MPI3D_FILE, images=images)
-    with pytest.raises(
-        InputError, match=f"{len(images)} images, expected 460800 of the grid 4 × 4 × 2 × 3 × 3 × 40 × 40"
-    ):
+    with pytest.raises(InputError, match=f"{len(images)} images, expected 460800 of the grid 4 × 4 × 2 × 3 × 3 × 40 × 40"):
         load_mpi3d(mpi3d, "selection", 0)
     monkeypatch.setattr(datasets, "MPI3D_GRID", dict(zip(datasets.MPI3D_GRID, grid.tolist(), strict=True)))
     assert len(load_mpi3d(mpi3d, "selection", 0)[0].images) == len(images)
@@ -273,18 +264,13 @@ def test_tokens_are_taken_from_the_cache_until_the_captions_change(mpi3d, monkey
         again, _ = load_mpi3d(mpi3d, "selection", 1)
     assert again.vocabulary == first.vocabulary and again.fingerprint == first.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(every_token(first).values(), every_token(again).values(), strict=True))
-    replace(
-        mpi3d / "vocab_selection_1.json", json.dumps(dict.fromkeys(("{pad}", "{eos}", "{unk}"))).replace("null", "0")
-    )
+    replace(mpi3d / "vocab_selection_1.json", json.dumps(dict.fromkeys(("{pad}", "{eos}", "{unk}"))).replace("null", "0"))
     with pytest.raises(InputError, match=r"vocab_selection_1.json is damaged"):
         load_mpi3d(mpi3d, "selection", 1)
     os.remove(mpi3d / "vocab_selection_1.json")
     replace(cache, b"damaged")
     assert load_mpi3d(mpi3d, "selection", 1)[0].fingerprint == first.fingerprint
-    replace(
-        mpi3d / "test/text_selection_1.txt",
-        (mpi3d / "test/text_selection_1.txt").read_text().replace("olive", "olives"),
-    )
+    replace(mpi3d / "test/text_selection_1.txt", (mpi3d / "test/text_selection_1.txt").read_text().replace("olive", "olives"))
     changed, _ = load_mpi3d(mpi3d, "selection", 1)
     assert changed.fingerprint != first.fingerprint and (every_token(changed)["test"] == 2).any()
 
@@ -348,10 +334,7 @@ def test_more_than_256_words_are_told_apart(mpi3d):
     replace(mpi3d / "train/text_selection_0.txt", "".join(f"{line} word{i}\n" for i, line in enumerate(lines)))
     os.remove(mpi3d / "vocab_selection_0.json")
     pairs, _ = load_mpi3d(mpi3d, "selection", 0)
-    assert (
-        len(pairs.vocabulary) > 256
-        and pairs.tokens_of("train", torch.tensor([280])).max() == pairs.vocabulary["word280"]
-    )
+    assert len(pairs.vocabulary) > 256 and pairs.tokens_of("train", torch.tensor([280])).max() == pairs.vocabulary["word280"]
 
 
 def as_crlf(text):
@@ -426,9 +409,7 @@ def swapped(folder, name, other):
 def swapped_with_table(folder, name, other):
     swapped(folder, name, other)
     for split in ("train", "test"):
-        replace(
-            folder / split / f"text_semantics_{name}.csv", (folder / split / f"text_semantics_{other}.csv").read_bytes()
-        )
+        replace(folder / split / f"text_semantics_{name}.csv", (folder / split / f"text_semantics_{other}.csv").read_bytes())
 
 
 def shuffled(folder):

@@ -76,9 +76,7 @@ def test_image_encoder_is_resnet18_on_normalised_pixels():
     images = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8, generator=seeded(1))
     plain = resnet18(weights=None, num_classes=7).eval()
     plain.load_state_dict(encoder.resnet.state_dict())
-    x = (images.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
-        :, None, None
-    ]
+    x = (images.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     with torch.no_grad():
         expected = nn.functional.leaky_relu(plain(x), 0.01) @ encoder.linear.weight.T + encoder.linear.bias
         found = encoder(images)
@@ -122,9 +120,7 @@ def test_small_outputs_of_the_image_encoder_need_no_convolution(size, monkeypatc
 def test_files_of_the_image_encoder_hold_its_weights_alone():
     names = set(ImageEncoder(3, MEAN, STD).state_dict())
     assert {name for name in names if not name.startswith("resnet.")} == {"linear.weight", "linear.bias"}
-    assert {name.removeprefix("resnet.") for name in names if name.startswith("resnet.")} == set(
-        resnet18().state_dict()
-    )
+    assert {name.removeprefix("resnet.") for name in names if name.startswith("resnet.")} == set(resnet18().state_dict())
 
 
 def test_default_initialisation_of_the_image_encoder_is_torchvision_s():

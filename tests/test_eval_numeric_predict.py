@@ -16,13 +16,7 @@ from sklearn.cluster import KMeans
 import eval_numeric_predict as downstream
 import main_numeric
 import mlp_probes
-from benchmarks.numeric_downstream import (
-    initial_networks,
-    plain_prediction,
-    plain_scores,
-    synthetic_samples,
-    train_plain,
-)
+from benchmarks.numeric_downstream import initial_networks, plain_prediction, plain_scores, synthetic_samples, train_plain
 from running import pictures
 from running.command_line import run_script
 from tests.scripts import contents
@@ -132,9 +126,7 @@ def test_the_shift():
 def test_training_together_takes_the_steps_of_plain_adam(monkeypatch, size, samples, chunk):
     monkeypatch.setattr(mlp_probes, "CHUNK", chunk)
     h = normal(samples, size)
-    targets = torch.cat(
-        (normal(samples, 4, seed=1) + h.sum(dim=1, keepdim=True).square(), (h[:, :1] > 0.3).float()), dim=1
-    )
+    targets = torch.cat((normal(samples, 4, seed=1) + h.sum(dim=1, keepdim=True).square(), (h[:, :1] > 0.3).float()), dim=1)
     together = mlp_probes.FullBatchProbes(size, 4, 1, torch.Generator().manual_seed(2), "cpu")
     together.train(h, targets, 100)
     for i, initial in enumerate(initial_networks(size, torch.Generator().manual_seed(2))):
@@ -194,9 +186,7 @@ def test_a_training_that_diverges_is_an_error():
 def test_the_picture_shows_the_scores(tmp_path):
     sizes = []
     for score in (0.1, 0.9):
-        pictures.plot_downstream_scores(
-            {"y1": score, "y2": -3.0}, {"iid": score, "ood": 2.0}, tmp_path / "p.png", "title"
-        )
+        pictures.plot_downstream_scores({"y1": score, "y2": -3.0}, {"iid": score, "ood": 2.0}, tmp_path / "p.png", "title")
         pixels = pictures.plt.imread(tmp_path / "p.png")[..., :3]
         sizes.append((np.abs(pixels - [31 / 255, 119 / 255, 180 / 255]).max(axis=2) < 0.05).sum())
     assert sizes[1] > 1.5 * sizes[0] > 0
@@ -252,11 +242,7 @@ def test_a_model_is_evaluated(predict, model):
     stored, old = json.loads(after["args.json"]), json.loads(before["args.json"])
     record = stored.pop("downstream")
     assert stored == old and record["seed"] == 2 and record["protocol"] == "code"
-    for words in (
-        "training seed 1, evaluation seed 2",
-        "{s_0, s_1}",
-        "F of the first 1, 2, 2, 3 semantics, code protocol",
-    ):
+    for words in ("training seed 1, evaluation seed 2", "{s_0, s_1}", "F of the first 1, 2, 2, 3 semantics, code protocol"):
         assert words in out
 
 
@@ -309,9 +295,7 @@ def test_several_directories_in_one_call(predict, run, model, tmp_path, monkeypa
     assert run("--seed 2", model="n")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(
-            main_numeric.NumericExperiment,
-            "evaluate",
-            lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+            main_numeric.NumericExperiment, "evaluate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
         assert run("--seed 3", model="stopped")[0] == 2
     (tmp_path / "models/notes").mkdir()
@@ -328,9 +312,7 @@ def test_several_directories_in_one_call(predict, run, model, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("flags", ["", "--causal-dependence --protocol paper", "--theta-value 6 --beta-value 0"])
-def test_the_latents_are_those_of_the_training_whatever_the_protocol_of_the_tasks(
-    predict, run, tmp_path, monkeypatch, flags
-):
+def test_the_latents_are_those_of_the_training_whatever_the_protocol_of_the_tasks(predict, run, tmp_path, monkeypatch, flags):
     assert run(f"--seed 1 {flags}")[0] == 0
     used, built = [], main_numeric.MisalignedLatents
 
@@ -373,9 +355,7 @@ def test_flags_of_the_setting_must_agree_with_the_model(predict, model, right, w
     before = contents(model)
     code, _, err = predict([model], wrong)
     flag, *value = wrong.split()
-    assert (
-        code == 2 and f"{flag} {value[0] if value else True}" in err and "contradicts" in err and err.count("\n") == 1
-    )
+    assert code == 2 and f"{flag} {value[0] if value else True}" in err and "contradicts" in err and err.count("\n") == 1
     assert contents(model) == before
     assert predict([model], right)[0] == 0 and set(RESULTS) <= contents(model).keys()
     assert predict([model], wrong)[0] == 2, "also where nothing is left to do"

@@ -15,9 +15,7 @@ def measure(*flags):
 
 
 def test_every_section_that_a_cpu_has_runs(tmp_path):
-    done = measure(
-        "--only", "correct", "resume", "step", "graph", "images", "together", "--output", tmp_path / "gpu.md"
-    )
+    done = measure("--only", "correct", "resume", "step", "graph", "images", "together", "--output", tmp_path / "gpu.md")
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "gpu.md").read_text()
     for words in (

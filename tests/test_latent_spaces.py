@@ -70,9 +70,7 @@ def assert_covariance(z, expected):
 @pytest.mark.parametrize("protocol", ["code", "paper"])
 @pytest.mark.parametrize("dependence", [False, True])
 def test_covariances_of_the_samples(protocol, dependence):
-    latents = MisalignedLatents(
-        6, 3, 62, 6, 5, causal_dependence=dependence, protocol=protocol, cond_param=0.5, margin_param=2.0
-    )
+    latents = MisalignedLatents(6, 3, 62, 6, 5, causal_dependence=dependence, protocol=protocol, cond_param=0.5, margin_param=2.0)
     drawn = latents.sample(N, seeded_generator(5, "train"))
     for name in ("s", "m_x", "m_t"):
         assert_covariance(getattr(drawn, name), latents.covariances[name])
@@ -122,9 +120,7 @@ def test_protocols_draw_the_covariances_together_or_apart():
 
 def test_dependent_covariances_are_wishart():
     """The mean of Wishart(n, I) is n I; the variance of an element is n (1 + [i = j])."""
-    drawn = np.array(
-        [MisalignedLatents(4, 4, 0, -1, seed, causal_dependence=True).covariances["s"] for seed in range(1500)]
-    )
+    drawn = np.array([MisalignedLatents(4, 4, 0, -1, seed, causal_dependence=True).covariances["s"] for seed in range(1500)])
     assert np.all(np.linalg.eigvalsh(drawn) > 0)
     assert np.abs(drawn.mean(axis=0) - 4 * np.eye(4)).max() < 6 * (8 / 1500) ** 0.5
     reference = wishart(4, np.eye(4)).rvs(1500, random_state=0)
@@ -183,9 +179,7 @@ def test_sampling_and_mixing_come_from_their_generators_alone():
 
 
 def test_streams_of_a_seed_differ():
-    draws = [
-        torch.randn(4, generator=seeded_generator(1, stream)) for stream in ("train", "monitor", "evaluate", "probe")
-    ]
+    draws = [torch.randn(4, generator=seeded_generator(1, stream)) for stream in ("train", "monitor", "evaluate", "probe")]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
     assert not torch.equal(draws[0], torch.randn(4, generator=seeded_generator(2, "train")))
 
@@ -206,9 +200,7 @@ def test_mixing_weights_are_unit_columns_of_the_best_thousandth():
     weights = np.stack([layer.weight.numpy() for layer in MixingNetwork(size, 3).draw(np.random.default_rng(2)).layers])
     assert np.allclose(np.linalg.norm(weights, axis=1), 1, atol=1e-6)
     bound = np.quantile(np.linalg.cond(random_unit_column_matrices(50_000, size, np.random.default_rng(3))), 0.001)
-    assert np.all(np.linalg.cond(weights) <= bound * 1.1), (
-        "the bound is a quantile of random draws, known to a few per cent"
-    )
+    assert np.all(np.linalg.cond(weights) <= bound * 1.1), "the bound is a quantile of random draws, known to a few per cent"
 
 
 def test_condition_numbers_against_numpy():

@@ -5,12 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import (
-    image_text_contrastive_loss,
-    multimodal_contrastive_loss,
-    textbook_image_text_loss,
-    textbook_multimodal_loss,
-)
+from losses import image_text_contrastive_loss, multimodal_contrastive_loss, textbook_image_text_loss, textbook_multimodal_loss
 
 
 def value_and_gradients(loss, tensors, dtype, **options):
@@ -101,10 +96,7 @@ def test_negatives_from_the_batch_leave_the_anchor_out(monkeypatch):
 
     def one_by_one(h_x, h_t, p):
         others = [torch.arange(23) != i for i in range(23)]
-        rows = [
-            textbook_multimodal_loss(h_x[i : i + 1], h_t[i : i + 1], h_x[others[i]], h_t[others[i]], p)
-            for i in range(23)
-        ]
+        rows = [textbook_multimodal_loss(h_x[i : i + 1], h_t[i : i + 1], h_x[others[i]], h_t[others[i]], p) for i in range(23)]
         return torch.stack(rows).mean()
 
     for p in (2.0, 1.0):
@@ -143,9 +135,7 @@ def test_identical_encodings_have_the_loss_of_chance_and_perfect_ones_its_bound(
     assert multimodal_contrastive_loss(same, same, same, same).item() == pytest.approx(0, abs=1e-6)
     apart = torch.arange(8.0)[:, None] * 100
     negatives = apart + 1e4
-    assert multimodal_contrastive_loss(apart, apart, negatives, negatives).item() == pytest.approx(
-        -torch.tensor(9.0).log()
-    )
+    assert multimodal_contrastive_loss(apart, apart, negatives, negatives).item() == pytest.approx(-torch.tensor(9.0).log())
 
 
 def test_autocast_does_not_reach_the_loss():
@@ -192,9 +182,7 @@ def written_out_image_text(h_x, h_t, tau=1.0, negatives="both"):
         partner = (i + pairs) % (2 * pairs)
         others = range(2 * pairs) if negatives == "both" else range(pairs) if i >= pairs else range(pairs, 2 * pairs)
         candidates = [j for j in others if j != i]
-        logits = (
-            torch.stack([(anchor @ encodings[j]) / (anchor.norm() * encodings[j].norm()) for j in candidates]) / tau
-        )
+        logits = torch.stack([(anchor @ encodings[j]) / (anchor.norm() * encodings[j].norm()) for j in candidates]) / tau
         terms.append(torch.logsumexp(logits, dim=0) - logits[candidates.index(partner)])
     return torch.stack(terms).mean()
 

@@ -23,26 +23,8 @@ from running import experiment
 from tests.scripts import Killed, SmallImageEncoder, contents, replace, small_image_text_run
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
-FILES = [
-    "args.json",
-    "checkpoint.pt",
-    "encoder_img.pt",
-    "encoder_txt.pt",
-    "results.csv",
-    "results.png",
-    "train_log.csv",
-]
-COLUMNS = [
-    "Unnamed: 0",
-    "ix",
-    "modality",
-    "factor_name",
-    "factor_type",
-    "r2_linreg",
-    "r2_krreg",
-    "mcc_logreg",
-    "mcc_mlp",
-]
+FILES = ["args.json", "checkpoint.pt", "encoder_img.pt", "encoder_txt.pt", "results.csv", "results.png", "train_log.csv"]
+COLUMNS = ["Unnamed: 0", "ix", "modality", "factor_name", "factor_type", "r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp"]
 DISCRETE = ["object_shape", "object_xpos", "object_ypos"]
 IMAGE = [*DISCRETE, "object_alpharot", "object_betarot", "object_gammarot", "spotlight_pos", "object_color",
          "spotlight_color", "background_color"]  # fmt: skip
@@ -55,9 +37,7 @@ SmallImageEncoder = functools.partial(SmallImageEncoder, side=3)  # images of 24
 @pytest.fixture
 def run(tmp_path, causal3dident, capsys, monkeypatch):
     """run(flags) → (exit code, stdout, stderr) of the script with a small encoder, short probes and no drawing."""
-    return small_image_text_run(
-        main_causal3dident, SmallImageEncoder, causal3dident, FLAGS, tmp_path, capsys, monkeypatch
-    )
+    return small_image_text_run(main_causal3dident, SmallImageEncoder, causal3dident, FLAGS, tmp_path, capsys, monkeypatch)
 
 
 def test_a_run_writes_the_specified_files(run, tmp_path):
@@ -88,9 +68,7 @@ def test_a_run_writes_the_specified_files(run, tmp_path):
     ):
         assert words in out
     stored = json.loads((directory / "args.json").read_text())
-    assert (
-        stored["finished"] and stored["seed"] == 1 and stored["eval_seed"] == 2 and stored["bias_type"] == "selections"
-    )
+    assert stored["finished"] and stored["seed"] == 1 and stored["eval_seed"] == 2 and stored["bias_type"] == "selections"
 
 
 def test_results_are_the_probes_fitted_on_one_split_and_tested_on_the_other(run, tmp_path, causal3dident):
@@ -354,9 +332,5 @@ def test_the_script_explains_itself(capsys):
     with pytest.raises(SystemExit):
         Causal3dIdentExperiment.parse_flags(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for words in (
-        "its setting k is --bias-id 7 − k",
-        "0 = 3, 3, 4, 5, 5, 6, 7 for 1 … 7 unbiased",
-        "paper 100001, fast",
-    ):
+    for words in ("its setting k is --bias-id 7 − k", "0 = 3, 3, 4, 5, 5, 6, 7 for 1 … 7 unbiased", "paper 100001, fast"):
         assert words in shown

@@ -31,15 +31,7 @@ from tests.scripts import Killed, SmallImageEncoder, contents, small_image_text_
 
 ROOT = Path(main_mpi3dreal.__file__).parent
 FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
-FILES = [
-    "args.json",
-    "checkpoint.pt",
-    "encoder_img.pt",
-    "encoder_txt.pt",
-    "results.csv",
-    "results.png",
-    "train_log.csv",
-]
+FILES = ["args.json", "checkpoint.pt", "encoder_img.pt", "encoder_txt.pt", "results.csv", "results.png", "train_log.csv"]
 
 
 @pytest.fixture
@@ -195,9 +187,7 @@ def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_whitened_encodings_have_mean_zero_and_covariance_one(mpi3d, size):
-    flags = (
-        f"--datapath {mpi3d} --no-cuda --seed 1 --batch-size 16 --bias-id 2 --encoding-size {size} --whitening-pairs 40"
-    )
+    flags = f"--datapath {mpi3d} --no-cuda --seed 1 --batch-size 16 --bias-id 2 --encoding-size {size} --whitening-pairs 40"
     args, _ = Mpi3dExperiment.parse_flags(flags.split())
     model = Mpi3dExperiment(args, torch.device("cpu"))
     model.draw(None)
@@ -210,9 +200,7 @@ def test_whitened_encodings_have_mean_zero_and_covariance_one(mpi3d, size):
         covariance = torch.cov(h.T, correction=0).reshape(size, size)
         torch.testing.assert_close(covariance, torch.eye(size).double(), rtol=0, atol=1e-3)
         before = [parameter.clone() for parameter in encoders[encoder].parameters()]
-        image_text.whiten(
-            encoders[encoder], inputs("train", rows[:1].repeat(5))
-        )  # nothing varies: nothing is stretched
+        image_text.whiten(encoders[encoder], inputs("train", rows[:1].repeat(5)))  # nothing varies: nothing is stretched
         assert all((a == b).all() for a, b in zip(before, encoders[encoder].parameters(), strict=True))
 
 
@@ -229,9 +217,7 @@ def test_the_temperature_goes_to_tau_between_two_shares_of_the_steps():
                                               ("", [16] * 5)])  # fmt: skip
 def test_the_first_batches_have_a_size_of_their_own(mpi3d, monkeypatch, flags, sizes):
     monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
-    args, _ = Mpi3dExperiment.parse_flags(
-        [*f"--no-cuda --seed 1 --batch-size 16 {flags}".split(), "--datapath", str(mpi3d)]
-    )
+    args, _ = Mpi3dExperiment.parse_flags([*f"--no-cuda --seed 1 --batch-size 16 {flags}".split(), "--datapath", str(mpi3d)])
     model, drawn = Mpi3dExperiment(args, torch.device("cpu")), []
     model.order = Namespace(next=lambda count: drawn.append(count) or torch.arange(count))
     for share in (0, 0.399, 0.4, 0.55, 0.9):
@@ -260,9 +246,7 @@ def test_spare_dimensions_count_in_the_loss_until_they_are_cut_off(mpi3d):
 
 def test_the_encoders_that_are_kept_have_no_spare_dimensions(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
-    flags = (
-        "--seed 1 --train-steps 5 --encoding-size 2 --spare-dimensions 3 --checkpoint-steps 2 --save-all-checkpoints"
-    )
+    flags = "--seed 1 --train-steps 5 --encoding-size 2 --spare-dimensions 3 --checkpoint-steps 2 --save-all-checkpoints"
     code, out, err = run(flags)
     assert code == 0 and "R^2 and 3 dimensions at first" in out, err
     for path in sorted((tmp_path / "models/m").glob("encoder_*.pt")):
@@ -409,9 +393,7 @@ def test_evaluation_again_probes_the_same_encodings(run, trained):
     assert after["results_seed2.csv"] == before["results.csv"]
     first, again = (pd.read_csv(trained / name) for name in ("results_seed2.csv", "results.csv"))
     assert (first.mcc_logreg == again.mcc_logreg).all() and (first.mcc_mlp != again.mcc_mlp).any()
-    assert all(
-        before[name] == after[name] for name in ("encoder_img.pt", "encoder_txt.pt", "checkpoint.pt", "train_log.csv")
-    )
+    assert all(before[name] == after[name] for name in ("encoder_img.pt", "encoder_txt.pt", "checkpoint.pt", "train_log.csv"))
     assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
     assert contents(trained)["results.csv"] == before["results.csv"]
 
@@ -460,9 +442,7 @@ def test_weights_with_the_prefix_of_a_wrapper_are_evaluated_alike(run, trained):
 
 def test_the_paper_s_protocol_probes_for_its_number_of_steps(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        image_text.probes, "mlp_mcc", lambda *arguments: seen.append(arguments[-1]) or REAL(*arguments[:-1])
-    )
+    monkeypatch.setattr(image_text.probes, "mlp_mcc", lambda *arguments: seen.append(arguments[-1]) or REAL(*arguments[:-1]))
     assert run("--seed 1 --protocol paper", "paper")[0] == 0 and run("--seed 1", "code")[0] == 0
     assert seen == [10_000, None]
 
@@ -472,10 +452,7 @@ REAL = probes.mlp_mcc
 
 def test_finished_models_are_safe(run, trained):
     before = contents(trained)
-    for flags, words in (
-        ("--seed 2", "--overwrite trains it anew"),
-        ("--resume --lr 0.5", "--lr 0.5 contradicts 0.01"),
-    ):
+    for flags, words in (("--seed 2", "--overwrite trains it anew"), ("--resume --lr 0.5", "--lr 0.5 contradicts 0.01")):
         code, _, err = run(flags, base="--no-cuda")
         assert code == 2 and words in err and contents(trained) == before
     code, out, _ = run("--resume", base="--no-cuda")
@@ -571,9 +548,7 @@ def test_a_damaged_encoder_is_named(run, trained):
 
 
 def test_training_may_not_go_on_without_its_data(run, tmp_path, mpi3d, monkeypatch):
-    monkeypatch.setattr(
-        ImageTextExperiment, "loss", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr(ImageTextExperiment, "loss", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert run("--seed 1")[0] == 2
     before = contents(tmp_path / "models")
     shutil.rmtree(mpi3d)

@@ -23,17 +23,7 @@ from tests.conftest import TINY
 from tests.scripts import contents
 
 ROOT = Path(main_numeric.__file__).parent
-FILES = [
-    "args.json",
-    "checkpoint.pt",
-    "f_t.pt",
-    "f_x.pt",
-    "g_t.pt",
-    "g_x.pt",
-    "results.csv",
-    "results.png",
-    "train_log.csv",
-]
+FILES = ["args.json", "checkpoint.pt", "f_t.pt", "f_x.pt", "g_t.pt", "g_x.pt", "results.csv", "results.png", "train_log.csv"]
 
 
 @pytest.fixture
@@ -78,22 +68,10 @@ def test_a_run_says_in_words_what_it_does(trained):
 def test_the_perturbed_factors_are_evaluated(run, tmp_path):
     assert run("--seed 1 --beta-value 3 --theta-value 6")[0] == 0
     results = pd.read_csv(tmp_path / "models/m/results.csv")
-    assert results.predicted_factors.tolist()[:9] == [
-        "s_0",
-        "s_1",
-        "s_2",
-        "s_inv",
-        "tilde_s_0",
-        "tilde_s_1",
-        "m_x",
-        "m_t",
-        "s_0",
-    ]
+    assert results.predicted_factors.tolist()[:9] == ["s_0", "s_1", "s_2", "s_inv", "tilde_s_0", "tilde_s_1", "m_x", "m_t", "s_0"]
 
 
-@pytest.mark.parametrize(
-    "flags", ["", "--causal-dependence --protocol paper --theta-value 6", "--semantics-n 1 --theta-value 0"]
-)
+@pytest.mark.parametrize("flags", ["", "--causal-dependence --protocol paper --theta-value 6", "--semantics-n 1 --theta-value 0"])
 def test_without_modality_specific_latents_their_rows_are_left_out(run, tmp_path, flags):
     code, out, err = run(f"--seed 1 --modality-n 0 {flags}")
     assert code == 0 and "nan" not in out and "semantics, 0 + 0 modality-specific" in out, err
@@ -129,12 +107,7 @@ def test_how_often_progress_is_logged_changes_nothing(run, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        *(
-            "--beta-value 0 --change-prob 0.2",
-            "--causal-dependence",
-            "--margin-param 2",
-            "--beta-value 0 --cond-param 3",
-        ),
+        *("--beta-value 0 --change-prob 0.2", "--causal-dependence", "--margin-param 2", "--beta-value 0 --cond-param 3"),
         *("--n-mixing-layer 2", "--encoding-size 4", "--init he", "--lr-schedule onecycle", "--lr 0.01"),
         *("--negatives batch", "--protocol paper", "--precision bf16", "--batch-size 20", "--train-steps 41"),
         *("--preconditioner inputs", "--layer-lr fan-in", "--final-batch-size 30"),
@@ -155,9 +128,7 @@ def test_the_recipe_sets_what_is_not_given(run, tmp_path):
     argv = "--recipe fast --no-cuda --seed 1 --lr 0.002 --model-dir x"
     args, _ = NumericExperiment.parse_flags(argv.split())
     fast = main_numeric.RECIPES["fast"]
-    assert (
-        args.lr == 0.002 and args.init == "he" and args.batch_size == fast["batch_size"] and args.negatives == "batch"
-    )
+    assert args.lr == 0.002 and args.init == "he" and args.batch_size == fast["batch_size"] and args.negatives == "batch"
     args, _ = NumericExperiment.parse_flags([])
     defaults = {
         **{"model_dir": "models", "model_id": None, "encoding_size": 0, "semantics_n": 10, "modality_n": 5},
@@ -200,9 +171,7 @@ def test_no_model_id_and_no_seed_are_made_printed_and_stored(tmp_path, capsys, r
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["numeric_theta3_beta-1", "numeric_theta3_beta-1-2"]
     seeds = [json.loads((tmp_path / name / "args.json").read_text())["seed"] for name in names]
-    assert seeds[0] != seeds[1] and all(
-        f"{tmp_path / name}, seed {seed}" in out for name, seed in zip(names, seeds, strict=True)
-    )
+    assert seeds[0] != seeds[1] and all(f"{tmp_path / name}, seed {seed}" in out for name, seed in zip(names, seeds, strict=True))
 
 
 def test_kernel_ridge_is_the_nonlinear_probe_without_mlp_eval(run, tmp_path, trained):
@@ -426,9 +395,7 @@ def test_load_args_alone_overwrites_nothing(run, trained, finished):
 
 def test_an_unfinished_run_is_not_overwritten_either(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            NumericExperiment, "evaluate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-        )
+        patch.setattr(NumericExperiment, "evaluate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert run("--seed 1")[0] == 2
     before = contents(tmp_path / "models/m")
     code, _, err = run("--seed 2")

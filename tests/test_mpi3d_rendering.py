@@ -47,9 +47,7 @@ def tables(folder):
 
 
 def test_train_and_test_share_no_image_and_have_them_all(tables):
-    train, test = (
-        [tuple(row) for row in tables[split]["image"].itertuples(index=False)] for split in ("train", "test")
-    )
+    train, test = ([tuple(row) for row in tables[split]["image"].itertuples(index=False)] for split in ("train", "test"))
     assert len(train) == round(0.9 * COUNT) and not set(train) & set(test)
     assert sorted(train + test) == list(itertools.product(*map(range, SIZES.values())))
 

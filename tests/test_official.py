@@ -20,24 +20,9 @@ from tests.test_eval_numeric_predict import predict  # noqa: F401
 
 # their numeric args.json, as the specification names the flags
 NUMERIC = {
-    **{
-        "model_dir": "models",
-        "model_id": "theirs",
-        "encoding_size": 0,
-        "semantics_n": 3,
-        "modality_n": 1,
-        "theta_value": 3,
-    },
+    **{"model_dir": "models", "model_id": "theirs", "encoding_size": 0, "semantics_n": 3, "modality_n": 1, "theta_value": 3},
     **{"beta_value": -1, "change_prob": 0.75, "causal_dependence": False, "margin_param": 1.0, "cond_param": 1.0},
-    **{
-        "n_mixing_layer": 3,
-        "seed": 1,
-        "batch_size": 16,
-        "lr": 1e-4,
-        "train_steps": 40,
-        "log_steps": 10,
-        "evaluate": False,
-    },
+    **{"n_mixing_layer": 3, "seed": 1, "batch_size": 16, "lr": 1e-4, "train_steps": 40, "log_steps": 10, "evaluate": False},
     **{"num_eval_batches": 1, "mlp_eval": True, "no_cuda": True, "load_args": False},
 }
 IMAGES = {
@@ -85,9 +70,7 @@ def test_encoders_compute_what_theirs_do(tmp_path, wrapper):
     state = {wrapper + name.replace("convolutions.", "convnet."): value for name, value in text.state_dict().items()}
     assert f"{wrapper}convnet.0.weight" in state
     torch.save(state, tmp_path / "encoder_txt.pt")
-    assert same(
-        load_weights(encoders.TextEncoder(9, 16, 2), tmp_path / "encoder_txt.pt").state_dict(), text.state_dict()
-    )
+    assert same(load_weights(encoders.TextEncoder(9, 16, 2), tmp_path / "encoder_txt.pt").state_dict(), text.state_dict())
 
 
 @pytest.mark.parametrize(

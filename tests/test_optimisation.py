@@ -31,9 +31,7 @@ def test_adam_is_torch_s_whatever_the_order_in_memory():
     """Weights of convolutions in channels_last, and of a look-up whose gradient comes transposed."""
     networks = []
     for _ in range(2):
-        network = nn.ModuleDict(
-            {"image": nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), "text": nn.Linear(4, 2)}
-        )
+        network = nn.ModuleDict({"image": nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), "text": nn.Linear(4, 2)})
         generator = torch.Generator().manual_seed(0)
         for parameter in network.parameters():
             parameter.data.normal_(generator=generator)

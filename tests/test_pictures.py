@@ -5,14 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from running.pictures import (
-    difference_heatmap,
-    plot_beside_paper,
-    plot_factor_scores,
-    plot_score_curves,
-    plt,
-    score_heatmap,
-)
+from running.pictures import difference_heatmap, plot_beside_paper, plot_factor_scores, plot_score_curves, plt, score_heatmap
 
 SCORES = pd.DataFrame([[0.99, 0.01, -0.2], [0.5, np.nan, 1.3]], index=["hz_x", "hz_t"], columns=["s_0", "s_1", "m_x"])
 

@@ -100,9 +100,7 @@ def test_networks_follow_mlp_regressor_step_by_step(outputs, monkeypatch):
         "sklearn.neural_network._multilayer_perceptron.shuffle",
         lambda index, random_state: torch.randperm(len(index), generator=shared).numpy(),
     )
-    expected = MLPRegressor(max_iter=mlp_probes.MAX_EPOCHS).fit(
-        fit_h.double().numpy(), target.squeeze(1).double().numpy()
-    )
+    expected = MLPRegressor(max_iter=mlp_probes.MAX_EPOCHS).fit(fit_h.double().numpy(), target.squeeze(1).double().numpy())
     assert expected.n_iter_ == epochs[0]
     parameters = mlp_probes.views(networks, 4, outputs)
     own = mlp_probes.network_outputs(parameters, mlp_probes.with_ones(test_h)[None], torch.tensor([0]))[0].T

@@ -62,9 +62,7 @@ def reproduced(words, cwd):
 def folder(tmp_path_factory):
     """A folder whose models "here" were trained on this machine, one thread each: another order of sums is another number."""
     folder = tmp_path_factory.mktemp("slurm")
-    process = reproduced(
-        "run table5 --scale tiny --seeds 1 --jobs 2 --models here --cpus-per-job 1 --gpus-per-job 0", folder
-    )
+    process = reproduced("run table5 --scale tiny --seeds 1 --jobs 2 --models here --cpus-per-job 1 --gpus-per-job 0", folder)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     return folder
@@ -74,9 +72,7 @@ def folder(tmp_path_factory):
 def test_an_array_whose_one_job_is_cancelled_and_requeued_ends_with_the_results_of_the_local_run(folder, how):
     """scontrol: an administrator's requeue; USR2: what SLURM sends before the time limit, and submitit requeues."""
     models = how.split()[0]
-    words = (
-        f"run table5 --scale tiny --seeds 1 --models {models} --cluster slurm --cpus-per-job 1 --gpus-per-job 0 --mem 1"
-    )
+    words = f"run table5 --scale tiny --seeds 1 --models {models} --cluster slurm --cpus-per-job 1 --gpus-per-job 0 --mem 1"
     process = reproduced(words, folder)
     name = "ind_select_3_perturb_1_seed1"
     record = folder / models / f"logs/numeric-tiny/{name}.job"
@@ -92,16 +88,13 @@ def test_an_array_whose_one_job_is_cancelled_and_requeued_ends_with_the_results_
     assert "resumed from step" in log.read_text()
     for directory in (folder / "here/numeric-tiny").iterdir():
         ours, theirs = (
-            pd.read_csv(root / directory.name / RESULTS)
-            for root in (directory.parent, folder / models / "numeric-tiny")
+            pd.read_csv(root / directory.name / RESULTS) for root in (directory.parent, folder / models / "numeric-tiny")
         )
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
 def test_a_job_that_is_cancelled_for_good_is_listed_with_its_log_and_a_refusal_is_one_line(folder):
-    words = (
-        "run table5 --scale tiny --seeds 1 --models cancelled --cluster slurm --cpus-per-job 1 --gpus-per-job 0 --mem 1"
-    )
+    words = "run table5 --scale tiny --seeds 1 --models cancelled --cluster slurm --cpus-per-job 1 --gpus-per-job 0 --mem 1"
     process = reproduced(words, folder)
     record = folder / "cancelled/logs/numeric-tiny/dep_select_3_perturb_1_seed1.job"
     until(record.exists)
