@@ -194,7 +194,6 @@ class EpochOrder:
         self._position = state[:8].clone().view(torch.int64).item()
 
 
-# --------------------------------------------------------------------------------------------------------------
 # MPI3D-Complex
 
 
@@ -287,7 +286,6 @@ def _check_factors(path, image, text, bias):
         raise InputError(f"{path}: {found}: the file is of another setting or split; make it again")
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Causal3DIdent
 
 

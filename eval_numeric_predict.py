@@ -199,7 +199,7 @@ def evaluate_model(directory, args, device):
     # the latents are those of the training, whatever the protocol of the tasks
     experiment = main_numeric.NumericExperiment(setting, device)
     experiment.load(directory)
-    unbiased, where = main_numeric.names_of(experiment.latents.unbiased), describe_device(device)
+    unbiased, where = main_numeric.semantics(experiment.latents.unbiased), describe_device(device)
     sizes = ", ".join(map(str, prefix_sizes(setting.semantics_n)))
     print(f"model        {directory}, training seed {setting.seed}, evaluation seed {seed}, on {where}")
     print(f"unbiased     {unbiased}")

@@ -3,7 +3,6 @@
 A script names its data set, sizes, columns and recipes in a subclass of ImageTextExperiment.
 """
 
-import abc
 import contextlib
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from latent_spaces import seeded_generator
 from losses import image_text_contrastive_loss
 from running.command_line import InputError, integer, number
 from running.directory import save_weights
-from running.experiment import Experiment
+from running.experiment import Experiment, names_of
 from running.ranks import Share, summed
 from running.schedules import FIRST_BATCHES_UNTIL, SPARE_UNTIL, batch_size, temperature, visible_dimensions
 
@@ -36,33 +35,13 @@ class ImageTextExperiment(Experiment):
     A subclass has, beside what every Experiment has: bias_types, bias_ids of the settings, smallest (in words, the encoding
     that is taken for --encoding-size 0), datapath, bias_help, mean and std of the pixels' channels, perturbing (in words, how
     captions err), own_text_factors (whether text encodings are probed for what captions state, not for what images show),
-    columns (pairs of a column of results.csv and one of `evaluate`), and the first four methods.
+    columns (pairs of a column of results.csv and one of `evaluate`), and bias(bias_type, bias_id), the Bias of a setting;
+    default_encoding_size(unbiased), dimensions for that number of semantics; factors(bias, modality), what encodings are probed
+    for; open(folder, bias_type, bias_id, device, workers), the (ImageTextPairs, Bias) of a folder.
     """
 
     weight_files = ("encoder_img.pt", "encoder_txt.pt")
     columns = tuple((name, name) for name in ("ix", "modality", "factor_name", "factor_type", *SCORES))
-
-    @staticmethod
-    @abc.abstractmethod
-    def bias(bias_type, bias_id):
-        """The Bias of a setting."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def default_encoding_size(unbiased):
-        """Dimensions of the encodings for that number of unbiased semantics."""
-
-    @classmethod
-    @abc.abstractmethod
-    def factors(cls, bias, modality):
-        """Names of the factors that encodings of a modality are probed for."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def open(folder, bias_type, bias_id, device, workers):
-        """(ImageTextPairs, Bias) of a folder; InputError if the data do not serve."""
-
-    # flags
 
     @classmethod
     def add_flags(cls, parser):
@@ -112,8 +91,6 @@ class ImageTextExperiment(Experiment):
         bias = cls.bias(args.bias_type, args.bias_id)
         column = next(name for name, own in cls.columns if own == "factor_name")
         return [{"modality": modality, column: name} for modality in MODALITIES for name in cls.factors(bias, modality)]
-
-    # data and encoders
 
     def __init__(self, args, device):
         """Open the pairs, and build both encoders, their weights not set."""
@@ -196,8 +173,6 @@ class ImageTextExperiment(Experiment):
             for name, state in self.weights().items():
                 save_weights(state, directory / f"{name}{suffix}.pt")
 
-    # training
-
     def loss(self, share_done):
         """Contrastive loss of the next batch by the cosine, and the penalty of lengths, which the cosine does not see."""
         args, pairs, share = self.args, self.pairs, Share(batch_size(self.args, share_done))
@@ -221,8 +196,6 @@ class ImageTextExperiment(Experiment):
                 columns |= {f"{modality}_{name}": score for name, score in scores.items()}
                 texts.append(f"linear {modality} " + " ".join(f"{max(score, 0):.2f}" for score in scores.values()))
         return columns, "  ".join(texts)
-
-    # evaluation
 
     def probe_parts(self):
         """((split, rows), (split, rows)): the pairs that fit the probes, and those that test them.
@@ -292,8 +265,6 @@ class ImageTextExperiment(Experiment):
         """The columns of results.csv under their names there."""
         names, own = map(list, zip(*self.columns, strict=True))
         return results[own].set_axis(names, axis=1)
-
-    # what a reader sees
 
     def describe(self):
         """What captions leave out, what they state wrongly, what should be learned, and how."""
@@ -402,8 +373,3 @@ def nonlinear_scores(encodings, fit_targets, test_targets, generator, steps):
     if classes:
         scores |= probes.mlp_mcc(encodings, classes, test_targets, generator, steps)
     return scores
-
-
-def names_of(factors):
-    """Set of factors in words."""
-    return "{" + ", ".join(factors) + "}" if factors else "∅"

@@ -31,7 +31,6 @@ def seeded_generator(seed, stream, device="cpu", substream=0):
     return torch.Generator(device=device).manual_seed(state)
 
 
-# --------------------------------------------------------------------------------------------------------------
 # subsets of the semantics: I_θ and I_ρ by number
 
 
@@ -102,7 +101,6 @@ def biased_blocks(theta, beta, n):
     return selected, perturbed, unbiased
 
 
-# --------------------------------------------------------------------------------------------------------------
 # latents
 
 
@@ -190,7 +188,6 @@ class MisalignedLatents:
         return Latents(s, s_tilde, m_x, m_t, self._selected)
 
 
-# --------------------------------------------------------------------------------------------------------------
 # mixing
 
 CONDITION_DRAWS = 25_000  # random matrices whose condition numbers set the bound …

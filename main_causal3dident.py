@@ -14,11 +14,11 @@ The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoi
 import pandas as pd
 
 import datasets
-from image_text import MODALITIES, ImageTextExperiment, names_of
+from image_text import MODALITIES, ImageTextExperiment
 from probes import ABSENT, FOUND
 from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, RUNS_SPELLING, causal_text_factor
 from running.command_line import run_script
-from running.experiment import run_experiment
+from running.experiment import names_of, run_experiment
 from running.pictures import plot_factor_scores
 
 # "paper": exactly the paper's training. "fast": few steps with few pairs, at a rate that falls from a larger one.

@@ -24,40 +24,24 @@ from losses import multimodal_contrastive_loss
 from probes import ABSENT, LEARNED
 from running.command_line import InputError, integer, number, run_script
 from running.directory import load_weights, save_weights
-from running.experiment import Experiment, run_experiment
+from running.experiment import Experiment, names_of, run_experiment
 from running.pictures import plot_factor_scores
 from running.ranks import Share
 from running.schedules import batch_size
 
 # "paper": the paper's training. "fast": the same block from far fewer samples, as benchmarks/time_to_identification.py shows
 RECIPES = {
-    "paper": {
-        "init": "default",
-        "lr": 1e-4,
-        "lr_schedule": "constant",
-        "layer_lr": "uniform",
-        "preconditioner": "none",
-        "optimiser": "adam",
-        "batch_size": 6144,
-        "final_batch_size": 0,
-        "negatives": "independent",
-        "train_steps": 100_001,
-        "precision": "fp32",
-    },
-    "fast": {
-        "init": "he",  # PyTorch's default shrinks the signal from layer to layer: most steps leave the plateau that follows
-        "lr": 1e-3,
-        "lr_schedule": "onecycle",
-        "layer_lr": "fan-in",  # every layer moves alike, at any width
-        "preconditioner": "inputs",  # what is learned last lies in the tail of the layers' inputs
-        "optimiser": "adam",
-        "batch_size": 256,  # early steps need no precision, late ones do
-        "final_batch_size": "auto",
-        "negatives": "batch",  # half the encoder passes
-        "train_steps": "auto",
-        "precision": "auto",
-    },
-}
+    "paper": dict(init="default", lr=1e-4, lr_schedule="constant", layer_lr="uniform", preconditioner="none", optimiser="adam",
+                  batch_size=6144, final_batch_size=0, negatives="independent", train_steps=100_001, precision="fp32"),
+    "fast": dict(
+        lr=1e-3, lr_schedule="onecycle", optimiser="adam", train_steps="auto", precision="auto",
+        init="he",  # PyTorch's default shrinks the signal from layer to layer: most steps leave the plateau that follows
+        layer_lr="fan-in",  # every layer moves alike, at any width
+        preconditioner="inputs",  # what is learned last lies in the tail of the layers' inputs
+        batch_size=256, final_batch_size="auto",  # early steps need no precision, late ones do
+        negatives="batch",  # half the encoder passes
+    ),
+}  # fmt: skip
 # train_steps "auto", between these (dimensions of the encoding, steps): a single dimension teaches the layers below it
 # little at a time, and many take long to tell apart
 AUTO_STEPS = ((1, 6_500), (5, 3_500), (10, 7_000))
@@ -168,8 +152,6 @@ class NumericExperiment(Experiment):
         for name, network in self.networks.items():
             load_weights(network, directory / f"{name}.pt")
 
-    # training
-
     def sample(self, count, generator, own=lambda rows: rows):
         """`count` fresh Latents z, and the encodings (h_x, h_t) of the observations of those that own((count, d)) leaves."""
         z = self.latents.sample(count, generator)
@@ -200,8 +182,6 @@ class NumericExperiment(Experiment):
             shown = " ".join(f"{max(scores[f's_{i}'], 0):.2f}" for i in range(self.args.semantics_n))
             texts.append(f"R² {name} {shown}")
         return columns, "  ".join(texts)
-
-    # evaluation
 
     @torch.no_grad()
     def encode(self, batches, generator):
@@ -235,8 +215,6 @@ class NumericExperiment(Experiment):
             rows += [(name, factor, linear[factor], nonlinear[name, factor]) for factor in fit_targets]
         return pd.DataFrame(rows, columns=["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"])
 
-    # what a reader sees
-
     def describe(self):
         """What the text leaves out, what it may state wrongly, what should be learned, and how."""
         args, latents, n, m = self.args, self.latents, self.args.semantics_n, self.args.modality_n
@@ -247,9 +225,9 @@ class NumericExperiment(Experiment):
         pairs = f"{args.batch_size}" + (f" to {args.final_batch_size}" if args.final_batch_size else "")
         return {
             "latents": f"{n} {kind} semantics, {m} + {m} modality-specific ({args.protocol} protocol)",
-            "selected": f"I_θ = {names_of(latents.selected)}; the text leaves out {names_of(omitted)}",
-            "perturbed": f"I_ρ ∩ I_θ = {names_of(latents.perturbed)}{wrong}",
-            "unbiased": f"I_θ \\ I_ρ = {names_of(latents.unbiased)}: what the theory says is learned",
+            "selected": f"I_θ = {semantics(latents.selected)}; the text leaves out {semantics(omitted)}",
+            "perturbed": f"I_ρ ∩ I_θ = {semantics(latents.perturbed)}{wrong}",
+            "unbiased": f"I_θ \\ I_ρ = {semantics(latents.unbiased)}: what the theory says is learned",
             "encoders": f"R^{self.d_x} and R^{self.d_t} → R^{self.encoding_size}, {parameters:,} parameters",
             "training": f"{args.recipe} recipe: {args.train_steps} steps of {pairs} pairs, lr {args.lr:g} "
             f"{args.lr_schedule}, {args.init} initialisation, {args.negatives} negatives",
@@ -265,14 +243,14 @@ class NumericExperiment(Experiment):
         printed = pd.concat({title: scores.T for title, scores in tables.items()}, axis=1)
         printed.index = [f"{name} *" if name in unbiased else name for name in printed.index]
         print(printed.clip(lower=0).round(3).to_string(index_names=False), "(* unbiased)", sep="\n")
-        title = f"selected {names_of(latents.selected)}, perturbed {names_of(latents.perturbed)}"
+        title = f"selected {semantics(latents.selected)}, perturbed {semantics(latents.perturbed)}"
         plot_factor_scores(tables, path, title, unbiased)
         print(verdict(results, latents, self.args.causal_dependence))
 
 
-def names_of(indices):
-    """Set of semantics in words, e.g. {s_0, s_2}."""
-    return "{" + ", ".join(f"s_{i}" for i in indices) + "}" if indices else "∅"
+def semantics(indices):
+    """Set of semantics in words."""
+    return names_of([f"s_{i}" for i in indices])
 
 
 def verdict(results, latents, causal_dependence):
@@ -281,7 +259,7 @@ def verdict(results, latents, causal_dependence):
     # a perturbed s̃_i is s_i plus noise that no encoder can know of: biased like s_i itself
     lowest, highest = results[inside].r2_nonlinear.min(), max([0.0, *results[~inside].r2_nonlinear])
     found = (
-        f"the unbiased block {names_of(latents.unbiased)} has nonlinear R² of at least {lowest:.2f}, "
+        f"the unbiased block {semantics(latents.unbiased)} has nonlinear R² of at least {lowest:.2f}, "
         f"everything else at most {highest:.2f}"
     )
     if lowest >= LEARNED and highest <= ABSENT:

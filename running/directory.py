@@ -266,7 +266,6 @@ def check_machine(directory, stored, details, no_cuda_given):
     return {"machines": machines}
 
 
-# --------------------------------------------------------------------------------------------------------------
 # tensors on disk
 
 

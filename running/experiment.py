@@ -5,50 +5,44 @@
 args.json is there from the first moment and says "finished" last of all: killed anywhere between, the run goes on with --resume.
 """
 
-import abc
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from running import directory as store
 from running import ranks
 from running.command_line import InputError, Parser, integer, number
 from running.devices import describe_device, encoder_precision, select_device, settled_precision
-from running.directory import (
-    adopt_stored_flags,
-    check_machine,
-    drawn_seed,
-    encoding_size,
-    find_directory,
-    is_finished,
-    keep_results,
-    load_weights,
-    provenance,
-    read_weights,
-    refuse_to_overwrite,
-    save_torch,
-    save_weights,
-    start_directory,
-    stored_args,
-    take_evaluation_seed,
-    trained_args,
-    write_args,
-)
 from running.files import write_csv, write_json
 from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES, smallest_batch
 from running.training import after_training, train
 
 
-class Experiment(abc.ABC):
+class Experiment:
     """What one experiment has of its own. The class is a setting's flags; an object is one model of a setting.
 
     Of the class: name; recipes, dict name → dict flag → value; weight_files, what a trained model consists of. Of an object:
     args and device; modules, dict name → nn.Module that is trained; networks, these and what is not trained, None for these
     alone; generators, dict name → torch.Generator or what else has its get_state and set_state: every source of randomness of
     `loss`, the order of the data too; rates, dict name of a module → factor of its learning rate, 1 where there is none;
-    keep_steps: steps between two calls of `keep`, 0 for none.
+    keep_steps: steps between two calls of keep(directory, step), 0 for none. A subclass gives these methods, the first four of
+    the class; all raise InputError for what a user can mend. In several processes draw, monitor, keep and evaluate are called in
+    the first alone.
+
+        add_flags(parser)           add the experiment's own flags to a Parser
+        default_id(args)            name of a fresh model directory
+        settle(args)                check the flags against each other, and replace "auto" in all but the precision, in place
+        result_rows(args)           list of dicts column → value: what tells the rows apart that results.csv must have
+        __init__(args, device)      open the data or set up the latents, and build the modules
+        describe()                  dict title → text: the setting in words
+        draw(directory)             set all weights from the training seed; what is not trained is kept there, or read from there
+        loss(share_done)            the loss of one fresh batch, a scalar tensor; of several processes, this one's part
+        monitor()                   (dict column → number, text) for a line of the log, from random numbers of its own
+        evaluate(seed)              DataFrame of what the probes find, by random numbers of that seed
+        show(results, path)         print that and what follows from it, and draw it into the PNG `path`
     """
 
     name, recipes, weight_files = "", {}, ()
@@ -67,30 +61,6 @@ class Experiment(abc.ABC):
         """(args, given) of a command line: the Namespace with the recipe's values filled in, and the flags that were given."""
         return cls.parser().parse(argv)
 
-    @classmethod
-    @abc.abstractmethod
-    def add_flags(cls, parser):
-        """Add the experiment's own flags to a Parser."""
-
-    @classmethod
-    @abc.abstractmethod
-    def default_id(cls, args):
-        """Name of a fresh model directory."""
-
-    @classmethod
-    @abc.abstractmethod
-    def settle(cls, args):
-        """Replace "auto" by its value in all flags but the precision, in place; InputError for flags that do not fit."""
-
-    @classmethod
-    @abc.abstractmethod
-    def result_rows(cls, args):
-        """List of dicts column → value: what tells the rows apart that results.csv must have."""
-
-    @abc.abstractmethod
-    def __init__(self, args, device):
-        """Open the data or set up the latents, and build the modules; InputError if that cannot be."""
-
     def check_stored(self, stored):
         """Raise InputError if a run whose args.json is the dict `stored` was of other data."""
         return
@@ -98,25 +68,6 @@ class Experiment(abc.ABC):
     def details(self):
         """Dict of what args.json holds beside the flags."""
         return {}
-
-    @abc.abstractmethod
-    def describe(self):
-        """Dict title → text: the setting in words."""
-
-    @abc.abstractmethod
-    def draw(self, directory):
-        """Set all weights from the training seed; what is not trained is kept in the directory, or read from there.
-
-        Called in the first of several processes alone, as `monitor`, `keep` and `evaluate`; the others have its weights then.
-        """
-
-    @abc.abstractmethod
-    def loss(self, share_done):
-        """The loss of one fresh batch, a scalar tensor, when that share of the steps is done; of several processes, its part."""
-
-    @abc.abstractmethod
-    def monitor(self):
-        """(dict column → number, text) for a line of the log, from random numbers of its own."""
 
     def encoder_precision(self):
         """Context of the encoders' forward pass: in the precision of the flags while they are trained, else in fp32."""
@@ -126,26 +77,14 @@ class Experiment(abc.ABC):
         """Dict name of a file → state_dict of what was trained."""
         return {name: module.state_dict() for name, module in self.modules.items()}
 
-    def keep(self, directory, step):
-        """Called every keep_steps steps, when `step` of them are done."""
-        return
-
     def load(self, directory):
         """Read the weights of a trained model; InputError that names a file that is missing, damaged or of another setting."""
         for name, module in self.modules.items():
-            load_weights(module, directory / f"{name}.pt")
-
-    @abc.abstractmethod
-    def evaluate(self, seed):
-        """DataFrame of what the probes find, by random numbers of that seed."""
+            store.load_weights(module, directory / f"{name}.pt")
 
     def table(self, results):
         """What results.csv holds of the DataFrame of `evaluate`."""
         return results
-
-    @abc.abstractmethod
-    def show(self, results, path):
-        """Print the DataFrame of `evaluate` and what follows from it, and draw it into the PNG `path`."""
 
 
 def add_run_flags(parser):
@@ -192,14 +131,14 @@ def run_experiment(experiment_class, argv=None):
         if args.evaluate or args.export_official:
             work = evaluate_again if args.evaluate else export_model
             return work(experiment_class, args, directory) if ranks.rank() == 0 else 0
-        if args.resume and ranks.from_first(lambda: is_finished(directory)):
+        if args.resume and ranks.from_first(lambda: store.is_finished(directory)):
             print(f"{directory} is finished already: nothing to resume")
             return 0
         with ranks.agreed():
             device = select_device(args.no_cuda)
             args.precision = settled_precision(args.precision, device)
             experiment = experiment_class(args, device)
-            details = provenance(device) | experiment.details()
+            details = store.provenance(device) | experiment.details()
             details |= {"processes": ranks.size()} if ranks.size() > 1 else {}
         ranks.require_alike({"precision": args.precision, "versions": details["versions"], "data": details.get("data"),
                              "GPU": describe_device(device) if device.type == "cuda" else None})  # fmt: skip
@@ -213,14 +152,14 @@ def settled_flags(experiment_class, argv):
     """(args, given, directory) of a command line: all flags settled but the precision; InputError for what does not fit."""
     parser = experiment_class.parser()
     args, given = parser.parse(argv)
-    directory = find_directory(args, experiment_class.default_id(args))
+    directory = store.find_directory(args, experiment_class.default_id(args))
     if args.export_official:
         return args, given, directory
-    adopt_stored_flags(args, given, parser, directory)
-    refuse_to_overwrite(args, directory)
+    store.adopt_stored_flags(args, given, parser, directory)
+    store.refuse_to_overwrite(args, directory)
     experiment_class.settle(args)
     if args.seed is None and not args.evaluate:
-        args.seed = drawn_seed()
+        args.seed = store.drawn_seed()
     if ranks.size() > smallest_batch(args) and not args.evaluate:
         raise InputError(f"{ranks.size()} processes share a batch of {smallest_batch(args)} pairs, and each needs one; start "
                          "fewer, or raise --batch-size")  # fmt: skip
@@ -231,10 +170,10 @@ def begin(experiment, directory, details, no_cuda_given):
     """Make the directory or go on in it, and draw the weights; returns the details that args.json has beside the flags."""
     args = experiment.args
     if args.resume and (directory / "args.json").exists():
-        stored = stored_args(directory)
+        stored = store.stored_args(directory)
         experiment.check_stored(stored)
-        details |= check_machine(directory, stored, details, no_cuda_given)
-    start_directory(directory, args, details)
+        details |= store.check_machine(directory, stored, details, no_cuda_given)
+    store.start_directory(directory, args, details)
     print(f"model        {directory}, seed {args.seed}")
     print_description(experiment)
     experiment.draw(directory)
@@ -245,18 +184,18 @@ def finish(experiment, directory, progress, details):
     """Write the weights, evaluate, and say in args.json that the run is finished; returns the exit code."""
     args = experiment.args
     for name, state in experiment.weights().items():
-        save_weights(state, directory / f"{name}.pt")
+        store.save_weights(state, directory / f"{name}.pt")
     details |= {"eval_seed": args.seed + 1, "train_seconds": round(progress.seconds, 1)}
     with after_training(args):
         details |= write_evaluation(experiment, directory, details["eval_seed"])
-    write_args(directory, args, {**details, "finished": True})
+    store.write_args(directory, args, {**details, "finished": True})
     return 0
 
 
 def evaluate_again(experiment_class, args, directory):
     """--evaluate: results.csv of a trained model by another seed; the results of an earlier one are kept beside it."""
     device, parser = select_device(args.no_cuda), experiment_class.parser()
-    stored, seed = take_evaluation_seed(args, directory, parser)
+    stored, seed = store.take_evaluation_seed(args, directory, parser)
     # in full, also where the device does not have the precision of the training
     args.seed, args.precision = stored["seed"], "fp32"
     experiment = experiment_class(args, device)
@@ -276,15 +215,15 @@ def export_model(experiment_class, args, directory):
     Raises InputError if that holds files, and for a model that the code behind the paper's figures could not evaluate.
     """
     target = Path(args.export_official)
-    args, _ = trained_args(directory, experiment_class)
+    args, _ = store.trained_args(directory, experiment_class)
     flags = official_args(args, experiment_class.parser())
-    states = {file: read_weights(directory / file) for file in experiment_class.weight_files}
-    flags["encoding_size"] = encoding_size(states[experiment_class.weight_files[-1]])
+    states = {file: store.read_weights(directory / file) for file in experiment_class.weight_files}
+    flags["encoding_size"] = store.encoding_size(states[experiment_class.weight_files[-1]])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists already; name a folder that does not")
     target.mkdir(parents=True, exist_ok=True)
     for file, state in states.items():
-        save_torch(official_names(Path(file).stem, state), target / file)
+        store.save_torch(official_names(Path(file).stem, state), target / file)
     write_json(target / "args.json", flags)
     print(f"{target}: {directory} as the code behind the paper's figures reads it")
     return 0
@@ -306,8 +245,13 @@ def write_evaluation(experiment, directory, seed, earlier_seed=None):
         results = experiment.evaluate(seed)
     except (ValueError, torch.linalg.LinAlgError) as error:  # weights that are not finite, or make encodings explode
         raise InputError(f"the encodings of {directory} cannot be evaluated: {error}; train it anew") from None
-    keep_results(directory, earlier_seed, seed)
+    store.keep_results(directory, earlier_seed, seed)
     write_csv(experiment.table(results), directory / "results.csv")
     experiment.show(results, directory / "results.png")
     print(f"picture      {directory / 'results.png'}", flush=True)
     return {"eval_seconds": round(time.perf_counter() - started, 1)}
+
+
+def names_of(factors):
+    """Set of factors in words, e.g. {s_0, s_2}."""
+    return "{" + ", ".join(factors) + "}" if factors else "∅"

@@ -69,18 +69,6 @@ def write_csv(table, path):
         table.to_csv(temporary, index=False)
 
 
-def read_table(path):
-    """DataFrame of a CSV, whatever its columns; InputError that names the file if it is missing or no CSV."""
-    import pandas as pd  # Blender's Python, which writes files too, has none
-
-    try:
-        return pd.read_csv(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
-
-
 def read_csv(path, columns, gaps=False):
     """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named.
 
@@ -88,7 +76,12 @@ def read_csv(path, columns, gaps=False):
     """
     import pandas as pd
 
-    table = read_table(path)
+    try:
+        table = pd.read_csv(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
     if len(table.columns) and table.columns[0] == "Unnamed: 0":
         table = table.iloc[:, 1:]
     surplus = not isinstance(table.index, pd.RangeIndex)  # rows longer than the header: pandas takes names for them

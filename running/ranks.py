@@ -53,7 +53,6 @@ def own_gpu():
     return torch.device("cuda", local)
 
 
-# --------------------------------------------------------------------------------------------------------------
 # beginning and ending together
 
 
@@ -194,7 +193,6 @@ def largest(*numbers):
     return values.tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------
 # one batch in several processes
 
 
