@@ -134,15 +134,19 @@ def run_experiment(experiment_class, argv=None):
         if args.resume and ranks.from_first(lambda: store.is_finished(directory)):
             print(f"{directory} is finished already: nothing to resume")
             return 0
+        goes_on = ranks.from_first(lambda: args.resume and (directory / "args.json").exists())
+        stored = ranks.from_first(lambda: store.stored_args(directory)) if goes_on else None
         with ranks.agreed():
             device = select_device(args.no_cuda)
             args.precision = settled_precision(args.precision, device)
             experiment = experiment_class(args, device)
+            if stored:
+                experiment.check_stored(stored)
             details = store.provenance(device) | experiment.details()
             details |= {"processes": ranks.size()} if ranks.size() > 1 else {}
         ranks.require_alike({"precision": args.precision, "versions": details["versions"], "data": details.get("data"),
                              "GPU": describe_device(device) if device.type == "cuda" else None})  # fmt: skip
-        details = ranks.from_first(lambda: begin(experiment, directory, details, "no_cuda" in given))
+        details = ranks.from_first(lambda: begin(experiment, directory, details, stored, "no_cuda" in given))
         ranks.share_weights((experiment.networks or experiment.modules).values())
         progress = train(experiment, directory)
         return finish(experiment, directory, progress, details) if ranks.rank() == 0 else 0
@@ -166,12 +170,13 @@ def settled_flags(experiment_class, argv):
     return args, given, directory
 
 
-def begin(experiment, directory, details, no_cuda_given):
-    """Make the directory or go on in it, and draw the weights; returns the details that args.json has beside the flags."""
+def begin(experiment, directory, details, stored, no_cuda_given):
+    """Make the directory or go on in it, and draw the weights; returns the details that args.json has beside the flags.
+
+    stored: args.json of a run that is resumed, else None.
+    """
     args = experiment.args
-    if args.resume and (directory / "args.json").exists():
-        stored = store.stored_args(directory)
-        experiment.check_stored(stored)
+    if stored:
         details |= store.check_machine(directory, stored, details, no_cuda_given)
     store.start_directory(directory, args, details)
     print(f"model        {directory}, seed {args.seed}")
