@@ -107,9 +107,9 @@ def make_job(model, commands, environment):
     return ModelJob(commands, str(model.log()), str(model.log(".lock")), environment)
 
 
-def threads(count):
-    """Environment that gives a process `count` threads."""
-    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, count)))
+def threads(count, gpus):
+    """Environment that gives each process of a job, one a GPU, its share of `count` threads."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, count // max(1, gpus))))
 
 
 def run_here(work, options, ended):
@@ -128,7 +128,7 @@ def run_here(work, options, ended):
     for _ in range(min(jobs, len(work))):
         own = ",".join(itertools.islice(turn, per_job))
         # of the number that may run at a time, not of those left: a run that is resumed alone ends with the same bits
-        slots.append(threads(options.cpus_per_job or cores // jobs) | {"CUDA_VISIBLE_DEVICES": own})
+        slots.append(threads(options.cpus_per_job or cores // jobs, per_job) | {"CUDA_VISIBLE_DEVICES": own})
     previous = signal.signal(signal.SIGTERM, lambda *_: told.append(signal.SIGTERM))  # as Ctrl-C, but never within submit
     try:
         while waiting or running:
@@ -174,7 +174,7 @@ def run_on_slurm(work, options, ended):
     What an earlier call left in the queue is waited for, not submitted again. Raises InputError if SLURM refuses.
     """
     queued, waiting, new, cpus = queued_jobs() or set(), {}, {}, options.cpus_per_job or 4
-    environment = threads(cpus) | ({} if options.gpus_per_job else {"CUDA_VISIBLE_DEVICES": ""})
+    environment = threads(cpus, options.gpus_per_job) | ({} if options.gpus_per_job else {"CUDA_VISIBLE_DEVICES": ""})
     for model, commands in work.items():
         record = model.log(".job")
         if record.exists() and (job_id := record.read_text().strip()) in queued:
