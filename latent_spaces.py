@@ -168,7 +168,7 @@ class MisalignedLatents:
         covariances = {}
         for name, size in sizes.items():
             is_modality = name in ("m_x", "m_t")
-            if size and (causal_dependence or (is_modality and protocol == "paper")):
+            if causal_dependence or (is_modality and protocol == "paper"):
                 covariances[name] = drawn(name)
             else:
                 scale = cond_param if name == "epsilon" else margin_param
