@@ -26,8 +26,8 @@ def kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets, return_best=False)
     scikit-learn's order), then fitted on all N samples. A factorisation serves all targets. Up to 4096 samples there is
     one in float64 for each α; beyond that, one serves every α too (`_shared_coefficients`), in float32 where that is
     enough (`_precision`). The kernel of 20,480 samples takes 3.4 GB, and its factor takes its place. On a CPU SciPy's
-    BLAS has its own number of threads (OPENBLAS_NUM_THREADS). Raises ValueError for shapes or names that do not fit, for values that are
-    not finite and for fewer than six fitting samples.
+    BLAS has its own number of threads (OPENBLAS_NUM_THREADS). Raises ValueError for shapes or names that do not fit, for
+    values that are not finite and for fewer than six fitting samples.
     """
     widths = check_regression(fit_h, fit_targets, test_h, test_targets)
     if len(fit_h) < 2 * FOLDS:

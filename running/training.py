@@ -79,7 +79,7 @@ def train(experiment, directory):
             if experiment.keep_steps and progress.step % experiment.keep_steps == 0:
                 mean_loss()
                 experiment.keep(directory, progress.step)
-            if bar.update():
+            if bar.update() and not loss.is_cuda:  # a GPU would be waited for
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if progress.step % args.log_steps == 0 or progress.step == args.train_steps:
                 row = {"step": progress.step, "loss": mean_loss(), "lr": learning_rate(args, share_done),

@@ -125,7 +125,9 @@ def _index_on_device(key, tensor):
     """The key with its lists as tensors on the device of what is indexed: the copy is pageable."""
 
     def moved(part):
-        return torch.tensor(part, dtype=None if part else torch.long).to(tensor.device) if isinstance(part, list) else part
+        return (
+            torch.tensor(part, dtype=None if part else torch.long).to(tensor.device) if isinstance(part, list) else part
+        )
 
     return tuple(map(moved, key)) if isinstance(key, tuple) else moved(key)
 
@@ -206,7 +208,8 @@ class Device(TorchDispatchMode):
                 return value
             if (known := wrappers.get(id(value))) is not None:
                 if known.shape != value.shape or known.stride() != value.stride():
-                    raise TypeError(f"{name} changes a shape in place, which the stand-in device cannot follow")
+                    with torch._C._DisableTorchDispatch():  # the shell takes the shape that its numbers have been given
+                        known.as_strided_(value.shape, value.stride())
                 return known
             return CudaTensor(value) if target == CUDA else value
 
@@ -219,14 +222,18 @@ class Device(TorchDispatchMode):
         others = [tensor for tensor in tensors if not _is_cuda(tensor)]
         if name in ("index", "index_put_", "_index_put_impl_"):
             wrong = [args[0]] if not _is_cuda(args[0]) else []
-            wrong += [value for value in args[2:3] if isinstance(value, torch.Tensor) and value.dim() and not _is_cuda(value)]
+            wrong += [
+                value for value in args[2:3] if isinstance(value, torch.Tensor) and value.dim() and not _is_cuda(value)
+            ]
         elif name in PRODUCTS | FUSED:
             wrong = others
         else:
             in_place = name.endswith("_") and bool(others) and others[0] is args[0]
             wrong = [tensor for tensor in others if tensor.dim() or in_place]
         if wrong:
-            raise RuntimeError(f"{name}: expected all tensors on one device, found cuda:0 and cpu {tuple(wrong[0].shape)}")
+            raise RuntimeError(
+                f"{name}: expected all tensors on one device, found cuda:0 and cpu {tuple(wrong[0].shape)}"
+            )
         if name in FUSED:
             for group in zip(*args[:4], strict=True):
                 if len({(tensor.dtype, tensor.shape, tensor.stride()) for tensor in group}) > 1:
@@ -256,7 +263,9 @@ class Device(TorchDispatchMode):
         elif name in PRODUCTS and target == CUDA and tensors[0].dtype == torch.float32:
             switch = torch.backends.cudnn if "convolution" in name else torch.backends.cuda.matmul
             frame = _project_frame()
-            (self.lowered if switch.allow_tf32 else self.full)[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
+            (self.lowered if switch.allow_tf32 else self.full)[
+                f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
+            ] += 1
 
     def _wait(self, what):
         frame = _project_frame()
