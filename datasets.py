@@ -164,14 +164,18 @@ class EpochOrder:
     Its state stands for the order of the data in a checkpoint: the generator as the epoch began, and the rows given out.
     """
 
-    def __init__(self, size, generator, device="cpu"):
-        """Order `size` pairs by a CPU torch.Generator; the rows come out on `device`."""
-        self._size, self._generator, self._device = size, generator, device
+    def __init__(self, size, generator, device="cpu", pinned=False):
+        """Order `size` pairs by a CPU torch.Generator; the rows come out on `device`.
+
+        pinned: whether the order lies in pinned memory, from where a GPU copies it, or a batch of it, while the host goes on.
+        """
+        self._size, self._generator, self._device, self._pinned = size, generator, device, pinned
         self._begin_epoch()
 
     def _begin_epoch(self):
         self._epoch_state, self._position = self._generator.get_state(), 0
-        self._order = torch.randperm(self._size, generator=self._generator).to(self._device)
+        order = torch.randperm(self._size, generator=self._generator, pin_memory=self._pinned)
+        self._order = order.to(self._device, non_blocking=True)
 
     def next(self, batch_size):
         """(batch_size,) int64; ValueError if there are fewer pairs than that."""

@@ -166,7 +166,8 @@ def score_tasks(fit, test, shifted, protocol, generator):
     trained = FullBatchProbes(fit_h.shape[1], 4, 1, generator, fit_h.device)
     trained.train(fit_h, torch.cat((targets[0], classes[0][:, None]), dim=1), STEPS)
     predicted, shifted_predicted = trained.predict(test_h), trained.predict(shifted_h)
-    regression = {f"y{i + 1}": probes.r2_scores(targets[1][:, i], predicted[:, i]) for i in range(4)}
+    wanted, found = ({f"y{i + 1}": y[:, i] for i in range(4)} for y in (targets[1], predicted))
+    regression = probes.r2_by_name(wanted, found)
     iid = probes.matthews_correlation(classes[1], predicted[:, 4] > 0)
     ood = probes.matthews_correlation(classes[2], shifted_predicted[:, 4] > 0)
     return regression, {"iid": iid, "ood": ood}

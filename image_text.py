@@ -103,7 +103,8 @@ class ImageTextExperiment(Experiment):
         self.modules = {"encoder_img": image.to(device), "encoder_txt": self._text_encoder()}
         self.rates, self.keep_steps = {"encoder_txt": args.text_lr_factor}, args.checkpoint_steps
         generator = seeded_generator(args.seed, "order")
-        self.order = EpochOrder(len(self.pairs.splits["train"]), generator, self.pairs.images.index_device)
+        pairs, index_device = len(self.pairs.splits["train"]), self.pairs.images.index_device
+        self.order = EpochOrder(pairs, generator, index_device, pinned=device.type == "cuda")
         self.generators = {"order": self.order}
 
     def _text_encoder(self):

@@ -8,12 +8,12 @@ import math
 import torch
 from scipy.linalg import lapack
 
-from probes import check_regression, columns, r2_columns, r2_scores, side_by_side
+from probes import check_regression, r2_by_name, r2_columns, side_by_side
 
 ALPHAS = (1.0, 0.1, 0.01, 0.001)
 GAMMAS = tuple(10.0**exponent for exponent in (-2, -2 / 3, 2 / 3, 2))
 FOLDS = 3
-DIRECT_SIZE = 4096  # samples up to which a CPU factorises for each α in float64; a GPU always does
+DIRECT_SIZE = 4096  # samples up to which there is a factorisation for each α, in float64
 CHEBYSHEV_TOLERANCE = 1e-3  # R² measures within less than this of the exact solution
 KERNEL_ROWS = 512  # rows of a kernel that are formed at once
 
@@ -23,24 +23,23 @@ def kernel_ridge_r2(fit_h, fit_targets, test_h, test_targets, return_best=False)
 
     Encodings are standardised, and N ≥ 6. α and γ are chosen for each target by the mean R² over three contiguous folds (the
     first of equals in scikit-learn's order), then fitted on all N samples. A factorisation serves all targets. Up to 4096
-    samples, and always on a GPU, there is one in float64 for each α; beyond that, one serves every α too
-    (`_shared_coefficients`), in float32 where that is enough (`_precision`). The kernel of 20,480 samples takes 3.4 GB. SciPy's
+    samples there is one in float64 for each α; beyond that, one serves every α too (`_shared_coefficients`), in float32 where
+    that is enough (`_precision`). The kernel of 20,480 samples takes 3.4 GB, and its factor takes its place. On a CPU SciPy's
     BLAS has its own number of threads (OPENBLAS_NUM_THREADS). Raises ValueError as the other probes, and for N < 6.
     """
     widths = check_regression(fit_h, fit_targets, test_h, test_targets)
     if len(fit_h) < 2 * FOLDS:
         raise ValueError(f"{len(fit_h)} samples to fit; {FOLDS} folds need at least {2 * FOLDS}")
     best = _chosen_parameters(fit_h.double(), fit_targets, widths)
-    scores = {}
+    fitted = {}
     for gamma in sorted({gamma for _, gamma in best.values()}):
         chosen = {name: target for name, target in fit_targets.items() if best[name][1] == gamma}
         alphas = sorted({best[name][0] for name in chosen})
         solved, column = side_by_side(chosen).unique(dim=1, return_inverse=True)
         predictions = _predictions(fit_h.double(), solved, test_h.double(), gamma, alphas)
         for name, own in zip(chosen, column.split([widths[name] for name in chosen]), strict=True):
-            prediction = predictions[alphas.index(best[name][0])][:, own]
-            scores[name] = r2_scores(columns(test_targets[name]), prediction)
-    scores = {name: scores[name] for name in fit_targets}
+            fitted[name] = predictions[alphas.index(best[name][0])][:, own]
+    scores = r2_by_name(test_targets, {name: fitted[name] for name in fit_targets})
     return (scores, best) if return_best else scores
 
 
@@ -48,13 +47,15 @@ def _chosen_parameters(h, fit_targets, widths):
     """Dict target → (α, γ) of the best mean R² over the folds; widths: dict target → number of outputs."""
     targets = side_by_side(fit_targets)
     solved, column = targets.unique(dim=1, return_inverse=True)  # s_inv repeats columns of s_i
-    scores = torch.zeros(len(ALPHAS), len(GAMMAS), len(widths))
-    for held_out in torch.arange(len(h), device=h.device).tensor_split(FOLDS):
-        fitted = torch.ones(len(h), dtype=torch.bool, device=h.device).index_fill_(0, held_out, False)
+    scores = torch.zeros(len(ALPHAS), len(GAMMAS), len(widths), device=h.device)
+    # the folds are slices, and the scores stay on the device: nothing here waits for a GPU
+    h_folds, solved_folds, target_folds = (rows.tensor_split(FOLDS) for rows in (h, solved, targets))
+    for fold, (held_out, truth) in enumerate(zip(h_folds, target_folds, strict=True)):
+        fit_h, fit_solved = (torch.cat(rows[:fold] + rows[fold + 1 :]) for rows in (h_folds, solved_folds))
         for g, gamma in enumerate(GAMMAS):
-            for a, prediction in enumerate(_predictions(h[fitted], solved[fitted], h[held_out], gamma, ALPHAS)):
-                r2 = r2_columns(targets[held_out], prediction[:, column]).split(list(widths.values()))
-                scores[a, g] += torch.stack([outputs.mean() for outputs in r2]).cpu() / FOLDS
+            for a, prediction in enumerate(_predictions(fit_h, fit_solved, held_out, gamma, ALPHAS)):
+                r2 = r2_columns(truth, prediction[:, column]).split(list(widths.values()))
+                scores[a, g] += torch.stack([outputs.mean() for outputs in r2]) / FOLDS
     grid = [(alpha, gamma) for alpha in ALPHAS for gamma in GAMMAS]
     by_target = zip(fit_targets, scores.flatten(0, 1).T.tolist(), strict=True)
     return {name: grid[own.index(max(own))] for name, own in by_target}
@@ -62,7 +63,7 @@ def _chosen_parameters(h, fit_targets, widths):
 
 def _predictions(h, targets, test_h, gamma, alphas):
     """List of (M, k) predictions for test_h (M, D), one for each α, fitted on h (n, D) and targets (n, k); all float64."""
-    if h.is_cuda or len(h) <= DIRECT_SIZE:
+    if len(h) <= DIRECT_SIZE:
         coefficients = [_ridge_solver(h, gamma, alpha, torch.float64)(targets) for alpha in alphas]
     else:
         centre = math.sqrt(min(alphas) * max(alphas))
@@ -81,18 +82,23 @@ def _kernel_block(left, right, gamma, dtype):
 
 
 def _ridge_solver(h, gamma, alpha, dtype):
-    """Function targets (n, k) ↦ (K + αI)⁻¹ targets, float64, by Cholesky in that dtype, or float64 if it fails; LinAlgError."""
+    """Function targets (n, k) ↦ (K + αI)⁻¹ targets, float64, by Cholesky in that dtype, or float64 if it fails; LinAlgError.
+
+    Either library takes K column by column, and its lower triangle alone: that is the upper one of K row by row, not copied. On
+    a GPU the factor is solved with triangle by triangle, since torch's cholesky_solve would copy it.
+    """
     kernel = torch.empty(len(h), len(h), dtype=dtype, device=h.device)
     for start in range(0, len(h), KERNEL_ROWS):
         rows = slice(start, start + KERNEL_ROWS)
-        kernel[rows, start:] = _kernel_block(h[rows], h[start:], gamma, dtype)  # LAPACK reads one triangle alone
+        kernel[rows, start:] = _kernel_block(h[rows], h[start:], gamma, dtype)
     kernel.diagonal().fill_(1 + alpha)
     if h.is_cuda:
-        factor, failed = torch.linalg.cholesky_ex(kernel, upper=True)
+        factor, failed = kernel.T, torch.empty((), dtype=torch.int32, device=h.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        failed = failed.item()
     else:
         # SciPy's LAPACK measures faster than torch's
         potrf, potrs = (lapack.spotrf, lapack.spotrs) if dtype == torch.float32 else (lapack.dpotrf, lapack.dpotrs)
-        # upper and row by row is lower and column by column, as LAPACK stores it: no copy
         factor, failed = potrf(kernel.numpy().T, lower=True, clean=False, overwrite_a=True)
     if failed and dtype == torch.float32:
         del kernel, factor
@@ -100,7 +106,8 @@ def _ridge_solver(h, gamma, alpha, dtype):
     if failed:
         raise torch.linalg.LinAlgError(f"the kernel with γ = {gamma:g}, α = {alpha:g} is not positive definite")
     if h.is_cuda:
-        return lambda targets: torch.cholesky_solve(targets, factor, upper=True)
+        solve = torch.linalg.solve_triangular
+        return lambda targets: solve(factor.T, solve(factor, targets.to(dtype), upper=False), upper=True).double()
     return lambda targets: torch.from_numpy(potrs(factor, targets.to(dtype).numpy(), lower=True)[0]).double()
 
 

@@ -96,7 +96,7 @@ def initial_row(inputs, outputs, generator):
 
 @torch.no_grad()
 def train_networks(inputs, source, targets, loss_and_delta, generator, max_steps=None):
-    """Parameters (N, P) of N networks trained side by side, each until it stops, and their numbers of epochs (N,).
+    """Parameters (N, P) of N networks trained side by side, each until it stops, and their numbers of epochs (N,) on the CPU.
 
     inputs: (E, n, D + 1) float32, the last column 1; source: (N,) the input of each network; targets: (n, N, k). Adam,
     the penalty, the loss of an epoch and the rule to stop are those of scikit-learn's MLPRegressor; with max_steps, all
@@ -105,10 +105,11 @@ def train_networks(inputs, source, targets, loss_and_delta, generator, max_steps
     device, (_, samples, size), (_, count, outputs) = inputs.device, inputs.shape, targets.shape
     batch_size = min(BATCH_SIZE, samples)
     rows = initial_row(size, outputs, generator).to(device).repeat(count, 1)
-    finished, epochs = torch.empty_like(rows), torch.zeros(count, dtype=torch.long, device=device)
-    active = torch.arange(count, device=device)
+    finished = torch.empty_like(rows)
     momentum, variance, steps = torch.zeros_like(rows), torch.zeros_like(rows), 0
-    best, stalled = torch.full((count,), math.inf, device=device), torch.zeros(count, device=device)
+    # which networks stop is decided on the CPU, by one copy of the losses an epoch: a GPU would be waited for at each question
+    active, epochs = torch.arange(count), torch.zeros(count, dtype=torch.long)
+    best, stalled = torch.full((count,), math.inf), torch.zeros(count)
     penalised = torch.ones_like(rows[0])  # 1 for weights, 0 for biases
     hidden, _, biases = views(penalised[None], size, outputs)
     hidden[:, -1], biases[:] = 0, 0
@@ -120,7 +121,7 @@ def train_networks(inputs, source, targets, loss_and_delta, generator, max_steps
         order = torch.randperm(samples, generator=generator).to(device)
         batches = inputs.index_select(1, order).split(batch_size, dim=1)
         target_batches = targets.index_select(0, order).permute(1, 2, 0).split(batch_size, dim=2)
-        epoch_loss = torch.zeros_like(best)
+        epoch_loss = torch.zeros(len(rows), device=device)
         for batch, batch_targets in zip(batches, target_batches, strict=True):
             if steps == max_steps:
                 break
@@ -134,20 +135,21 @@ def train_networks(inputs, source, targets, loss_and_delta, generator, max_steps
             # scikit-learn adds ε to √v, where torch adds it to √v over its bias correction
             epsilon = EPSILON / math.sqrt(1 - BETA_2**steps)
             adam_step([rows], [gradients], [momentum], [variance], steps, epsilon)
-        epoch_loss /= samples
+        epoch_loss = epoch_loss.div_(samples).cpu()
         if not epoch_loss.isfinite().all():
             raise ValueError("the training of an MLP probe diverged: the encodings or the targets are too large")
         stalled = torch.where(epoch_loss > best - TOLERANCE, stalled + 1, 0)
         best = torch.minimum(best, epoch_loss)
         stop = (stalled > PATIENCE) & (max_steps is None) | (epoch == last_epoch)
         if stop.any():
-            finished[active[stop]], epochs[active[stop]] = rows[stop], epoch
+            epochs[active[stop]] = epoch
+            finished.index_copy_(0, active[stop].to(device), rows.index_select(0, stop.nonzero()[:, 0].to(device)))
             if stop.all():
                 break
-            rows, momentum, variance, best, stalled, active, source = (
-                state[~stop] for state in (rows, momentum, variance, best, stalled, active, source)
-            )
-            targets = targets[:, ~stop]
+            best, stalled, active = best[~stop], stalled[~stop], active[~stop]
+            going_on = (~stop).nonzero()[:, 0].to(device)
+            rows, momentum, variance, source = (state[going_on] for state in (rows, momentum, variance, source))
+            targets = targets[:, going_on]
     return finished, epochs
 
 
@@ -242,7 +244,7 @@ class FullBatchProbes:
             torch.sum(common.mul_(self.hidden), dim=0, out=output_gradient)
             bias_gradient.mul_(slope)
             adam_step(parameters, gradients, momentum, variance, step)
-        if not all(parameter.isfinite().all() for parameter in parameters):
+        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
             raise ValueError("the training of a probe diverged: the encodings or the targets are too large")
 
     def predict(self, h):

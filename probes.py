@@ -42,9 +42,20 @@ def r2_scores(target, prediction):
     if target.shape != prediction.shape or target.ndim not in (1, 2) or len(target) < 2:
         shapes = f"target {tuple(target.shape)} and prediction {tuple(prediction.shape)}"
         raise ValueError(f"{shapes} must have one shape (N, k), N ≥ 2")
-    _check_finite("target", target)
-    _check_finite("prediction", prediction)
+    _check_finite({"target": target, "prediction": prediction})
     return r2_columns(columns(target), columns(prediction)).mean().item()
+
+
+def r2_by_name(targets, predictions):
+    """`r2_scores` of each target, dict name → float; a GPU is waited for three times, not for every name.
+
+    targets, predictions: dicts name → (N, k) or (N,), N ≥ 2. Raises ValueError for values that are not finite.
+    """
+    _check_finite({f"target {name}": targets[name] for name in predictions})
+    _check_finite({f"the prediction of {name}": prediction for name, prediction in predictions.items()})
+    pairs = [(columns(targets[name]), columns(prediction)) for name, prediction in predictions.items()]
+    scores = [r2_columns(target, prediction).mean() for target, prediction in pairs]
+    return dict(zip(predictions, torch.stack(scores).tolist(), strict=True))
 
 
 def r2_columns(target, prediction):
@@ -57,7 +68,8 @@ def r2_columns(target, prediction):
 
 def matthews_correlation(target, prediction):
     """Matthews correlation of (N,) integer classes, a float in [−1, 1] (Gorodkin, 2004); 0 where either is constant."""
-    classes, joint = torch.cat((target, prediction)).unique(return_inverse=True)
+    # counted on the host: one copy from a GPU, where each count would be waited for
+    classes, joint = torch.cat((target, prediction)).cpu().unique(return_inverse=True)
     counts = torch.bincount(joint[: len(target)] * len(classes) + joint[len(target) :], minlength=len(classes) ** 2)
     counts = counts.reshape(len(classes), -1).double()
     true, predicted, total = counts.sum(dim=1), counts.sum(dim=0), counts.sum()
@@ -70,7 +82,7 @@ def linear_r2(fit_h, fit_targets, test_h, test_targets):
     """R² of ordinary least squares with intercept on the test set, by target."""
     check_regression(fit_h, fit_targets, test_h, test_targets)
     predictions = _linear_predictions(fit_h, fit_targets, test_h)
-    return {name: r2_scores(columns(test_targets[name]), prediction) for name, prediction in predictions.items()}
+    return r2_by_name(test_targets, predictions)
 
 
 def _linear_predictions(fit_h, fit_targets, test_h):
@@ -115,7 +127,9 @@ def _logistic_weights(h, truth):
         log_sums = logits.logsumexp(dim=0)
         loss = log_sums.sum() - (weights * wanted).sum() + (penalty * weights.square()).sum() / 2
         gradient = logits.sub_(log_sums).exp_() @ h - wanted + penalty * weights
-        return loss.item() / len(h), gradient.div_(len(h)).flatten().cpu().numpy()
+        # one copy from a GPU brings both
+        both = torch.cat((loss.reshape(1), gradient.div_(len(h)).flatten())).cpu().numpy()
+        return both[0].item() / len(h), both[1:]
 
     start = torch.zeros(wanted.numel(), dtype=h.dtype).numpy()
     options = {"maxiter": LOGISTIC_ITERATIONS, "gtol": LOGISTIC_TOLERANCE, "ftol": 0}
@@ -134,8 +148,8 @@ def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None):
         check_regression(fit_h, fit_targets, test_h, test_targets)
     truths = {name: (columns(target), squared_error) for name, target in fit_targets.items()}
     outputs = fit_and_predict(encodings, truths, generator, steps)
-    keys = itertools.product(encodings, fit_targets)
-    return {key: r2_scores(columns(test_targets[key[1]]), outputs[key].T) for key in keys}
+    keys = list(itertools.product(encodings, fit_targets))
+    return r2_by_name({key: test_targets[key[1]] for key in keys}, {key: outputs[key].T for key in keys})
 
 
 def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None):
@@ -148,7 +162,7 @@ def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None):
         if len(labels[name]) == 2:  # one output tells two classes apart
             truths[name] = place.unsqueeze(1), binary_cross_entropy
         elif len(labels[name]) > 2:
-            truths[name] = torch.nn.functional.one_hot(place), cross_entropy
+            truths[name] = torch.nn.functional.one_hot(place, len(labels[name])), cross_entropy
     outputs = fit_and_predict(encodings, truths, generator, steps)
     scores = dict.fromkeys(itertools.product(encodings, fit_targets), 0.0)
     for (encoding, target), output in outputs.items():
@@ -173,10 +187,11 @@ def check_regression(fit_h, fit_targets, test_h, test_targets):
     for name, target, h in _all_targets(fit_h, fit_targets, test_h, test_targets):
         if target.ndim not in (1, 2) or len(target) != len(h) or not target.numel():
             raise ValueError(f"target {name} has the shape {tuple(target.shape)}; expected ({len(h)}, k) as the encoding")
-        _check_finite(f"target {name}", target)
         width = columns(target).shape[1]
         if widths.setdefault(name, width) != width:
             raise ValueError(f"target {name} has {widths[name]} outputs to fit and {width} to test")
+    for targets in (fit_targets, test_targets):
+        _check_finite({f"target {name}": targets[name] for name in widths})
     return widths
 
 
@@ -198,10 +213,11 @@ def _all_targets(fit_h, fit_targets, test_h, test_targets):
 def _check_encodings(fit_h, test_h):
     if fit_h.ndim != 2 or test_h.ndim != 2 or fit_h.shape[1] != test_h.shape[1] or not len(fit_h):
         raise ValueError(f"encodings {tuple(fit_h.shape)} and {tuple(test_h.shape)} must have shapes (N, D) and (M, D), N > 0")
-    _check_finite("the fitting encoding", fit_h)
-    _check_finite("the test encoding", test_h)
+    _check_finite({"the fitting encoding": fit_h, "the test encoding": test_h})
 
 
-def _check_finite(name, values):
-    if not values.isfinite().all():
-        raise ValueError(f"{name} holds values that are not finite")
+def _check_finite(tensors):
+    """Raise ValueError that names the first of a dict name → tensor with values that are not finite."""
+    finite = torch.stack([values.isfinite().all() for values in tensors.values()]).tolist()
+    if not all(finite):
+        raise ValueError(f"{list(tensors)[finite.index(False)]} holds values that are not finite")

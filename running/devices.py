@@ -73,6 +73,12 @@ def encoder_precision(device, precision):
         yield
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that memory could not be allocated, on a GPU or a CPU, by torch, its libraries or NumPy."""
+    words = ("can't allocate memory", "ALLOC_FAILED")  # of torch's allocator on a CPU, of cuBLAS and cuSOLVER
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
 def describe_device(device):
     """One line: the GPU's name, or the CPU's with its threads."""
     if device.type == "cuda":

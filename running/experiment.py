@@ -14,7 +14,7 @@ import torch
 from running import directory as store
 from running import ranks
 from running.command_line import InputError, Parser, integer, number
-from running.devices import describe_device, encoder_precision, select_device, settled_precision
+from running.devices import describe_device, encoder_precision, is_out_of_memory, select_device, settled_precision
 from running.files import write_csv, write_json
 from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES, smallest_batch
@@ -243,18 +243,40 @@ def print_description(experiment):
 def write_evaluation(experiment, directory, seed, earlier_seed=None):
     """Evaluate, write results.csv and results.png, print both; returns the duration as a dict.
 
-    The results of an earlier evaluation with another seed are kept as results_seed{N}.csv and .png.
+    The results of an earlier evaluation with another seed are kept as results_seed{N}.csv and .png. Raises InputError if the
+    encodings are of no use, and if they take more memory than there is: the model lies in the directory by then.
     """
     started = time.perf_counter()
     try:
         results = experiment.evaluate(seed)
     except (ValueError, torch.linalg.LinAlgError) as error:  # weights that are not finite, or make encodings explode
         raise InputError(f"the encodings of {directory} cannot be evaluated: {error}; train it anew") from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(_with_less_memory(experiment, directory, seed)) from None
     store.keep_results(directory, earlier_seed, seed)
     write_csv(experiment.table(results), directory / "results.csv")
     experiment.show(results, directory / "results.png")
     print(f"picture      {directory / 'results.png'}", flush=True)
     return {"eval_seconds": round(time.perf_counter() - started, 1)}
+
+
+def _with_less_memory(experiment, directory, seed):
+    """What to do where the evaluation takes more memory than there is."""
+    args, ways = experiment.args, []
+    if getattr(args, "num_eval_batches", 1) > 1:
+        ways.append(f"--num-eval-batches below {args.num_eval_batches}")
+    if not getattr(args, "mlp_eval", True):
+        ways.append("--mlp-eval")
+    if experiment.device.type == "cuda":
+        ways.append("--no-cuda")
+    again = f"--evaluate --seed {seed}" if args.evaluate else "--resume"
+    return (
+        f"{describe_device(experiment.device)} has too little memory for the evaluation; the trained model is kept in "
+        f"{directory}: evaluate it with --model-dir {args.model_dir} --model-id {args.model_id} {again} and "
+        f"{' or '.join(ways) or 'more memory'}"
+    )
 
 
 def names_of(factors):

@@ -71,7 +71,8 @@ class Adam:
         self.rates = rates or [1.0] * len(parameters)
         self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
         self.variance = [torch.zeros_like(parameter) for parameter in parameters]
-        self.steps = [torch.zeros((), device=parameter.device) for parameter in parameters]
+        self._counts = torch.zeros(len(parameters), device=parameters[0].device)
+        self.steps = list(self._counts.unbind())  # of each parameter, on its device, where the fused kernel wants them
 
     def zero_grad(self):
         """Free the gradients, before the forward pass of a step."""
@@ -110,14 +111,16 @@ class Adam:
 
     def state_dict(self):
         """Dict of lists of tensors: momentum, variance, steps."""
-        return {"momentum": self.momentum, "variance": self.variance, "steps": self.steps}
+        # the numbers of steps come from a GPU in one copy
+        return {"momentum": self.momentum, "variance": self.variance, "steps": list(self._counts.cpu().unbind())}
 
     @torch.no_grad()
     def load_state_dict(self, state):
         """Take the state of `state_dict`, in place; raises ValueError or RuntimeError if it is of other parameters."""
-        for name, own in self.state_dict().items():
-            for mine, theirs in zip(own, state[name], strict=True):
-                mine.copy_(theirs)
+        for own, theirs in ((self.momentum, state["momentum"]), (self.variance, state["variance"])):
+            for mine, other in zip(own, theirs, strict=True):
+                mine.copy_(other)
+        self._counts.copy_(torch.stack(state["steps"]))
 
 
 class Muon(Adam):

@@ -110,7 +110,7 @@ def train(experiment, directory):
             progress.loss_steps += 1
             if experiment.keep_steps and progress.step % experiment.keep_steps == 0:
                 ranks.from_first(keep)
-            if bar.update():
+            if bar.update() and not loss.is_cuda:  # a GPU would be waited for
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if progress.step % args.log_steps == 0 or progress.step == args.train_steps:
                 ranks.from_first(log)
