@@ -125,7 +125,7 @@ def correct(options, data):
             script("main_numeric.py", *flags.split(), "--model-id", device, "--precision", "fp32", "--overwrite", *more)
             scores[device] = pd.read_csv(Path(models) / device / "results.csv").r2_nonlinear.clip(lower=0)
     difference = (scores["cpu"] - scores[options.device]).abs().max()
-    rows.append(("R² of a short run, largest difference from the CPU", f"{difference:.3f}", difference < SCORE_BOUND))
+    rows.append(("R² of a short run, largest difference from the CPU", f"{difference:.3f}", bool(difference < SCORE_BOUND)))
     return rows
 
 
