@@ -339,6 +339,7 @@ def main():
             print(*(f"{name:11} {what}: {figure} {words[good]}" for what, figure, good in rows), sep="\n", flush=True)
             if status:
                 print(f"{name:11} {status}", flush=True)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(options.output, ("\n".join(lines) + "\n").encode())
     print(f"\n{chr(10).join(lines)}\n\nwritten to {os.path.relpath(options.output)}")
     return 2 if failed else 0
