@@ -107,7 +107,7 @@ def make_job(model, commands, environment):
     return ModelJob(commands, str(model.log()), str(model.log(".lock")), environment)
 
 
-def threads(count, gpus):
+def threads(count, gpus=1):
     """Environment that gives each process of a job, one a GPU, its share of `count` threads."""
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, count // max(1, gpus))))
 
