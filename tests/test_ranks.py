@@ -73,8 +73,8 @@ def started(count, plan, torchrun=False):
     finally:
         for child in children:
             child.kill()
-    seen = outputs[0][0].rpartition("\n{")[2]
-    return [child.returncode for child in children], json.loads("{" + seen) if seen else {}, [err for _, err in outputs]
+    _, begun, seen = outputs[0][0].rpartition("\n{")  # nothing of it where the process was killed
+    return [child.returncode for child in children], json.loads("{" + seen) if begun else {}, [err for _, err in outputs]
 
 
 def weights(directory):

@@ -1,6 +1,7 @@
 """reproduce.py on a real SLURM cluster: .ci/slurm.sh starts one of one node where the machine allows it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 # Long enough to be cancelled in mid-run, small enough for any machine.
-SMALL = "--batch-size 64 --final-batch-size 0 --train-steps 400 --log-steps 20 --num-eval-batches 1"
+SMALL = "--batch-size 64 --final-batch-size 0 --train-steps 1200 --log-steps 20 --num-eval-batches 1"
 RESULTS = "results.csv"
 
 
@@ -80,7 +81,7 @@ def test_an_array_whose_one_job_is_cancelled_and_requeued_ends_with_the_results_
     job_id = record.read_text().strip()
     assert "_" in job_id  # it is an array
     log = folder / models / f"logs/numeric-tiny/{name}.log"
-    until(lambda: log.exists() and "step 40/400" in log.read_text().replace("step  40", "step 40"))
+    until(lambda: log.exists() and re.search(r"step +40/1200", log.read_text()))
     subprocess.run([*how.split(), job_id], check=True)
     until(lambda: squeue(job_id, "RestartCnt") == "1")
     output = process.communicate(timeout=400)[0]
