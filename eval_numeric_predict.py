@@ -35,7 +35,7 @@ import probes
 from latent_spaces import biased_blocks, seeded_generator
 from mlp_probes import FullBatchProbes
 from running.command_line import InputError, Parser, integer, run_script
-from running.devices import describe_device, encoder_precision, select_device, settled_precision
+from running.devices import describe_device, encoder_precision, keep_freed_memory, select_device, settled_precision
 from running.directory import check_writable, is_finished, trained_args
 from running.files import replaced, write_csv, write_json
 from running.pictures import plot_downstream_scores
@@ -231,6 +231,7 @@ def evaluate_model(directory, args, device):
 def main(argv=None):
     """Evaluate every model named; returns the exit code, 2 if one was skipped."""
     args = parse_flags(argv)
+    keep_freed_memory()
     device = select_device(args.no_cuda)
     settled_precision(args.precision, device)  # refuses what the device does not have
     skipped = 0

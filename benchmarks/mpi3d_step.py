@@ -25,7 +25,7 @@ from torchvision.models import resnet18
 
 from losses import textbook_image_text_loss
 from main_mpi3dreal import Mpi3dExperiment
-from running.devices import describe_device, select_device
+from running.devices import describe_device, keep_freed_memory, select_device
 from running.optimisation import GRADIENT_NORM, make_optimiser, training_step
 
 FORMS = {"cpu": ["plain", "fp32", "bf16"], "cuda": ["plain", "fp32", "tf32", "bf16"]}
@@ -71,6 +71,7 @@ def time_form(form, options):
     flags = ["--datapath", options.datapath, "--precision", "fp32" if form == "plain" else form, "--seed", "0"]
     flags += ["--bias-id", "4", "--batch-size", str(options.batch_size)] + ["--no-cuda"] * (options.device == "cpu")
     args, _ = Mpi3dExperiment.parse_flags(flags)
+    keep_freed_memory()
     model = Mpi3dExperiment(args, select_device(args.no_cuda))
     model.draw(None)
     optimiser = make_optimiser(model.modules, args, model.rates)

@@ -29,7 +29,7 @@ from encoders import initialise
 from latent_spaces import seeded_generator
 from losses import textbook_multimodal_loss
 from main_numeric import NumericExperiment
-from running.devices import describe_device, has_fast_bf16, select_device
+from running.devices import describe_device, has_fast_bf16, keep_freed_memory, select_device
 from running.optimisation import GRADIENT_NORM, make_optimiser, training_step
 from running.schedules import batch_size
 
@@ -57,6 +57,7 @@ def set_up(form, options):
         flags += ["--batch-size", "256", "--semantics-n", "4", "--theta-value", "14", "--modality-n", "2"]
     args, _ = NumericExperiment.parse_flags([*flags, *options.flags, "--precision", precision])
     NumericExperiment.settle(args)
+    keep_freed_memory()
     model = (PlainExperiment if form == "plain" else NumericExperiment)(args, select_device(args.no_cuda))
     generator = seeded_generator(0, "init")
     for name, network in model.networks.items():

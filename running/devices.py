@@ -12,10 +12,7 @@ from running.ranks import own_gpu
 
 def select_device(no_cuda):
     """torch.device of a run: a GPU if there is one, unless `no_cuda`; each of several processes has its own, or InputError."""
-    if torch.cuda.is_available() and not no_cuda:
-        return own_gpu()
-    _keep_freed_memory()
-    return torch.device("cpu")
+    return own_gpu() if torch.cuda.is_available() and not no_cuda else torch.device("cpu")
 
 
 def settled_precision(precision, device):
@@ -42,8 +39,8 @@ def has_fast_bf16(device):
     return False
 
 
-def _keep_freed_memory():
-    """Have glibc keep the memory of freed tensors: returning it costs a page fault for every 4 KiB of every step."""
+def keep_freed_memory():
+    """Have glibc keep the memory of freed tensors: returning it costs a page fault for every 4 KiB of every step on a CPU."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
 

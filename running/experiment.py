@@ -14,7 +14,14 @@ import torch
 from running import directory as store
 from running import ranks
 from running.command_line import InputError, Parser, integer, number
-from running.devices import describe_device, encoder_precision, is_out_of_memory, select_device, settled_precision
+from running.devices import (
+    describe_device,
+    encoder_precision,
+    is_out_of_memory,
+    keep_freed_memory,
+    select_device,
+    settled_precision,
+)
 from running.files import write_csv, write_json
 from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES, smallest_batch
@@ -125,6 +132,7 @@ def run_experiment(experiment_class, argv=None):
 
     Each of several processes that torchrun has started trains on its share of every batch; the first does all else.
     """
+    keep_freed_memory()
     with ranks.joined():
         ranks.require_alike({"flags": " ".join(sys.argv[1:] if argv is None else argv)})
         args, given, directory = ranks.from_first(lambda: settled_flags(experiment_class, argv))
