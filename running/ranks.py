@@ -71,6 +71,7 @@ def joined():
             if rank():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
+        _leave()
     except KeyboardInterrupt:
         if rank():
             sys.exit(130)  # the first one says so
@@ -78,6 +79,15 @@ def joined():
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _leave():
+    """Wait, however long the first process evaluates: PyTorch 2.6 hangs in closing connections to one that has gone before."""
+    with contextlib.suppress(RuntimeError):  # the first process is lost
+        if rank() == 0:
+            _meeting_place.set("over", "1")
+        else:
+            _meeting_place.wait(["over"], datetime.timedelta(days=365))
 
 
 def _join():
