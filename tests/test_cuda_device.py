@@ -32,7 +32,12 @@ from running import optimisation, training
 from tests.cuda_device import AMPLE, CPU, CudaTensor, cuda_device
 from tests.scripts import Killed, SmallImageEncoder, outcome
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the stand-in would hide it")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the stand-in would hide it"),
+    pytest.mark.skipif(
+        not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this PyTorch is too old for the stand-in device"
+    ),
+]
 
 NUMERIC = (
     "--semantics-n 3 --modality-n 1 --theta-value 5 --beta-value 1 --batch-size 20 --train-steps 12 --log-steps 6 "

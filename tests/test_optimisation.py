@@ -73,6 +73,7 @@ def test_orthogonalising_keeps_the_directions_and_evens_the_singular_values(shap
         torch.testing.assert_close(result.double(), plain, rtol=0, atol=1e-3)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon to compare with")
 def test_muon_is_torch_s_for_filters_and_adam_for_all_else(monkeypatch):
     """In two orders of memory, with the state taken over half-way; torch's Muon takes matrices alone."""
     monkeypatch.setattr(optimisation, "LARGEST_FILTERS", 300)
