@@ -36,7 +36,7 @@ from running.files import write_bytes
 from running.optimisation import GRADIENT_NORM, make_optimiser, training_step
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = {"correct": 70, "resume": 60, "step": 90, "graph": 30, "evaluation": 60, "images": 70, "rendering": 60, "together": 60}
+SECONDS = {"correct": 60, "resume": 50, "step": 80, "graph": 30, "evaluation": 60, "images": 60, "rendering": 50, "together": 50}
 SMALL = "--semantics-n 4 --modality-n 2 --theta-value 10 --batch-size 128 --num-eval-batches 1"
 LOSS_BOUND, GRADIENT_BOUND, SCORE_BOUND = 1e-5, 1e-3, 0.05  # between a GPU and a CPU, in fp32
 
