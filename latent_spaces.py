@@ -141,8 +141,7 @@ class MisalignedLatents:
                  margin_param=1.0, cond_param=1.0, protocol="code", device="cpu"):  # fmt: skip
         self.semantics_n, self.modality_n = semantics_n, modality_n
         self.selected, self.perturbed, self.unbiased = biased_blocks(theta, beta, semantics_n)
-        self.change_prob = change_prob
-        self.device = torch.device(device)
+        self.change_prob, self.device = change_prob, torch.device(device)
         self.covariances = self._covariances(seed, causal_dependence, margin_param, cond_param, protocol)
         self._factors = {
             name: torch.linalg.cholesky(torch.from_numpy(matrix)).float().to(self.device)
@@ -155,9 +154,8 @@ class MisalignedLatents:
     def _covariances(self, seed, causal_dependence, margin_param, cond_param, protocol):
         """The four covariance matrices as float64 arrays: s, epsilon, m_x, m_t."""
         sizes = {"s": self.semantics_n, "epsilon": self.semantics_n, "m_x": self.modality_n, "m_t": self.modality_n}
-        shared = {"s": 0, "epsilon": 0, "m_x": 1, "m_t": 1}
-        separate = {"s": 0, "epsilon": 2, "m_x": 1, "m_t": 3}
-        substreams = shared if protocol == "code" else separate
+        apart = 0 if protocol == "code" else 2  # with the runs Σ_ε = Σ_s and Σ_mx = Σ_mt
+        substreams = {"s": 0, "epsilon": apart, "m_x": 1, "m_t": 1 + apart}
 
         def drawn(name):
             from scipy.stats import wishart  # a heavy module, for Wishart's covariances alone

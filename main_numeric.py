@@ -61,7 +61,6 @@ SETTING = (
     ("--encoding-size", integer(0), "dimensions D of the encodings, 0 = size of the unbiased block", 0),
 )
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
-MONITOR_BATCHES = 1  # batches behind the R² of the progress lines
 
 
 class NumericExperiment(Experiment):
@@ -173,7 +172,7 @@ class NumericExperiment(Experiment):
     def monitor(self):
         """Linear R² of every factor from both encodings, on samples of the monitor's own, the same for every line."""
         generator = seeded_generator(self.args.seed, "monitor", self.device)
-        (fit_h, fit_targets), (test_h, test_targets) = (self.encode(MONITOR_BATCHES, generator) for _ in range(2))
+        (fit_h, fit_targets), (test_h, test_targets) = (self.encode(1, generator) for _ in range(2))
         columns, texts = {}, []
         for name in fit_h:
             fit, test = probes.standardise(fit_h[name], test_h[name])

@@ -20,7 +20,6 @@ SCALES = {
     "tiny": "a smaller problem with fewer semantics, not comparable with the paper's numbers",
 }
 COMPARED = ("paper", "fast")  # scales whose numbers stand beside the paper's
-AUTO_PRECISIONS = (("auto", "fp32"), ("auto", "bf16"))  # what a device may make of it
 BLENDER = ".venv-blender/bin/python"  # interpreter of the scripts that render
 
 
@@ -128,7 +127,7 @@ class Model:
         for name, value in (expected_args(self.setting) | {"seed": self.seed}).items():
             if name not in stored:
                 raise InputError(f"{file} has no {name!r}: it is damaged, or another script's; move the model away")
-            if stored[name] != value and (value, stored[name]) not in AUTO_PRECISIONS:
+            if stored[name] != value and (value, stored[name]) not in (("auto", "fp32"), ("auto", "bf16")):
                 other = f"{self.name} at {self.setting.scale} scale has {value}"
                 cure = "move the model away, or name another folder with --models"
                 raise InputError(f"{file} has --{name.replace('_', '-')} {stored[name]}, but {other}; {cure}")

@@ -1,10 +1,10 @@
 """The numeric experiment: Figures 3, 4 and 7 to 10, Tables 4 and 5."""
 
 import itertools
-import math
 
 from grids.cells import Cell, Figure
 from grids.models import SCALES, ResultFile, Setting
+from latent_spaces import index_from_subset
 from main_numeric import NumericExperiment
 
 SEMANTICS = {"paper": 10, "fast": 10, "tiny": 4}
@@ -27,11 +27,6 @@ PREDICT = ResultFile("results_predict.csv", ("task",), ("metric_scores",), rows=
 CLASSIFY = ResultFile("results_classify.csv", (), ("iid", "ood"), rows=({},), **DOWNSTREAM)
 
 
-def prefix(size, n):
-    """Number of the subset {0 … size−1} of n semantics, −1 for the empty one."""
-    return sum(math.comb(n, smaller) for smaller in range(1, size)) if size else -1
-
-
 def subset_name(size):
     """The paper's name of the first `size` semantics."""
     return {0: "{}", 1: "{1}"}.get(size, f"[{size}]")
@@ -40,11 +35,11 @@ def subset_name(size):
 def numeric_setting(scale, semantics, selected, perturbed=0, encoding_size=0):
     """Setting in which the text speaks of the first `selected` semantics and may state the first `perturbed` wrongly."""
     n = SEMANTICS[scale]
-    name, flags = semantics[:3], f"{FLAGS[scale]} --theta-value {prefix(selected, n)}"
+    name, flags = semantics[:3], f"{FLAGS[scale]} --theta-value {index_from_subset(range(selected), n)}"
     if selected < n or not perturbed:
         name += f"_select_{selected}"
     if perturbed:
-        name, flags = f"{name}_perturb_{perturbed}", f"{flags} --beta-value {prefix(perturbed, n)}"
+        name, flags = f"{name}_perturb_{perturbed}", f"{flags} --beta-value {index_from_subset(range(perturbed), n)}"
     if encoding_size:
         name, flags = f"{name}_size_{encoding_size}", f"{flags} --encoding-size {encoding_size}"
     flags += " --causal-dependence" if semantics == "dependent" else ""
