@@ -202,7 +202,8 @@ class _StopSignals:
         self._previous = {}
         with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
             for number in STOP:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                # nohup and a shell's background ignore theirs; SIGTERM is ignored by jobs on SLURM, before and after a training
+                if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -1,6 +1,6 @@
 """benchmarks/gpu.py as far as a CPU goes: sections run, fail or are skipped in one line, and the table is written.
 
-`make bench-small` runs all of them.
+CI runs all of them, by `make bench-small`.
 """
 
 import os
@@ -17,13 +17,12 @@ def measure(*flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def test_what_is_correct_is_so_on_a_cpu_and_what_needs_a_gpu_is_skipped(tmp_path):
-    done = measure("--only", "correct", "resume", "graph", "--output", tmp_path / "gpu.md")
+def test_what_a_cpu_can_runs_and_what_needs_a_gpu_is_skipped(tmp_path):
+    done = measure("--only", "resume", "graph", "--output", tmp_path / "gpu.md")
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "gpu.md").read_text()
     for words in (
         "| killed and resumed against never stopped | the same bits | yes |",
-        "causal3dident",
         "| graph | skipped: CUDA graphs need a GPU | |",
     ):
         assert words in table, table

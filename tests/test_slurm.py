@@ -13,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 # Long enough to be cancelled in mid-run, small enough for any machine.
-SMALL = "--batch-size 64 --final-batch-size 0 --train-steps 1200 --log-steps 20 --num-eval-batches 1"
+SMALL = "--batch-size 64 --final-batch-size 0 --train-steps 600 --log-steps 20 --num-eval-batches 1"
 RESULTS = "results.csv"
 
 
@@ -81,7 +81,7 @@ def test_an_array_whose_one_job_is_cancelled_and_requeued_ends_with_the_results_
     job_id = record.read_text().strip()
     assert "_" in job_id  # it is an array
     log = folder / models / f"logs/numeric-tiny/{name}.log"
-    until(lambda: log.exists() and re.search(r"step +40/1200", log.read_text()))
+    until(lambda: log.exists() and re.search(r"step +40/600", log.read_text()))
     subprocess.run([*how.split(), job_id], check=True)
     until(lambda: squeue(job_id, "RestartCnt") == "1")
     output = process.communicate(timeout=400)[0]
