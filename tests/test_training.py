@@ -133,7 +133,7 @@ def wait_for(path, process):
 
 
 def test_a_killed_process_ends_as_one_that_never_was(tmp_path):
-    """All in processes of their own: OMP_NUM_THREADS and torch.set_num_threads may give unlike numbers of threads on few cores."""
+    """All in processes of their own: OMP_NUM_THREADS and torch.set_num_threads may differ on few cores."""
     steps = ("--train-steps", "300", "--log-steps", "20")
     process = start(tmp_path / "models", *steps, "--model-id", "killed")
     wait_for(tmp_path / "models/killed/checkpoint.pt", process)
