@@ -164,6 +164,25 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(tmp_path, signum):
     assert "Traceback" not in err + out
 
 
+def test_a_resume_on_another_machine_says_so_and_keeps_both(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_after(patch, 25)
+        with pytest.raises(Killed):
+            run(SEED, "m")
+    path = tmp_path / "models/m/args.json"
+    stored = json.loads(path.read_text())
+    before = {"device": "CPU of another kind, 7 threads", "versions": {**stored["versions"], "torch": "2.0.1"}}
+    path.write_text(json.dumps({**stored, **before}))
+    code, out, _ = run("--resume", "m")
+    said = [line for line in out.splitlines() if "another machine than before" in line]
+    assert code == 0 and len(said) == 1, out
+    for words in ("CPU of another kind, 7 threads, now ", "2.0.1", torch.__version__, "may differ"):
+        assert words in said[0]
+    machines = json.loads(path.read_text())["machines"]
+    assert [machine["device"] for machine in machines] == [before["device"], stored["device"]]
+    assert "another machine" not in run(f"{SEED} --resume", "fresh")[1]
+
+
 def test_a_signal_that_is_ignored_stays_so():
     """As nohup and a shell's background have it."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
