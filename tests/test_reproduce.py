@@ -24,7 +24,7 @@ from grids.cells import Cell, Figure
 from grids.figures import FIGURES, chosen_figures, needed_models
 from grids.models import COMPARED, SCALES, DataSet, Model, ResultFile, Setting, expected_args, trained_args
 from grids.numeric import CLASSIFY, PREDICT, RESULTS, SEMANTICS, numeric_setting
-from latent_spaces import index_from_subset
+from latent_spaces import biased_blocks
 from running.command_line import InputError, run_script
 
 REPOSITORY = Path(__file__).parent.parent
@@ -185,8 +185,10 @@ def test_settings_are_named_and_flagged_as_they_are_trained():
     assert str(Model(shared, 2, Path("m")).directory) == "m/numeric-fast/dep_select_10_seed2"
     assert numeric_setting("paper", "independent", 8, 2).name == "ind_select_8_perturb_2"
     for scale, n in SEMANTICS.items():
-        for size in range(n + 1):
-            assert index_from_subset(range(size), n) == index_from_subset(range(size), n)
+        for selected in range(1, n + 1):
+            args = expected_args(numeric_setting(scale, "independent", selected, selected - 1))
+            blocks = biased_blocks(args["theta_value"], args["beta_value"], n)
+            assert blocks == (tuple(range(selected)), tuple(range(selected - 1)), (selected - 1,))
         for cell in itertools.chain.from_iterable(FIGURES[name].cells(scale) for name in NUMERIC):
             args = expected_args(cell.setting)
             assert args["causal_dependence"] == ("dep" in cell.setting.name) and args["protocol"] == "code"
