@@ -35,7 +35,14 @@ import probes
 from latent_spaces import biased_blocks, seeded_generator
 from mlp_probes import FullBatchProbes
 from running.command_line import InputError, Parser, integer, run_script
-from running.devices import describe_device, encoder_precision, keep_freed_memory, select_device, settled_precision
+from running.devices import (
+    describe_device,
+    encoder_precision,
+    is_out_of_memory,
+    keep_freed_memory,
+    select_device,
+    settled_precision,
+)
 from running.directory import check_writable, is_finished, trained_args
 from running.files import replaced, write_csv, write_json
 from running.pictures import plot_downstream_scores
@@ -206,15 +213,19 @@ def evaluate_model(directory, args, device):
     print(f"unbiased     {unbiased}")
     print(f"tasks        F of the first {sizes} semantics, {protocol} protocol", flush=True)
 
-    samples = [
-        encode(experiment, batches, seeded_generator(seed, "downstream", device, substream), precision, shift_protocol)
-        for substream, shift_protocol in ((FIT, None), (TEST, None), (SHIFTED, protocol))
-    ]
     try:
+        samples = [
+            encode(experiment, batches, seeded_generator(seed, "downstream", device, substream), precision, shift_protocol)
+            for substream, shift_protocol in ((FIT, None), (TEST, None), (SHIFTED, protocol))
+        ]
         generator = seeded_generator(seed, "downstream", substream=PROBE)
         regression, classification = score_tasks(*samples, protocol, generator)
     except ValueError as error:
         raise InputError(f"{error}; the model cannot be evaluated") from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"too little memory on {where}; lower --num-eval-batches, or use --no-cuda") from None
 
     # all or none: files of two evaluations shall not lie side by side
     with contextlib.ExitStack() as stack:

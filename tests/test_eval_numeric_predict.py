@@ -416,6 +416,16 @@ def test_settings_that_cannot_be(predict, model, name, value, words):
     fails(predict([model]), words)
 
 
+@pytest.mark.parametrize("place", ["encode", "score_tasks"])
+def test_too_little_memory_is_one_line_and_keeps_the_model(predict, model, monkeypatch, place):
+    before = contents(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(downstream, place, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        fails(predict([model]), "too little memory on CPU")
+    assert contents(model) == before
+    assert predict([model])[0] == 0
+
+
 def test_weights_that_are_not_finite(predict, model):
     state = torch.load(model / "f_x.pt")
     torch.save({name: value * torch.nan for name, value in state.items()}, model / "f_x.pt")
