@@ -5,9 +5,13 @@ import math
 import torch
 from torch import nn
 
-# Distances held at once, in elements: 8 MiB in float64 stay in a CPU's cache, a GPU wants larger blocks.
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# Distances held at once, in elements: 2 MiB in float64 stay in a CPU's cache, a GPU wants larger blocks.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 SMALLEST_NORM = 1e-8  # an encoding shorter than this is similar to none (as torch's cosine_similarity)
+# Smaller logits count as this: beside the largest they are nothing, and below e^-87 float32 turns denormal, ten times as slow.
+SMALLEST_LOGIT = -80.0
+SMALLEST_SUM = 1e-17  # e^-39: sums of exponentials that are smaller are formed relative to the largest of their terms
+FLOAT32_SPREAD = 2.0**10  # squared length of centred encodings up to which float32 gives their distances within 1e-3
 
 
 class WholeBatch:
@@ -153,60 +157,110 @@ def _cosine_loss(h_x, h_t, tau, negatives, share):
 
 class _AnchorLoss(torch.autograd.Function):
     """ℓ(a, p; n), or the anchors' part of it where the batch has a `total` of more; `themselves`: which negative is the first
-    anchor itself, None for none. A block of rows holds all their negatives, so its soft-max weights, and with them the gradients,
-    are final.
+    anchor itself, None for none. Its gradients are formed with it.
     """
 
     @staticmethod
     def forward(ctx, anchors, positives, negatives, p, tau, total, themselves):
-        rows, columns = len(anchors), len(negatives)
-        difference = anchors.double() - positives.double()
-        positive_distance = difference.abs().pow(p).sum(dim=1, keepdim=True) / tau
-        centre = negatives.double().mean(dim=0)
-        a, n = anchors.double() - centre, negatives.double() - centre
-        block_rows = max(1, BLOCK_ELEMENTS[anchors.device.type] // columns)
-        if p == 2:
-            form = anchors.device.type if anchors.dtype == torch.float32 else "cpu"
-            negative_logits, gradients = SQUARED_DISTANCE_LOGITS[form], _squared_distance_gradients
-        else:
-            negative_logits, gradients = _power_distance_logits, _power_distance_gradients
-            block_rows = max(1, block_rows // a.shape[1])
-        log_sums, positive_weights, grad_a, grad_n = [], [], [], torch.zeros_like(negatives)
-        for start in range(0, rows, block_rows):
-            block = slice(start, start + block_rows)
-            logits = negative_logits(a[block], n, p, tau)
-            if themselves is not None:  # a diagonal of the block
-                logits.diagonal(offset=themselves + start).fill_(-math.inf)
-            # soft-max over the negatives and the positive; divided by their sum only once they have become (rows, D)
-            positive_logit = -positive_distance[block]
-            largest = torch.maximum(logits.amax(dim=1, keepdim=True), positive_logit)
-            weights = logits.sub_(largest).to(anchors.dtype).exp_()
-            positive = torch.exp(positive_logit - largest)
-            weight_sum = weights.sum(dim=1, keepdim=True).double() + positive
-            log_sums.append(largest + weight_sum.log())
-            positive_weights.append(positive / weight_sum)
-            block_grad_a, block_grad_n = gradients(weights, weight_sum.to(weights.dtype), a[block], n, p, tau)
-            grad_a.append(block_grad_a)
-            grad_n += block_grad_n
-        # ∂/∂d of d + logsumexp(−d, …) is 1 − (soft-max weight of the positive)
-        slope = p / tau * difference.abs().pow(p - 1) * difference.sign()
-        grad_positive = ((1 - torch.cat(positive_weights)) * slope).to(anchors.dtype)
-        grad_anchors = torch.cat(grad_a) + grad_positive
-        ctx.save_for_backward(grad_anchors / total, -grad_positive / total, grad_n / total)
-        candidates = columns + (themselves is None)
-        loss = positive_distance.sum() / total + torch.cat(log_sums).sum() / total - rows / total * math.log(candidates)
+        found = None
+        if p == 2 and themselves is not None and len(anchors) == len(negatives) and anchors.device.type == "cpu":
+            found = _loss_among_themselves(anchors, positives, tau)
+        loss, *gradients = found or _loss_among_others(anchors, positives, negatives, p, tau, total, themselves)
+        ctx.save_for_backward(*gradients)
         return loss.to(anchors.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *(grad_output * gradient for gradient in ctx.saved_tensors), None, None, None, None
+        gradients = (gradient if gradient is None else grad_output * gradient for gradient in ctx.saved_tensors)
+        return *gradients, None, None, None, None
+
+
+def _loss_among_themselves(anchors, positives, tau):
+    """Loss and gradients where the anchors are each other's negatives, by squared distances; None where these are too large.
+
+    exp(−d) is symmetric: one product of its rows gives the gradients of an anchor and of a negative, and half the passes do.
+    """
+    total, size = anchors.shape
+    difference = anchors.double() - positives.double()
+    positive_distance = difference.square().sum(dim=1, keepdim=True) / tau
+    a = anchors.double() - anchors.double().mean(dim=0)
+    with_ones = torch.cat((a, torch.ones_like(a[:, :1])), dim=1).to(anchors.dtype)
+    if a.square().sum(dim=1).max() <= FLOAT32_SPREAD * tau:
+        a = a.to(anchors.dtype)
+    left, right = _augmented(a, a, tau)
+    sums, weight_sums = with_ones.new_zeros(2 * size + 2, total), torch.empty_like(positive_distance)
+    block_rows = max(1, BLOCK_ELEMENTS["cpu"] // total)
+    for start in range(0, total, block_rows):
+        block = slice(start, start + block_rows)
+        weights = (left[block] @ right.T).to(anchors.dtype).clamp_min_(SMALLEST_LOGIT).exp_()
+        weights.diagonal(offset=start).zero_()
+        weight_sums[block] = weights.sum(dim=1, keepdim=True) + (-positive_distance[block]).exp()
+        # Σ_i w_ij (a_i, 1), and the same with the soft-max weights of row i
+        rows = torch.cat((with_ones[block], with_ones[block] / weight_sums[block].to(anchors.dtype)), dim=1)
+        sums.addmm_(rows.T, weights)
+    if weight_sums.min() < SMALLEST_SUM:
+        return None
+    as_anchor, as_negative = sums.T.split(size + 1, dim=1)
+    pull = as_anchor / weight_sums.to(anchors.dtype) + as_negative
+    grad_positive = ((1 - (-positive_distance).exp() / weight_sums) * (2 / tau) * difference).to(anchors.dtype)
+    grad_anchors = grad_positive + (2 / tau) * (pull[:, :-1] - pull[:, -1:] * with_ones[:, :-1])
+    loss = (positive_distance + weight_sums.log()).mean() - math.log(total)
+    return loss, grad_anchors / total, -grad_positive / total, None
+
+
+def _loss_among_others(anchors, positives, negatives, p, tau, total, themselves):
+    """Loss and gradients of any exponent, negatives and share. A block of rows holds all their negatives, so its soft-max
+    weights, and with them the gradients, are final.
+    """
+    rows, columns = len(anchors), len(negatives)
+    difference = anchors.double() - positives.double()
+    positive_distance = difference.abs().pow(p).sum(dim=1, keepdim=True) / tau
+    centre = negatives.double().mean(dim=0)
+    a, n = anchors.double() - centre, negatives.double() - centre
+    block_rows = max(1, BLOCK_ELEMENTS[anchors.device.type] // columns)
+    if p == 2:
+        form = anchors.device.type if anchors.dtype == torch.float32 else "cpu"
+        negative_logits, gradients = SQUARED_DISTANCE_LOGITS[form], _squared_distance_gradients
+    else:
+        negative_logits, gradients = _power_distance_logits, _power_distance_gradients
+        block_rows = max(1, block_rows // a.shape[1])
+    log_sums, positive_weights, grad_a, grad_n = [], [], [], torch.zeros_like(negatives)
+    for start in range(0, rows, block_rows):
+        block = slice(start, start + block_rows)
+        logits = negative_logits(a[block], n, p, tau)
+        if themselves is not None:  # a diagonal of the block
+            logits.diagonal(offset=themselves + start).fill_(-math.inf)
+        # soft-max over the negatives and the positive; divided by their sum only once they have become (rows, D)
+        positive_logit = -positive_distance[block]
+        largest = torch.maximum(logits.amax(dim=1, keepdim=True), positive_logit)
+        weights = logits.sub_(largest).to(anchors.dtype).clamp_min_(SMALLEST_LOGIT).exp_()
+        positive = torch.exp(positive_logit - largest)
+        weight_sum = weights.sum(dim=1, keepdim=True).double() + positive
+        log_sums.append(largest + weight_sum.log())
+        positive_weights.append(positive / weight_sum)
+        block_grad_a, block_grad_n = gradients(weights, weight_sum.to(weights.dtype), a[block], n, p, tau)
+        grad_a.append(block_grad_a)
+        grad_n += block_grad_n
+    # ∂/∂d of d + logsumexp(−d, …) is 1 − (soft-max weight of the positive)
+    slope = p / tau * difference.abs().pow(p - 1) * difference.sign()
+    grad_positive = ((1 - torch.cat(positive_weights)) * slope).to(anchors.dtype)
+    grad_anchors = torch.cat(grad_a) + grad_positive
+    candidates = columns + (themselves is None)
+    loss = positive_distance.sum() / total + torch.cat(log_sums).sum() / total - rows / total * math.log(candidates)
+    return loss, grad_anchors / total, -grad_positive / total, grad_n / total
 
 
 def _squared_distance_logits(a, n, p, tau):
     """−‖a − n‖²/τ as one product of augmented float64 matrices: exact however far apart the encodings lie."""
+    left, right = _augmented(a, n, tau)
+    return left @ right.T
+
+
+def _augmented(a, n, tau):
+    """(B, D + 2) and (M, D + 2), the product of whose rows is −‖a − n‖²/τ."""
     left = torch.cat((2 * a, a.square().sum(dim=1, keepdim=True), torch.ones_like(a[:, :1])), dim=1) / tau
     right = torch.cat((n, -torch.ones_like(n[:, :1]), -n.square().sum(dim=1, keepdim=True)), dim=1)
-    return left @ right.T
+    return left, right
 
 
 def _squared_distance_logits_by_differences(a, n, p, tau):

@@ -37,6 +37,29 @@ def test_value_and_gradients_in_float64(p, tau, pairs, negatives, dimensions, mo
         assert relative(found, wanted) < 1e-10
 
 
+@pytest.mark.parametrize(
+    "scale, tau, among_themselves",
+    [(1.0, 1.0, True), (0.05, 1.0, True), (6.0, 1.0, True), (6.0, 0.2, True), (30.0, 1.0, None), (200.0, 1.0, False)],
+    ids=["unit", "near", "spread", "cold", "far", "apart"],
+)
+def test_negatives_of_the_batch_have_a_form_of_their_own_where_they_are_near(scale, tau, among_themselves, monkeypatch):
+    """By one symmetric matrix; None: in whichever form. Encodings far from all others and their partners need the other."""
+    general, counted = losses._loss_among_others, []
+    monkeypatch.setattr(losses, "_loss_among_others", lambda *arguments: counted.append(1) or general(*arguments))
+    monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 7_000)  # several blocks, the last one short
+    h_x, noise = encodings((300, 300), 4, scale)
+    tensors = (h_x, (h_x + noise / (10 if scale < 100 else 1)).float().double())
+    value, gradients = value_and_gradients(multimodal_contrastive_loss, tensors, torch.float32, tau=tau)
+    expected, expected_gradients = value_and_gradients(textbook_multimodal_loss, tensors, torch.float64, tau=tau)
+    assert among_themselves is None or len(counted) == (0 if among_themselves else 2)
+    assert abs(value - expected) <= 1e-5 * max(1, abs(expected))
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        assert relative(found, wanted) < 2e-5
+    monkeypatch.setattr(losses, "_loss_among_themselves", lambda *_: None)
+    others = value_and_gradients(multimodal_contrastive_loss, tensors, torch.float64, tau=tau)
+    assert abs(others[0] - expected) <= 1e-10 * max(1, abs(expected))
+
+
 @pytest.mark.parametrize("form", ["cpu", "cuda"])
 @pytest.mark.parametrize("dimensions", [1, 10])
 @pytest.mark.parametrize(
