@@ -45,6 +45,8 @@ def training_step(experiment, optimiser, share_done):
 def make_optimiser(modules, args, rates=None):
     """The optimiser of the flags for `modules`, a dict name → nn.Module; rates: dict name → factor of its learning rate."""
     by_layer, by_module = fan_in_rates(modules) if args.layer_lr == "fan-in" else {}, rates or {}
+    matrices = matrices_for_muon(modules) if args.optimiser == "muon" else []
+    by_layer |= {id(matrix): 1.0 for matrix in matrices}  # its steps are of one size at any fan-in
     factors = {
         parameter: by_layer.get(id(parameter), 1.0) * by_module.get(name, 1.0)
         for name, module in modules.items()
@@ -52,7 +54,9 @@ def make_optimiser(modules, args, rates=None):
         if parameter.requires_grad
     }
     whitening = InputWhitening(modules) if args.preconditioner == "inputs" else None
-    return (Muon if args.optimiser == "muon" else Adam)(list(factors), list(factors.values()), whitening)
+    if args.optimiser == "muon":
+        return Muon(list(factors), list(factors.values()), whitening, matrices)
+    return Adam(list(factors), list(factors.values()), whitening)
 
 
 class Adam:
@@ -124,48 +128,72 @@ class Adam:
 
 
 class Muon(Adam):
-    """Muon (Jordan et al., 2024) for the filters of convolutions, Adam for all else and for very large filters.
+    """Muon (Jordan et al., 2024) for the filters of convolutions and other matrices, Adam for all else and very large filters.
 
-    The step of a layer's filters, a matrix of a row for each filter, is the nearest orthogonal matrix to their momentum, about:
-    all its singular directions move alike. Under Adam those that are strong at first, here of colours and places, move on alone
-    for long; what few weak ones carry, here of shapes, is learned in a fraction of the steps.
+    The step of a layer's weights, a matrix of a row for each filter, is the nearest orthogonal matrix to their momentum, about:
+    all its singular directions move alike. Under Adam those that are strong at first, of images colours and places, move on alone
+    for long; what few weak ones carry, of images shapes, is learned in a fraction of the steps.
     """
+
+    def __init__(self, parameters, rates=None, whitening=None, matrices=()):
+        """As Adam; matrices: those of `parameters` that Muon takes beside filters."""
+        super().__init__(parameters, rates, whitening)
+        self._matrices = {id(matrix) for matrix in matrices}
 
     @torch.no_grad()
     def update(self, lr):
-        """As Adam's, with learning rate `lr` for Adam and MUON_RATE times that for filters."""
-        others = []
+        """As Adam's, with learning rate `lr` for Adam and MUON_RATE times that for filters and matrices."""
+        others, alike = [], {}
         for state in self._states():
             parameter, momentum, _, _, rate = state
-            if parameter.dim() != 4 or parameter.numel() > LARGEST_FILTERS or parameter.grad is None:
+            taken = (parameter.dim() == 4 and parameter.numel() <= LARGEST_FILTERS) or id(parameter) in self._matrices
+            if parameter.grad is None or not taken:
                 others.append(state)
                 continue
             parameter, gradient, momentum = in_memory_order(parameter, parameter.grad, momentum)
             momentum.mul_(MUON_MOMENTUM).add_(gradient)
             direction = gradient.add(momentum, alpha=MUON_MOMENTUM).flatten(1)  # of Nesterov
-            stretch = max(1, direction.shape[0] / direction.shape[1]) ** 0.5
-            update = orthogonalised(direction).view(parameter.shape)
-            parameter.add_(update, alpha=-lr * MUON_RATE * rate * stretch)
+            # small matrices of one shape cost little more than one of them
+            key = direction.shape if parameter.dim() == 2 else id(parameter)
+            alike.setdefault(key, []).append((parameter, direction, rate))
+        for group in alike.values():
+            parameters, directions, rates = zip(*group, strict=True)
+            stretch = max(1, directions[0].shape[0] / directions[0].shape[1]) ** 0.5
+            updates = orthogonalised(torch.stack(directions)) if len(group) > 1 else [orthogonalised(directions[0])]
+            for parameter, update, rate in zip(parameters, updates, rates, strict=True):
+                parameter.add_(update.view(parameter.shape), alpha=-lr * MUON_RATE * rate * stretch)
         self._update_adam(others, lr)
 
 
+def matrices_for_muon(modules):
+    """List of the weights of linear layers that Muon takes: in a network of these alone, all but the last layer's."""
+    matrices = []
+    for module in modules.values():
+        layers = [layer for layer in module.modules() if not list(layer.children()) and list(layer.parameters())]
+        if all(isinstance(layer, nn.Linear) for layer in layers):
+            matrices += [layer.weight for layer in layers[:-1]]
+    return matrices
+
+
 def orthogonalised(matrix):
-    """U S′ Vᵀ of an (m, n) matrix U S Vᵀ, by Newton–Schulz steps; S′ is 0.7 to 1.2 but for very small values.
+    """U S′ Vᵀ of (…, m, n) matrices U S Vᵀ, by Newton–Schulz steps; S′ is 0.7 to 1.2 but for very small values.
 
     Each step multiplies X from the left by a polynomial in G = X Xᵀ, the smaller of X's Gram matrices: G is followed alone and
     the product of the polynomials meets X once, at the end, for a third of the work where X is long.
     """
     a, b, c = NEWTON_SCHULZ
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp_min(1e-7)
-    gram, product = x @ x.T, None
+    multiply_add = torch.addmm if matrix.dim() == 2 else torch.baddbmm
+    is_wide = matrix.shape[-2] <= matrix.shape[-1]
+    wide = matrix if is_wide else matrix.mT
+    x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    gram, product = x @ x.mT, None
     for _ in range(NEWTON_SCHULZ_STEPS):
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal().add_(a)
+        polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         product = polynomial if product is None else polynomial @ product
         gram = polynomial @ gram @ polynomial
     x = product @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return x if is_wide else x.mT
 
 
 def in_memory_order(first, *others):

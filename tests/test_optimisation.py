@@ -1,11 +1,13 @@
 """Adam and Muon against torch's, the preconditioner against its formula in float64 and against what it is for."""
 
+import argparse
+
 import pytest
 import torch
 from torch import nn
 
 from running import optimisation
-from running.optimisation import Adam, InputWhitening, Muon, fan_in_rates, orthogonalised
+from running.optimisation import Adam, InputWhitening, Muon, fan_in_rates, make_optimiser, matrices_for_muon, orthogonalised
 
 
 def test_adam_is_torch_s():
@@ -109,6 +111,30 @@ def test_muon_is_torch_s_for_filters_and_adam_for_all_else(monkeypatch):
         for a, b in zip(ours, [*filters, *others], strict=True):
             torch.testing.assert_close(a.flatten(), b.flatten(), rtol=0, atol=0.02 if a.dim() == 4 else 1e-5)
     assert all((a.flatten() - b.flatten()).abs().max() > 0.1 for a, b in zip(start[:2], filters, strict=True))
+
+
+def test_muon_takes_the_weights_of_networks_of_linear_layers_alone_but_the_last_s():
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(5, 6), nn.LeakyReLU(), nn.Linear(6, 6), nn.LeakyReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    cnn = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3), nn.Linear(3, 3))
+    modules = {"mlp": mlp, "cnn": cnn}
+    taken = matrices_for_muon(modules)
+    assert [id(weight) for weight in taken] == [id(mlp[i].weight) for i in (0, 2, 4)]
+    optimiser = make_optimiser(modules, argparse.Namespace(layer_lr="fan-in", preconditioner="none", optimiser="muon"))
+    before = [parameter.detach().clone() for parameter in mlp.parameters()]
+    for parameter in mlp.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    optimiser.update(1e-3)
+    for place, (parameter, earlier) in enumerate(zip(mlp.parameters(), before, strict=True)):
+        step = (earlier - parameter).detach()
+        if place in (0, 2, 4):  # those of one shape go together, each by its own gradient, whatever the fan-in
+            expected = orthogonalised(parameter.grad * (1 + optimisation.MUON_MOMENTUM))
+            stretch = max(1, parameter.shape[0] / parameter.shape[1]) ** 0.5
+            torch.testing.assert_close(step, 1e-3 * optimisation.MUON_RATE * stretch * expected, rtol=1e-4, atol=1e-6)
+        else:
+            assert step.abs().max().item() == pytest.approx(
+                1e-3 * optimisation.REFERENCE_FAN_IN / (5 if place == 1 else 6), rel=1e-3
+            )
 
 
 def test_rates_are_larger_where_the_fan_in_is_smaller():
