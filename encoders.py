@@ -12,10 +12,14 @@ CPU_ROWS = 512  # rows whose activations of one layer stay in a CPU's cache; the
 
 
 class MLPEncoder(nn.Sequential):
-    """f: R^d → R^D for numeric observations: d → 10d → 50d → 50d → 50d → 50d → 10d → D, LeakyReLU(0.01) between layers."""
+    """f: R^d → R^D for numeric observations, LeakyReLU(0.01) between layers.
 
-    def __init__(self, input_size, encoding_size):
-        widths = [input_size, *(factor * input_size for factor in (10, 50, 50, 50, 50, 10)), encoding_size]
+    hidden_sizes: widths of the hidden layers; None: the paper's, 10d, 50d, 50d, 50d, 50d, 10d.
+    """
+
+    def __init__(self, input_size, encoding_size, hidden_sizes=None):
+        hidden_sizes = hidden_sizes or [factor * input_size for factor in (10, 50, 50, 50, 50, 10)]
+        widths = [input_size, *hidden_sizes, encoding_size]
         layers = []
         for fan_in, fan_out in pairwise(widths):
             # in place: the gradient of LeakyReLU needs the sign of its output alone

@@ -64,6 +64,8 @@ def parse_flags(argv):
     parser.flag("--no-cuda", bool, "stay on the CPU")
     parser.flag("--precision", ("fp32", "tf32", "bf16"), "of products; tf32 on CUDA, bf16 in the model alone", "fp32")
     parser.flag("--protocol", ("code", "paper"), "tasks and shift of the paper's runs or of its text (the model's)")
+    parser.flag("--probes", ("paper", "fast"), f"{STEPS:,} full-batch steps, or as far by minibatches in far less time "
+                "(the model's)")  # fmt: skip
     parser.flag("--overwrite", bool, "replace the results of an earlier evaluation")
     parser.section("setting", "args.json of the model has it; a flag that is given must agree with it")
     for name, kind, text, _ in main_numeric.SETTING:
@@ -161,17 +163,21 @@ def encode(experiment, batches, generator, precision, shift_protocol):
     return torch.cat(encodings), torch.cat(semantics)
 
 
-def score_tasks(fit, test, shifted, protocol, generator):
+def score_tasks(fit, test, shifted, protocol, generator, probes_name="paper"):
     """(regression, classification): R² of y1 … y4 by task, and Matthews correlations of y5, iid and ood.
 
-    fit, test, shifted: pairs of encodings (N, D) and semantics (N, n); generator: on the CPU, for the initial weights.
-    Raises ValueError for values that are not finite.
+    fit, test, shifted: pairs of encodings (N, D) and semantics (N, n); generator: on the CPU, for the initial weights and the
+    order of minibatches; probes_name: "paper" or "fast". Raises ValueError for values that are not finite.
     """
     fit_h, test_h, shifted_h = (probes.standardise(fit[0], h)[1] for h, _ in (fit, test, shifted))
     targets = [regression_targets(s, protocol) for _, s in (fit, test, shifted)]
     classes = [class_labels(y[:, 1], targets[0][:, 1], protocol) for y in targets]
     trained = FullBatchProbes(fit_h.shape[1], 4, 1, generator, fit_h.device)
-    trained.train(fit_h, torch.cat((targets[0], classes[0][:, None]), dim=1), STEPS)
+    tasks = torch.cat((targets[0], classes[0][:, None]), dim=1)
+    if probes_name == "fast":
+        trained.train_fast(fit_h, tasks, generator)
+    else:
+        trained.train(fit_h, tasks, STEPS)
     predicted, shifted_predicted = trained.predict(test_h), trained.predict(shifted_h)
     wanted, found = ({f"y{i + 1}": y[:, i] for i in range(4)} for y in (targets[1], predicted))
     regression = probes.r2_by_name(wanted, found)
@@ -193,8 +199,8 @@ def evaluate_model(directory, args, device):
     if seed == setting.seed:
         raise InputError(f"--seed {seed} is its training seed; evaluate with another one")
     protocol = args.protocol or setting.protocol
-    batches, precision = args.num_eval_batches, args.precision
-    details = {"seed": seed, "protocol": protocol, "num_eval_batches": batches, "precision": precision}
+    batches, precision, probes_name = args.num_eval_batches, args.precision, args.probes or setting.probes
+    details = {"seed": seed, "protocol": protocol, "num_eval_batches": batches, "precision": precision, "probes": probes_name}
     existing = [name for name in RESULTS if (directory / name).exists()]
     if not args.overwrite and existing:
         # the record is written last, so that one that agrees stands for complete files
@@ -219,7 +225,7 @@ def evaluate_model(directory, args, device):
             for substream, shift_protocol in ((FIT, None), (TEST, None), (SHIFTED, protocol))
         ]
         generator = seeded_generator(seed, "downstream", substream=PROBE)
-        regression, classification = score_tasks(*samples, protocol, generator)
+        regression, classification = score_tasks(*samples, protocol, generator, probes_name)
     except ValueError as error:
         raise InputError(f"{error}; the model cannot be evaluated") from None
     except (MemoryError, RuntimeError) as error:

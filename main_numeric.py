@@ -12,6 +12,8 @@ Subsets are numbers: of ten semantics, the prefixes {0}, {0, 1}, …, {0 … 9} 
 The model directory receives args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
 """
 
+import argparse
+
 import numpy as np
 import pandas as pd
 import torch
@@ -21,6 +23,7 @@ from encoders import MLPEncoder, initialise
 from kernel_ridge import kernel_ridge_r2
 from latent_spaces import MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
 from losses import multimodal_contrastive_loss
+from mlp_probes import PROBE_STEPS
 from probes import ABSENT, LEARNED
 from running.command_line import InputError, integer, number, run_script
 from running.directory import load_weights, save_weights
@@ -31,8 +34,9 @@ from running.schedules import batch_size
 
 # "paper": the paper's training. "fast": the same block from far fewer samples, as benchmarks/time_to_identification.py shows
 RECIPES = {
-    "paper": dict(init="default", lr=1e-4, lr_schedule="constant", layer_lr="uniform", preconditioner="none", optimiser="adam",
-                  batch_size=6144, final_batch_size=0, negatives="independent", train_steps=100_001, precision="fp32"),
+    "paper": dict(hidden_sizes="paper", init="default", lr=1e-4, lr_schedule="constant", layer_lr="uniform",
+                  preconditioner="none", optimiser="adam", batch_size=6144, final_batch_size=0, negatives="independent",
+                  train_steps=100_001, precision="fp32", probes="paper"),
     "fast": dict(
         lr=1e-3, lr_schedule="onecycle", optimiser="adam", train_steps="auto", precision="auto",
         init="he",  # PyTorch's default shrinks the signal from layer to layer: most steps leave the plateau that follows
@@ -40,6 +44,7 @@ RECIPES = {
         preconditioner="inputs",  # what is learned last lies in the tail of the layers' inputs
         batch_size=256, final_batch_size="auto",  # early steps need no precision, late ones do
         negatives="batch",  # half the encoder passes
+        probes="fast",
     ),
 }  # fmt: skip
 # train_steps "auto", between these (dimensions of the encoding, steps): a single dimension teaches the layers below it
@@ -63,6 +68,21 @@ SETTING = (
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 
 
+def hidden_sizes(text):
+    """Kind of a flag: "paper", or widths with commas between them."""
+    if text == "paper":
+        return text
+    widths = [int(width) for width in text.split(",")]
+    if min(widths) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has a layer without units")
+    return ",".join(map(str, widths))
+
+
+def encoder_sizes(args):
+    """List of the widths that --hidden-sizes gives, None for the paper's."""
+    return None if args.hidden_sizes == "paper" else [int(width) for width in args.hidden_sizes.split(",")]
+
+
 class NumericExperiment(Experiment):
     """One model: latents (s, m_x), (s̃, m_t), frozen mixing networks g_x, g_t, and the encoders f_x, f_t that are trained."""
 
@@ -73,6 +93,8 @@ class NumericExperiment(Experiment):
     def add_flags(cls, parser):
         """What --recipe sets beside the shared flags, the setting, and its evaluation."""
         flag = parser.flag
+        flag("--hidden-sizes", hidden_sizes, "widths of the encoders' hidden layers, as 60,60,60; paper: the paper's, 10 and 50 "
+             "times their inputs", "paper")  # fmt: skip
         flag("--negatives", ("independent", "batch"), "an anchor's: a second batch, or the others of its own")
         parser.section("setting: what the text says of the image")
         for name, kind, text, default in SETTING:
@@ -81,6 +103,8 @@ class NumericExperiment(Experiment):
         flag("--num-eval-batches", integer(1), f"batches of {EVAL_BATCH} samples to fit the probes, and as many to test", 5,
              "again")  # fmt: skip
         flag("--mlp-eval", bool, "nonlinear probe: an MLP (the paper's), not kernel ridge regression", None, "again")
+        flag("--probes", ("paper", "fast"), "MLP probes: trained as the paper's, or in far fewer steps to like scores",
+             "paper", "again")  # fmt: skip
 
     @classmethod
     def default_id(cls, args):
@@ -114,6 +138,12 @@ class NumericExperiment(Experiment):
         factors += ["m_x", "m_t"] if args.modality_n else []
         return [{"encoding": h, "predicted_factors": name} for h in ("hz_x", "hz_t") for name in factors]
 
+    @classmethod
+    def widest_layer(cls, args):
+        """Units: fewer than 500 of them are not worth bf16."""
+        sizes = encoder_sizes(args)
+        return max(sizes) if sizes else 50 * (args.semantics_n + args.modality_n)
+
     def __init__(self, args, device):
         """Distribution of the latents, which the training seed fixes, and the four networks, their weights not set."""
         self.args, self.device = args, device
@@ -123,11 +153,12 @@ class NumericExperiment(Experiment):
                                          protocol=args.protocol, device=device)  # fmt: skip
         self.d_x, self.d_t = args.semantics_n + args.modality_n, len(self.latents.selected) + args.modality_n
         self.encoding_size = args.encoding_size or len(self.latents.unbiased)
+        hidden = encoder_sizes(args)
         networks = {
             "g_x": MixingNetwork(self.d_x, args.n_mixing_layer),
             "g_t": MixingNetwork(self.d_t, args.n_mixing_layer),
-            "f_x": MLPEncoder(self.d_x, self.encoding_size),
-            "f_t": MLPEncoder(self.d_t, self.encoding_size),
+            "f_x": MLPEncoder(self.d_x, self.encoding_size, hidden),
+            "f_t": MLPEncoder(self.d_t, self.encoding_size, hidden),
         }
         self.networks = {name: network.to(device) for name, network in networks.items()}
         self.modules = {name: self.networks[name] for name in ("f_x", "f_t")}
@@ -204,7 +235,8 @@ class NumericExperiment(Experiment):
         encodings = {name: probes.standardise(fit_h[name], test_h[name]) for name in fit_h}
         if self.args.mlp_eval:
             generator = seeded_generator(seed, "probe", self.device)
-            nonlinear = probes.mlp_r2(encodings, fit_targets, test_targets, generator)
+            steps = PROBE_STEPS if self.args.probes == "fast" else None
+            nonlinear = probes.mlp_r2(encodings, fit_targets, test_targets, generator, steps)
         rows = []
         for name, (fit, test) in encodings.items():
             linear = probes.linear_r2(fit, fit_targets, test, test_targets)

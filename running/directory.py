@@ -28,7 +28,7 @@ from running.files import read_json, write_bytes, write_json
 from running.official import completed, is_official, own_names
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
-LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0}
+LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0, "hidden_sizes": "paper", "probes": "paper"}
 
 
 def drawn_seed():

@@ -5,6 +5,7 @@
 args.json is there from the first moment and says "finished" last of all: killed anywhere between, the run goes on with --resume.
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,11 @@ class Experiment:
         add_run_flags(parser)
         cls.add_flags(parser)
         return parser
+
+    @classmethod
+    def widest_layer(cls, args):
+        """Units of the encoders' widest layer, by which --precision auto is settled; of images, convolutions are wide enough."""
+        return math.inf
 
     @classmethod
     def parse_flags(cls, argv=None):
@@ -124,7 +130,7 @@ def add_run_flags(parser):
          "--batch-size; 0 = it does not; a recipe's auto: larger for larger encodings")  # fmt: skip
     flag("--train-steps", integer(1), "steps of training; a recipe's auto: by the size of the encodings")
     flag("--precision", ("fp32", "tf32", "bf16"), "of matrix products; tf32 on CUDA alone; a recipe's auto: bf16 where the "
-         "device computes it fast, else fp32")  # fmt: skip
+         "encoders are wide and the device computes it fast, else fp32")  # fmt: skip
 
 
 def run_experiment(experiment_class, argv=None):
@@ -146,7 +152,7 @@ def run_experiment(experiment_class, argv=None):
         stored = ranks.from_first(lambda: store.stored_args(directory)) if goes_on else None
         with ranks.agreed():
             device = select_device(args.no_cuda)
-            args.precision = settled_precision(args.precision, device)
+            args.precision = settled_precision(args.precision, device, experiment_class.widest_layer(args))
             experiment = experiment_class(args, device)
             if stored:
                 experiment.check_stored(stored)

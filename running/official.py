@@ -71,5 +71,8 @@ def official_args(args, parser):
             "the code behind the paper's figures knows neither --protocol paper nor the covariances that a seed draws here "
             "for --causal-dependence: it could not evaluate this model"
         )
+    if getattr(args, "hidden_sizes", "paper") != "paper":
+        built = "the code behind the paper's figures builds no encoders with"
+        raise InputError(f"{built} --hidden-sizes {args.hidden_sizes}: it could not evaluate this model")
     own = {"protocol", "recipe", *parser.freely, *parser.recipes["paper"]} - {"lr", "batch_size", "train_steps"}
     return {name: value for name, value in vars(args).items() if name not in own}

@@ -117,23 +117,23 @@ def plot_score_grid(panels, path, title):
     save_figure(figure, path, title)
 
 
-def plot_beside_paper(ours, paper, differences, notes, decimals, path, title):
-    """Write our heatmaps, the paper's and their differences side by side, a row for each panel of `plot_score_grid`.
+def plot_side_by_side(ours, others, differences, notes, decimals, path, title, other="paper"):
+    """Write our heatmaps, others' and their differences side by side, a row for each panel of `plot_score_grid`.
 
-    notes: what is said in a cell instead of a difference, "" for most; decimals: those that the paper prints.
+    notes: what is said in a cell instead of a difference, "" for most; decimals: those of the others' numbers; other: whose.
     """
     rows, columns = next(iter(ours.values())).shape
     figure, grid = subplots(len(ours), 3, 3 * (0.8 + 0.46 * columns), 0.6 + len(ours) * (0.8 + 0.28 * rows))
     for axes, panel in zip(grid, ours, strict=True):
         score_heatmap(axes[0], ours[panel])
-        score_heatmap(axes[1], paper[panel], decimals=decimals)
+        score_heatmap(axes[1], others[panel], decimals=decimals)
         difference_heatmap(axes[2], differences[panel])
         for row, column in np.argwhere(notes[panel].to_numpy(object) != ""):
             note = notes[panel].iat[row, column]
-            for ax, text in ((axes[1], f"{paper[panel].iat[row, column]:.{decimals}f}\n{note}"), (axes[2], note)):
+            for ax, text in ((axes[1], f"{others[panel].iat[row, column]:.{decimals}f}\n{note}"), (axes[2], note)):
                 ax.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color="lightgray", zorder=4))
                 ax.text(column, row, text, fontsize=6, linespacing=1.3, zorder=5, **IN_CELL)
-        for ax, what in zip(axes, ("ours", "paper", "ours − paper"), strict=True):
+        for ax, what in zip(axes, ("ours", other, f"ours − {other}"), strict=True):
             ax.set_title(f"{what}: {panel[1]}, {panel[0]}", fontsize=9, loc="left")
     save_figure(figure, path, title, dpi=100)
 

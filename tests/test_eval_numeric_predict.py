@@ -177,6 +177,23 @@ def test_semantics_score_near_one_and_noise_near_zero(monkeypatch, protocol):
     assert max(regression.values()) < 0.05 and max(map(abs, classification.values())) < 0.1
 
 
+def test_fast_probes_come_as_far_as_full_batches_in_half_the_steps(monkeypatch):
+    """At ten times the usual rate, so that few steps are enough."""
+    monkeypatch.setattr(mlp_probes, "LEARNING_RATE", 1e-2)
+    monkeypatch.setattr(downstream, "STEPS", 1000)
+    monkeypatch.setattr(mlp_probes, "FAST_STEPS", 500)
+    monkeypatch.setattr(mlp_probes, "FAST_BATCH", 512)
+    samples = synthetic_samples(4096, 5, 0, "cpu")
+    exact, fast, again = (
+        downstream.score_tasks(*samples, "code", torch.Generator().manual_seed(1), name) for name in ("paper", "fast", "fast")
+    )
+    assert fast == again != exact
+    for own, other in zip(fast, exact, strict=True):
+        assert own == pytest.approx(other, abs=0.05)
+    monkeypatch.setattr(mlp_probes, "FAST_STEPS", 20)
+    assert downstream.score_tasks(*samples, "code", torch.Generator().manual_seed(1), "fast")[0]["y4"] < exact[0]["y4"] - 0.06
+
+
 def test_a_training_that_diverges_is_an_error():
     probes = mlp_probes.FullBatchProbes(2, 1, 0, torch.Generator().manual_seed(0), "cpu")
     with pytest.raises(ValueError, match="diverged"):

@@ -128,6 +128,18 @@ def test_mlp_agrees_with_scikit_learn():
     assert scores["x", "square"] > 0.9 and 0.3 < scores["x", "half"] < 0.6 and scores["x", "noise"] < 0.05
 
 
+def test_fast_probes_score_as_the_exact_ones():
+    encodings, fit, test = make_data(4_096)
+
+    def scores(steps):
+        found = probes.mlp_r2(encodings, fit, test, generator(), steps)
+        return {key: max(score, 0) for key, score in found.items()}
+
+    exact = scores(None)
+    assert scores(mlp_probes.PROBE_STEPS) == pytest.approx(exact, abs=0.02)  # "square" is harder than any encoding's factor
+    assert scores(30)["x", "square"] < exact["x", "square"] - 0.01
+
+
 def test_a_target_alone_gives_the_same_as_among_others(monkeypatch):
     """Each network stops by its own loss, and neither the others nor their leaving change it, but by rounding.
 
