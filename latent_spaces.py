@@ -173,6 +173,24 @@ class MisalignedLatents:
                 covariances[name] = np.eye(size) * scale**2
         return covariances
 
+    def identified_r2(self, factor):
+        """R² of a factor by an encoding that holds the unbiased block s_B and nothing else: Σ_jB Σ_BB⁻¹ Σ_Bj / Var.
+
+        factor: s_j, tilde_s_j, of larger variance, m_x, m_t, or s_inv for the block itself. The block is Gaussian, and so is s_j:
+        no probe, linear or not, has more. Raises ValueError for another name.
+        """
+        name, _, number = factor.rpartition("_")
+        if factor in ("m_x", "m_t", "s_inv"):
+            return float(factor == "s_inv")
+        if name not in ("s", "tilde_s") or not number.isdecimal() or int(number) >= self.semantics_n:
+            raise ValueError(f"{factor!r} is no factor of {self.semantics_n} semantics")
+        j, block, covariance = int(number), list(self.unbiased), self.covariances["s"]
+        variance = covariance[j, j]
+        if name == "tilde_s" and j in self.perturbed:
+            variance = variance + self.change_prob * self.covariances["epsilon"][j, j]
+        told = covariance[j, block]
+        return float(told @ np.linalg.solve(covariance[np.ix_(block, block)], told) / variance)
+
     def sample(self, size, generator):
         """`size` independent draws as Latents, from a generator on this distribution's device."""
         n, m = self.semantics_n, self.modality_n

@@ -13,7 +13,8 @@ class Cell:
 
     keys: its key in the paper's CSV; panel (row, column), row and column: where it is drawn; file, where, score: the CSV,
     the values that pick its row and the column to read; learned: whether the theory has the factor identified (True) or
-    absent (False), None where it says neither; clipped: to [0, 1], as R² is in the paper and a correlation is not.
+    absent (False), None where it says neither; clipped: to [0, 1], as R² is in the paper and a correlation is not; theory:
+    the number that the theory gives a seed, a function of it, None where it gives none.
     """
 
     keys: dict
@@ -26,6 +27,7 @@ class Cell:
     score: str
     learned: bool | None = None
     clipped: bool = True
+    theory: Callable | None = None
 
     @property
     def source(self):

@@ -1,10 +1,11 @@
 """The numeric experiment: Figures 3, 4 and 7 to 10, Tables 4 and 5."""
 
+import functools
 import itertools
 
 from grids.cells import Cell, Figure
-from grids.models import SCALES, ResultFile, Setting
-from latent_spaces import index_from_subset
+from grids.models import SCALES, ResultFile, Setting, trained_args
+from latent_spaces import MisalignedLatents, index_from_subset
 from main_numeric import NumericExperiment
 
 SEMANTICS = {"paper": 10, "fast": 10, "tiny": 4}
@@ -18,11 +19,12 @@ METRICS = {"r2_linear": "linear R²", "r2_nonlinear": "nonlinear R²"}
 ENCODINGS = {"hz_x": "image encoding", "hz_t": "text encoding"}
 RESULTS = ResultFile("results.csv", ("encoding", "predicted_factors"), tuple(METRICS))
 TASKS = ("y1", "y2", "y3", "y4")
-# ten thousand full-batch steps are most of a tiny model's time: they get a fifth of the samples
+# a tiny model's probes get a fifth of the samples
 DOWNSTREAM = {"script": "eval_numeric_predict.py", "flags": {"tiny": "--num-eval-batches 1"}, "record": "downstream"}
 DOWNSTREAM["recorded"] = {
-    scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32"} for scale in SCALES
-}
+    scale: {"protocol": "code", "num_eval_batches": 1 if scale == "tiny" else 5, "precision": "fp32",
+            "probes": "paper" if scale == "paper" else "fast"} for scale in SCALES
+}  # fmt: skip
 PREDICT = ResultFile("results_predict.csv", ("task",), ("metric_scores",), rows=[{"task": task} for task in TASKS], **DOWNSTREAM)
 CLASSIFY = ResultFile("results_classify.csv", (), ("iid", "ood"), rows=({},), **DOWNSTREAM)
 
@@ -44,6 +46,15 @@ def numeric_setting(scale, semantics, selected, perturbed=0, encoding_size=0):
         name, flags = f"{name}_size_{encoding_size}", f"{flags} --encoding-size {encoding_size}"
     flags += " --causal-dependence" if semantics == "dependent" else ""
     return Setting(NumericExperiment, scale, name, "main_numeric.py", flags)
+
+
+@functools.cache
+def latents_of(setting, seed):
+    """The MisalignedLatents of a model."""
+    args = trained_args(setting)
+    return MisalignedLatents(args.semantics_n, args.modality_n, args.theta_value, args.beta_value, seed,
+                             change_prob=args.change_prob, causal_dependence=args.causal_dependence,
+                             margin_param=args.margin_param, cond_param=args.cond_param, protocol=args.protocol)  # fmt: skip
 
 
 def numeric_cells(figure, scale):
@@ -75,7 +86,13 @@ def numeric_cells(figure, scale):
             where = {"encoding": encoding, "predicted_factors": factor}
             in_figure = (ENCODINGS[encoding], side), shown, subset
             place = ((METRICS[metric], side), encoding, shown) if is_table else in_figure
-            yield Cell(own, *place, setting, RESULTS, where, metric, learned)
+            theory = functools.partial(theory_of, setting, factor)
+            yield Cell(own, *place, setting, RESULTS, where, metric, learned, theory=theory)
+
+
+def theory_of(setting, factor, seed):
+    """R² of a factor in the encodings of a model that holds the unbiased block and nothing else."""
+    return latents_of(setting, seed).identified_r2(factor)
 
 
 def task_cells(setting, keys, subset, side):

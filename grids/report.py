@@ -13,10 +13,11 @@ from grids.models import COMPARED, ROOT, SCALES, Model
 from probes import ABSENT, LEARNED
 from running.command_line import InputError
 from running.files import write_bytes, write_csv
-from running.pictures import plot_beside_paper, plot_score_curves, plot_score_grid
+from running.pictures import plot_score_curves, plot_score_grid, plot_side_by_side
 
 HIDDEN = ["panel", "row", "column", "learned", "source", "runs"]  # columns that no CSV shows
 CLOSE, NEAR = 0.05, 0.1  # differences from the paper's numbers
+AS_THEORY = 0.03  # a difference from the theory's number
 # Table 5 prints 0.98 and 0.99 where the theory, its linear rows and its dependent rows have 0
 MISPRINTED = {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", "factor": "s_9"}
 
@@ -37,7 +38,10 @@ def read_results(models, damaged, setting, file):
 
 
 def measured(figure, scale, results):
-    """DataFrame of a figure's cells: keys, mean, std (n − 1), seeds, and at COMPARED scales paper, difference, note."""
+    """DataFrame of a figure's cells: keys, mean, std (n − 1), seeds, and at COMPARED scales paper, difference, note.
+
+    Where the theory gives numbers also theory, the mean over the seeds, and from_theory, the mean distance from it of a seed.
+    """
     records, cells = [], figure.cells(scale)
     for cell in cells:
         found = results(cell.setting, cell.file).items()
@@ -45,7 +49,11 @@ def measured(figure, scale, results):
         values = pd.Series({name: row[cell.score] for name, row in rows.items()}, dtype=float)
         values = values.clip(0, 1) if cell.clipped else values
         hidden = {name: getattr(cell, name, values.to_dict()) for name in HIDDEN}
-        records.append({**cell.keys, "mean": values.mean(), "std": values.std(), "seeds": len(values), **hidden})
+        record = {**cell.keys, "mean": values.mean(), "std": values.std(), "seeds": len(values)}
+        if cell.theory:
+            theory = pd.Series({model.name: cell.theory(model.seed) for model, _ in found}, dtype=float)
+            record |= {"theory": theory.mean(), "from_theory": (values - theory).abs().mean()}
+        records.append({**record, **hidden})
     table = pd.DataFrame(records)
     if scale not in COMPARED:
         return table
@@ -72,6 +80,9 @@ def summarise(tables, scale):
                 row[f"{name}compared"] = away.count()
                 row |= {f"{name}within_{bound}": (away <= bound).sum() for bound in (CLOSE, NEAR)}
             row["misprints"] = (table.note != "").sum()
+        if "from_theory" in table:
+            away = table[table.semantics == "dependent"].from_theory.dropna()
+            row |= {f"within_{AS_THEORY}_of_theory": (away <= AS_THEORY).sum(), "from_theory": round(away.mean(), 4)}
         if len(cells := foretold([table])):
             row |= {"foretold": len(cells), "as_foretold": cells.holds.sum()}
         rows.append(row)
@@ -138,12 +149,18 @@ def draw(figure, table, scale, folder):
         plot_score_curves(ours, panels_of(table, "std"), paper, path, title)
         return [path]
     plot_score_grid(ours, path, title)
-    if not paper:
-        return [path]
-    beside = folder / f"{figure.name}_beside_paper.png"
-    notes = panels_of(table.assign(note=table.note.str.removeprefix("paper: ")), "note")
-    plot_beside_paper(ours, paper, panels_of(table, "difference"), notes, printed_decimals(table), beside, title)
-    return [path, beside]
+    paths = [path]
+    if paper:
+        paths.append(folder / f"{figure.name}_beside_paper.png")
+        notes = panels_of(table.assign(note=table.note.str.removeprefix("paper: ")), "note")
+        plot_side_by_side(ours, paper, panels_of(table, "difference"), notes, printed_decimals(table), paths[-1], title)
+    if "theory" in table:
+        paths.append(folder / f"{figure.name}_beside_theory.png")
+        cells = table[table.semantics == "dependent"].assign(note="")
+        cells["difference"] = cells["mean"] - cells.theory
+        panels = (panels_of(cells, name) for name in ("mean", "theory", "difference", "note"))
+        plot_side_by_side(*panels, 2, paths[-1], title, "theory")
+    return paths
 
 
 # Whatever is text is escaped where it enters the page.
@@ -166,6 +183,8 @@ def cell_text(row, decimals):
     if not math.isnan(row.get("paper", math.nan)):
         difference = f" ({row.difference:+z.2f})" if row.seeds else ""
         text += f"<br><small>paper {row.paper:z.{decimals}f}{difference}</small>"
+    if row.seeds and not math.isnan(row.get("theory", math.nan)):
+        text += f"<br><small>theory {row.theory:.2f}</small>"
     return text
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import wishart
+from sklearn.linear_model import LinearRegression
 
 from latent_spaces import (
     MisalignedLatents,
@@ -149,6 +150,24 @@ def test_change_probability_at_its_ends(probability):
     latents = MisalignedLatents(3, 1, 6, 0, 0, change_prob=probability)
     drawn = latents.sample(5000, seeded_generator(0, "train"))
     assert (drawn.s_tilde[:, 0] != drawn.s[:, 0]).double().mean() == probability
+
+
+@pytest.mark.parametrize("protocol", ["code", "paper"])
+def test_what_the_unbiased_block_tells_of_each_factor_is_what_a_regression_on_it_finds(protocol):
+    theta, beta = (index_from_subset(subset, 5) for subset in ((0, 1, 2, 3), (0, 2)))
+    latents = MisalignedLatents(5, 3, theta, beta, 4, causal_dependence=True, change_prob=0.6, protocol=protocol)
+    z = latents.sample(200_000, torch.Generator().manual_seed(1))
+    block = z.s[:, [1, 3]].double().numpy()
+    targets = {f"s_{i}": z.s[:, i] for i in range(5)} | {f"tilde_s_{i}": z.s_tilde[:, i] for i in (0, 2)}
+    found = {}
+    for name, target in (targets | {"m_x": z.m_x[:, 0], "m_t": z.m_t[:, 1], "s_inv": z.s[:, 1]}).items():
+        target = target.double().numpy()
+        found[name] = LinearRegression().fit(block, target).score(block, target)
+    assert {name: latents.identified_r2(name) for name in found} == pytest.approx(found, abs=0.01)
+    assert latents.identified_r2("s_1") == pytest.approx(1) and latents.identified_r2("tilde_s_0") < latents.identified_r2("s_0")
+    for name in ("s_5", "s", "m_y", "tilde_s_"):
+        with pytest.raises(ValueError, match="no factor"):
+            latents.identified_r2(name)
 
 
 def test_no_unbiased_block_is_an_error():

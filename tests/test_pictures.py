@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from running.pictures import difference_heatmap, plot_beside_paper, plot_factor_scores, plot_score_curves, plt, score_heatmap
+from running.pictures import difference_heatmap, plot_factor_scores, plot_score_curves, plot_side_by_side, plt, score_heatmap
 
 SCORES = pd.DataFrame([[0.99, 0.01, -0.2], [0.5, np.nan, 1.3]], index=["hz_x", "hz_t"], columns=["s_0", "s_1", "m_x"])
 
@@ -73,7 +73,7 @@ def test_what_the_paper_misprints_is_marked_in_its_panel_and_in_the_differences(
     panel, notes = ("row", "column"), SCORES.astype(str).map(lambda _: "")
     notes.loc["hz_x", "s_0"] = "misprint"
     tables = [{panel: table} for table in (SCORES, SCORES, SCORES * np.nan, notes)]
-    _, paper, differences = drawn_axes(monkeypatch, plot_beside_paper, *tables, 2, "p.png", "title")
+    _, paper, differences = drawn_axes(monkeypatch, plot_side_by_side, *tables, 2, "p.png", "title")
     assert paper.texts[-1].get_text() == "0.99\nmisprint"
     assert [text.get_text() for text in differences.texts] == ["misprint"]
 

@@ -615,7 +615,7 @@ def test_results_count_with_and_without_an_index_in_either_spelling(tmp_path, in
 @pytest.fixture
 def undrawn(monkeypatch):
     """No pictures: what is tested are the numbers."""
-    for name in ("plot_score_grid", "plot_beside_paper"):
+    for name in ("plot_score_grid", "plot_side_by_side"):
         monkeypatch.setattr(report, name, lambda *args: next(a for a in args if isinstance(a, Path)).write_bytes(b"drawn"))
 
 
