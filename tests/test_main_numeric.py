@@ -17,8 +17,8 @@ import main_numeric
 from latent_spaces import MisalignedLatents, seeded_generator
 from losses import textbook_multimodal_loss
 from main_numeric import NumericExperiment
+from running import devices, experiment
 from running import directory as model_directory
-from running import experiment
 from tests.conftest import TINY
 from tests.scripts import contents
 
@@ -87,6 +87,33 @@ def test_without_modality_specific_latents_their_rows_are_left_out(run, tmp_path
     assert expected == list(zip(results.encoding, results.predicted_factors, strict=True))
     assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
     pd.testing.assert_frame_equal(pd.read_csv(directory / "results.csv"), results)
+
+
+def test_encoders_have_the_hidden_layers_that_are_asked_for(run, tmp_path):
+    assert run("--seed 1 --hidden-sizes 7,5")[0] == 0
+    directory = tmp_path / "models/m"
+    state = torch.load(directory / "f_x.pt", weights_only=True)
+    assert [tuple(state[f"{i}.weight"].shape) for i in (0, 2, 4)] == [(7, 4), (5, 7), (2, 5)] and len(state) == 6
+    results = (directory / "results.csv").read_bytes()
+    assert json.loads((directory / "args.json").read_text())["hidden_sizes"] == "7,5"
+    code, _, err = run("--evaluate --seed 2", base="--no-cuda")
+    assert code == 0 and (directory / "results.csv").read_bytes() == results, err
+    fails(run, "--evaluate --seed 3 --hidden-sizes 5,7", "--hidden-sizes 5,7 contradicts 7,5", base="--no-cuda")
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [("", "fp32"), ("--hidden-sizes paper", "bf16"), ("--hidden-sizes 20,499", "fp32"), ("--hidden-sizes 500", "bf16"),
+     ("--hidden-sizes paper --semantics-n 3 --theta-value 0", "fp32")],
+)  # fmt: skip
+def test_the_fast_recipe_takes_bf16_for_wide_encoders_alone(flags, expected, monkeypatch):
+    monkeypatch.setattr(devices, "has_fast_bf16", lambda device: True)
+    args, _ = NumericExperiment.parse_flags(f"--recipe fast {flags}".split())
+    widest = NumericExperiment.widest_layer(args)
+    assert devices.settled_precision(args.precision, torch.device("cpu"), widest) == expected
+    assert devices.settled_precision("auto", torch.device("cpu")) == "bf16"  # of images
+    monkeypatch.setattr(devices, "has_fast_bf16", lambda device: False)
+    assert devices.settled_precision(args.precision, torch.device("cpu"), widest) == "fp32"
 
 
 def test_one_seed_one_result(run, tmp_path):
@@ -482,6 +509,9 @@ def fails(run, flags, words, **options):
         ("--change-prob 1.5", "--change-prob"),
         ("--change-prob -0.1", "--change-prob"),
         ("--change-prob nan", "--change-prob"),
+        ("--hidden-sizes 7,0", "--hidden-sizes"),
+        ("--hidden-sizes 7,,5", "--hidden-sizes"),
+        ("--hidden-sizes wide", "--hidden-sizes"),
         ("--lr 0", "--lr"),
         ("--lr inf", "--lr"),
         ("--lr nan", "--lr"),

@@ -643,6 +643,12 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
     assert (row["mean"], row["std"], row["seeds"], row.paper, row.difference) == (0.9, 0.1, 3, 0.0, 0.9)
     row = cells.loc["r2_linear", "independent", "hz_x", "s_2"]  # −0.2 is clipped before it is averaged
     assert (row["mean"], row["paper"], row["difference"]) == (0.0667, 0.01, 0.0567)
+    # the block s_3 … s_8 of independent semantics tells all of itself and nothing of the others
+    unbiased = table.factor.isin([f"s_{i}" for i in range(3, 9)])
+    computed = table[table.seeds > 0]
+    assert (computed.theory == unbiased[computed.index].astype(float)).all() and table.theory[table.seeds == 0].isna().all()
+    assert cells.loc["r2_linear", "independent", "hz_x", "s_2"].from_theory == 0.0667
+    assert cells.loc["r2_nonlinear", "independent", "hz_x", "s_3"].from_theory == 0.1
     misprints = table[table.note == "paper: misprint"]
     assert set(misprints.factor) == {"s_9"} and sorted(misprints.paper) == [0.98, 0.99]
     assert misprints.difference.isna().all() and (misprints["mean"] == 0.9).all()
@@ -656,7 +662,7 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
     body = page[page.index("<body>") + 6 :].strip()
     assert body.startswith(f'<p class="first">{out.splitlines()[0]}</p>')
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
-    assert "<b>0.90</b> ± 0.10<br><small>paper 0.98 (-0.08)</small>" in page
+    assert "<b>0.90</b> ± 0.10<br><small>paper 0.98 (-0.08)</small><br><small>theory 1.00</small>" in page
     assert "Independent semantics: 0 of 46 cells (0.0%) lie within ±0.05 of the paper, 24 (52.2%) within ±0.1" in page
     # 24 independent nonlinear cells: twelve unbiased ones hold with 0.9, the others do not
     assert "numeric: 12 of 24 cells (50.0%)" in page
@@ -664,6 +670,26 @@ def test_the_report_has_mean_deviation_and_difference_and_counts_no_misprint(cal
     assert (summary.independent_compared, summary["independent_within_0.1"]) == (46, 24)
     assert (summary.foretold, summary.as_foretold) == (24, 12)
     assert "ind_select_8_perturb_2_seed1 0.90, ind_select_8_perturb_2_seed2 0.80, ind_select_8_perturb_2_seed3 1.00" in page
+
+
+def test_dependent_cells_are_held_against_what_the_block_tells_of_a_seed_s_factors(call, tmp_path):
+    setting = numeric_setting("fast", "dependent", 8, 2)
+    rows = {}
+    for seed in (1, 2):
+        latents = numeric.latents_of(setting, seed)
+        rows[seed] = [(row["encoding"], row["predicted_factors"], *2 * [latents.identified_r2(row["predicted_factors"])])
+                      for row in setting.experiment.result_rows(trained_args(setting))]  # fmt: skip
+        write_model(tmp_path / "models", setting, seed, rows[seed])
+    code, _, err = call(f"report table5 --models {tmp_path}/models --output {tmp_path}/report")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "report/fast/table5.csv").query("semantics == 'dependent'").set_index(["encoding", "factor"])
+    told = {seed: {name: score for h, name, score, _ in rows[seed] if h == "hz_x"} for seed in rows}
+    assert 0.1 < told[1]["s_0"] < 0.999 and told[1]["s_0"] != pytest.approx(told[2]["s_0"], abs=1e-3)
+    row = table.loc["hz_x", "s_1"].iloc[0]
+    assert row.theory == pytest.approx((told[1]["s_0"] + told[2]["s_0"]) / 2, abs=1e-4) and (table.from_theory == 0).all()
+    summary = pd.read_csv(tmp_path / "report/fast/summary.csv").iloc[0]
+    assert (summary["within_0.03_of_theory"], summary.from_theory) == (len(table), 0)
+    assert (tmp_path / "report/fast/table5_beside_theory.png").exists()
 
 
 def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn, fast_models, tmp_path):
