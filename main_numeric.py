@@ -32,26 +32,34 @@ from running.pictures import plot_factor_scores
 from running.ranks import Share
 from running.schedules import batch_size
 
-# "paper": the paper's training. "fast": the same block from far fewer samples, as benchmarks/time_to_identification.py shows
+# "paper": the paper's training. "fast": the same block from far fewer samples by smaller encoders, "wide": by the paper's, as
+# benchmarks/time_to_identification.py shows
 RECIPES = {
     "paper": dict(hidden_sizes="paper", init="default", lr=1e-4, lr_schedule="constant", layer_lr="uniform",
                   preconditioner="none", optimiser="adam", batch_size=6144, final_batch_size=0, negatives="independent",
                   train_steps=100_001, precision="fp32", probes="paper"),
     "fast": dict(
-        lr=1e-3, lr_schedule="onecycle", optimiser="adam", train_steps="auto", precision="auto",
+        lr_schedule="onecycle", train_steps="auto", precision="auto", probes="fast",
+        hidden_sizes="100,100",  # the generative functions are three layers of fifteen units
+        optimiser="muon", lr=4e-3,  # its steps follow weak directions as far as strong ones, in a fraction of the steps
+        layer_lr="uniform",
         init="he",  # PyTorch's default shrinks the signal from layer to layer: most steps leave the plateau that follows
-        layer_lr="fan-in",  # every layer moves alike, at any width
         preconditioner="inputs",  # what is learned last lies in the tail of the layers' inputs
         batch_size=256, final_batch_size="auto",  # early steps need no precision, late ones do
         negatives="batch",  # half the encoder passes
-        probes="fast",
     ),
 }  # fmt: skip
+RECIPES["wide"] = RECIPES["fast"] | dict(
+    hidden_sizes="paper",
+    optimiser="adam", lr=1e-3,  # Muon's products of wide layers would take most of the time
+    layer_lr="fan-in",  # every layer moves alike, at any width
+)  # fmt: skip
 # train_steps "auto", between these (dimensions of the encoding, steps): a single dimension teaches the layers below it
 # little at a time, and many take long to tell apart
-AUTO_STEPS = ((1, 6_500), (5, 3_500), (10, 7_000))
-# final_batch_size "auto": in more dimensions it takes more negatives to find one that is hard to tell from the positive
-AUTO_BATCH, AUTO_BATCH_PER_DIMENSION = 384, 128
+AUTO_STEPS = {"fast": ((1, 5_000), (5, 2_000), (10, 5_000)), "wide": ((1, 6_500), (5, 3_500), (10, 7_000))}
+# final_batch_size "auto", pairs and pairs more a dimension: in more dimensions it takes more negatives to find one that is hard
+# to tell from the positive
+AUTO_BATCH = {"fast": (0, 200), "wide": (384, 128)}
 # Flags of the setting: name, kind, help, default.
 SETTING = (
     ("--semantics-n", integer(1), "semantic latents s", 10),
@@ -126,9 +134,10 @@ class NumericExperiment(Experiment):
             raise InputError(str(error)) from None
         size = args.encoding_size or len(unbiased)
         if args.train_steps == "auto":
-            args.train_steps = round(np.interp(size, *zip(*AUTO_STEPS, strict=True)))
+            args.train_steps = round(np.interp(size, *zip(*AUTO_STEPS[args.recipe], strict=True)))
         if args.final_batch_size == "auto":
-            args.final_batch_size = max(args.batch_size, AUTO_BATCH + AUTO_BATCH_PER_DIMENSION * size)
+            pairs, pairs_a_dimension = AUTO_BATCH[args.recipe]
+            args.final_batch_size = max(args.batch_size, pairs + pairs_a_dimension * size)
 
     @classmethod
     def result_rows(cls, args):

@@ -1,9 +1,9 @@
-"""How well the unbiased block is identified after how much training: scores against wall time, for both recipes.
+"""How well the unbiased block is identified after how much training: scores against wall time, for every recipe.
 
     python benchmarks/time_to_identification.py                        # five of ten semantics selected, 15 minutes a recipe
     python benchmarks/time_to_identification.py --theta-value 55 --minutes 5 --seeds 1 2 3
     python benchmarks/time_to_identification.py --experiment mpi3d --datapath data/mpi3d_standin --bias-id 2
-    OMP_NUM_THREADS=1 python benchmarks/time_to_identification.py --jobs 2            # both recipes at once, each on one core
+    OMP_NUM_THREADS=1 python benchmarks/time_to_identification.py --jobs 2            # two runs at once, each on one core
 
 Runs the training script itself, each recipe alone on the machine or --jobs of them side by side, stops it after --minutes with
 SIGTERM, and reads the curve from its train_log.csv: linear scores of the image encoding on held-out samples. Every other
@@ -76,12 +76,12 @@ def describe_semantics(args):
 
 def image_curve(script, experiment, score):
     """Curve of an experiment on images and captions."""
-    return Curve(script, experiment, (), score, {"paper": 10, "fast": 100}, "image_",
+    return Curve(script, experiment, (), score, {"fast": 100, "paper": 10}, "image_",
                  lambda args: experiment.bias(args.bias_type, args.bias_id).unbiased,
                  lambda args: f"{args.bias_type} {args.bias_id}")  # fmt: skip
 
 
-NUMERIC_STEPS = {"paper": 20, "fast": 200}  # a few lines a minute on two cores
+NUMERIC_STEPS = {"fast": 200, "wide": 200, "paper": 20}  # a few lines a minute on two cores
 CURVES = {
     "numeric": Curve("main_numeric.py", NumericExperiment, ("--theta-value", "385"), "linear R²", NUMERIC_STEPS, "hz_x_",
                      unbiased_semantics, describe_semantics),
@@ -122,7 +122,7 @@ def draw(curves, score, setting, path):
     """Worst unbiased and largest other score against minutes of training, a colour for each recipe."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (recipe, _), curve in curves.groupby(["recipe", "seed"]):
-        colour = {"paper": "tab:gray", "fast": "tab:blue"}[recipe]
+        colour = {"paper": "tab:gray", "fast": "tab:blue", "wide": "tab:orange"}[recipe]
         axes.plot(curve.seconds / 60, curve.worst.clip(lower=0), color=colour, label=f"{recipe}: worst unbiased factor")
         axes.plot(curve.seconds / 60, curve.other.clip(lower=0), ":", color=colour, label=f"{recipe}: largest other")
     handles, labels = axes.get_legend_handles_labels()
@@ -147,7 +147,7 @@ def main():
     setting = curve.describe(curve.args(flags))
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
         models = str(args.models.resolve() if args.models else temporary)
-        runs = [(recipe, seed) for seed in args.seeds for recipe in ("fast", "paper")]
+        runs = [(recipe, seed) for seed in args.seeds for recipe in curve.log_steps]
         curves = pd.concat(pool.map(lambda run: measure(curve, *run, flags, args.minutes, models), runs))
     write_csv(curves, args.output.with_suffix(".csv"))
     draw(curves, curve.score, setting, args.output.with_suffix(".png"))

@@ -187,11 +187,12 @@ def orthogonalised(matrix):
     wide = matrix if is_wide else matrix.mT
     x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     gram, product = x @ x.mT, None
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for left in reversed(range(NEWTON_SCHULZ_STEPS)):
         polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         product = polynomial if product is None else polynomial @ product
-        gram = polynomial @ gram @ polynomial
+        if left:
+            gram = polynomial @ gram @ polynomial
     x = product @ x
     return x if is_wide else x.mT
 

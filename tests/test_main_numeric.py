@@ -170,8 +170,7 @@ def test_the_recipe_sets_what_is_not_given(run, tmp_path):
 
 
 def test_the_fast_recipe_takes_larger_batches_for_larger_encodings(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_numeric, "AUTO_BATCH", 10)
-    monkeypatch.setattr(main_numeric, "AUTO_BATCH_PER_DIMENSION", 5)
+    monkeypatch.setitem(main_numeric.AUTO_BATCH, "fast", (10, 5))
     base = f"{TINY} --recipe fast"
     for flags, size in (("", 20), ("--encoding-size 4", 30), ("--beta-value 0", 16), ("--final-batch-size 17", 17)):
         assert run(f"{flags} --seed 1 --overwrite", base=base)[0] == 0
@@ -181,8 +180,8 @@ def test_the_fast_recipe_takes_larger_batches_for_larger_encodings(run, tmp_path
 
 
 def test_the_fast_recipe_takes_its_steps_from_the_size_of_the_encoding(run, tmp_path, monkeypatch):
-    assert main_numeric.AUTO_STEPS[0][0] == 1  # there is no smaller encoding
-    monkeypatch.setattr(main_numeric, "AUTO_STEPS", ((1, 9), (3, 5), (5, 8)))
+    assert all(steps[0][0] == 1 for steps in main_numeric.AUTO_STEPS.values())  # there is no smaller encoding
+    monkeypatch.setitem(main_numeric.AUTO_STEPS, "fast", ((1, 9), (3, 5), (5, 8)))
     base = TINY.replace("--train-steps 40", "--recipe fast")
     for flags, steps in (("--beta-value 0", 9), ("", 7), ("--encoding-size 5", 8), ("--encoding-size 9", 8),
                          ("--train-steps 6", 6)):  # fmt: skip
