@@ -12,9 +12,10 @@ from running.command_line import InputError
 
 
 @contextlib.contextmanager
-def replaced(path):
+def replaced(path, keep=None):
     """Context of a temporary path beside `path`, renamed to it once the block has ended well and the bytes are on disk.
 
+    keep: path that the earlier file, if there is one, is renamed to before.
     An OSError that names no file, as that of a full disk, gets the name of `path`.
     """
     path = Path(path)
@@ -35,6 +36,8 @@ def replaced(path):
                 except OSError as error:  # file systems of a network or a cloud may know neither
                     if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES):
                         raise
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
