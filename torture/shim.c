@@ -92,15 +92,19 @@ OPEN(open64, (const char *path, int flags, ...), path, flags, path, flags)
 OPEN(openat, (int base, const char *path, int flags, ...), path, flags, base, path, flags)
 OPEN(openat64, (int base, const char *path, int flags, ...), path, flags, base, path, flags)
 
-ssize_t write(int descriptor, const void *bytes, size_t size) {
-  NEXT(write);
-  if (kind != OFF && descriptor != trace) {
-    int failed = step("write", name_of(descriptor), 1);
-    if (failed > 0) return errno = failed, -1;
-    if (failed < 0) next(descriptor, bytes, size / 2), raise(SIGKILL);
+#define WRITE(name, parameters, ...) \
+  ssize_t name parameters { \
+    NEXT(name); \
+    if (kind != OFF && descriptor != trace) { \
+      int failed = step("write", name_of(descriptor), 1); \
+      if (failed > 0) return errno = failed, -1; \
+      if (failed < 0) size /= 2, next(__VA_ARGS__), raise(SIGKILL); \
+    } \
+    return next(__VA_ARGS__); \
   }
-  return next(descriptor, bytes, size);
-}
+WRITE(write, (int descriptor, const void *bytes, size_t size), descriptor, bytes, size)
+WRITE(pwrite, (int descriptor, const void *bytes, size_t size, off_t offset), descriptor, bytes, size, offset)
+WRITE(pwrite64, (int descriptor, const void *bytes, size_t size, off64_t offset), descriptor, bytes, size, offset)
 
 #define ON_PATH(name, path, takes_space, parameters, ...) \
   int name parameters { NEXT(name); STEP(#name, path, takes_space); return next(__VA_ARGS__); }
