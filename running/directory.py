@@ -416,7 +416,7 @@ def load_state(module, state, path):
     """Load a state_dict that was read from `path` into `module`; InputError if it is of another setting."""
     expected = module.state_dict()
     for name, value in expected.items():
-        found = tuple(state[name].shape) if name in state else "nothing"
+        found = tuple(state[name].shape) if _is_dense(state.get(name)) else "nothing"
         if found != tuple(value.shape):
             raise InputError(f"{path}: {name} is {found}, expected {tuple(value.shape)}: the weights are of another setting")
     if extra := state.keys() - expected.keys():

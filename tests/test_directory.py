@@ -25,6 +25,7 @@ from tests.test_eval_numeric_predict import predict  # noqa: F401
 from tests.test_main_numeric import fails, trained  # noqa: F401
 from tests.test_training import killed_after, outcome, start, wait_for
 
+FLAGS = "--seed 3 --preconditioner inputs --lr 0.001"
 OPERATIONS = ((os, "replace"), (os, "unlink"), (os, "fsync"), (os, "mkdir"), (os, "rmdir"), (tempfile, "mkstemp"),
               (pathlib.Path, "write_bytes"))  # fmt: skip
 
@@ -44,7 +45,7 @@ def unfinished(run, tmp_path, monkeypatch):
     """Directory of a run that was killed after 25 of 40 steps, a checkpoint every 10."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(patch, 25)
-        run("--seed 3 --recipe fast --batch-size 16 --train-steps 40")
+        run(FLAGS)
     return tmp_path / "models/m"
 
 
@@ -83,11 +84,8 @@ def test_without_locks_a_process_of_this_host_that_runs_is_respected(tmp_path, m
         raise OSError(code, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with (
-        occupied(tmp_path / "m"),
-        pytest.raises(InputError, match=f"in use by process {os.getpid()} on"),
-        occupied(tmp_path / "m"),
-    ):
+    words = f"in use by process {os.getpid()} on"
+    with occupied(tmp_path / "m"), pytest.raises(InputError, match=words), occupied(tmp_path / "m"):
         pass
     assert not (tmp_path / "m").exists(), "it was made for the lock, and is empty"
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
@@ -119,7 +117,7 @@ def test_weights_of_another_model_are_refused(run, trained, predict, tmp_path, n
 
 @pytest.mark.parametrize("name", ["g_x.pt", "checkpoint.pt"])
 def test_files_of_another_run_are_refused_by_a_resume(run, unfinished, tmp_path, name):
-    assert run("--seed 2 --recipe fast --batch-size 16 --train-steps 40", "other")[0] == 0
+    assert run(FLAGS.replace("3", "2", 1), "other")[0] == 0
     (unfinished / name).write_bytes((tmp_path / "models/other" / name).read_bytes())
     fails(run, "--resume", f"{name} is not ", base="--no-cuda")
 
@@ -139,7 +137,7 @@ def test_what_does_not_say_of_which_run_it_is_is_taken_as_it_is(run, unfinished,
     content.pop("run")
     store.save_torch(content, unfinished / "checkpoint.pt")
     assert again(run, "--resume")[0] == 0
-    assert run("--seed 3 --recipe fast --batch-size 16 --train-steps 40", "whole")[0] == 0
+    assert run(FLAGS, "whole")[0] == 0
     assert outcome(unfinished) == outcome(tmp_path / "models/whole")
 
 
@@ -163,24 +161,28 @@ def spoiled(content, kind):
     return content
 
 
-@pytest.mark.parametrize(
-    "kind", ["number", "sparse", "sparse moments", "scalar moments", "preconditioner", "log", 10**9, 41, 0, "7", 7.0, True, None]
-)
-def test_what_cannot_be_a_checkpoint_is_one_line(run, unfinished, kind):
-    store.save_torch(spoiled(store.load_torch(unfinished / "checkpoint.pt"), kind), unfinished / "checkpoint.pt")
-    fails(run, "--resume", "checkpoint.pt", base="--no-cuda")
+def test_what_cannot_be_a_checkpoint_is_one_line(run, unfinished):
+    whole = (unfinished / "checkpoint.pt").read_bytes()
+    (unfinished / "checkpoint_before.pt").unlink()
+    kinds = ("number", "sparse", "sparse moments", "scalar moments", "preconditioner", "log")
+    for kind in (*kinds, 10**9, 41, 0, "7", 7.0, True, None):
+        (unfinished / "checkpoint.pt").write_bytes(whole)
+        store.save_torch(spoiled(store.load_torch(unfinished / "checkpoint.pt"), kind), unfinished / "checkpoint.pt")
+        fails(run, "--resume", "checkpoint.pt", base="--no-cuda")
 
 
-@pytest.mark.parametrize("changes", [{"finished": "false"}, {"downstream": None}, {"downstream": []}, {"eval_seed": "a/b"}, {"seed": 1.0},
-                                     {"files": 1}, {"machines": "x"}])  # fmt: skip
-def test_args_json_with_a_record_of_another_kind(run, trained, predict, changes):  # noqa: F811
+def test_args_json_with_a_record_of_another_kind(run, trained, predict):  # noqa: F811
     directory, _ = trained
-    edit(directory, **changes)
-    before = contents(directory)
-    for flags in ("--evaluate --seed 5", "--resume"):
-        fails(run, flags, "args.json is damaged", base="--no-cuda")
-    code, _, err = predict([directory])
-    assert code == 2 and err.count("\n") == 1 and "args.json is damaged" in err and contents(directory) == before
+    whole = (directory / "args.json").read_bytes()
+    for changes in ({"finished": "false"}, {"downstream": None}, {"downstream": []}, {"eval_seed": "a/b"}, {"seed": 1.0},
+                    {"files": 1}, {"machines": "x"}):  # fmt: skip
+        (directory / "args.json").write_bytes(whole)
+        edit(directory, **changes)
+        before = contents(directory)
+        for flags in ("--evaluate --seed 5", "--resume"):
+            fails(run, flags, "args.json is damaged", base="--no-cuda")
+        code, _, err = predict([directory])
+        assert code == 2 and err.count("\n") == 1 and "args.json is damaged" in err and contents(directory) == before
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -190,12 +192,11 @@ def test_args_json_with_a_record_of_another_kind(run, trained, predict, changes)
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:999])])
 def test_the_checkpoint_before_the_last_takes_its_place(run, unfinished, tmp_path, damage):
     """Killed once more, it is still there; the run ends with the bits of one that nothing happened to."""
-    flags = "--seed 3 --recipe fast --batch-size 16 --train-steps 40"
     damage(unfinished / "checkpoint.pt")
     code, out, err = again(run, "--resume --log-steps 11")
     assert code == 0 and out.count("checkpoint_before.pt takes its place") == 1 and "resumed from step 10 of 40" in out, err
     assert "checkpoint_before.pt" not in contents(unfinished), "a finished run needs it no more"
-    assert run(flags, "whole")[0] == 0
+    assert run(FLAGS, "whole")[0] == 0
     assert outcome(unfinished)[:2] == outcome(tmp_path / "models/whole")[:2]
 
 
@@ -220,7 +221,7 @@ def test_checkpoints_follow_the_time_as_well(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training.time, "perf_counter", lambda: next(seconds))
         assert run("--seed 3 --log-steps 15 --checkpoint-minutes 0.5", "often")[0] == 0
-    assert {15, 30, 40} < set(steps) and len(steps) > 6
+    assert {15, 30, 40} < set(steps) and len(steps) > 4
     assert outcome(tmp_path / "models/often") == outcome(tmp_path / "models/plain")
 
 
@@ -231,10 +232,10 @@ def test_args_json_that_is_lost_while_training_is_written_whole(run, tmp_path, m
         (tmp_path / "models/m/args.json").unlink()
         return real(model, seed)
 
-    monkeypatch.setattr(NumericExperiment, "evaluate", lost)
-    assert run("--seed 1")[0] == 0
-    monkeypatch.undo()
-    assert again(run, "--evaluate --seed 5")[0] in (0, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(NumericExperiment, "evaluate", lost)
+        assert run("--seed 1")[0] == 0
+    assert again(run, "--evaluate --seed 5")[0] == 0
     assert json.loads((tmp_path / "models/m/args.json").read_text())["seed"] == 1
 
 
@@ -253,18 +254,11 @@ def test_overwrite_removes_what_the_scripts_write_and_nothing_else(run, trained,
     assert run("--seed 2 --overwrite")[0] == 0
     after = contents(directory)
     assert all(after.pop(name) == b"mine" for name in mine)
-    assert set(after) == own - {
-        "results_seed2.csv",
-        "results_seed2.png",
-        "results_predict.csv",
-        "results_classify.csv",
-        "downstream.png",
-    }
+    assert {"results.csv", "results.png", "args.json", "f_x.pt"} < set(after) < own
+    assert not any(name.startswith(("results_", "downstream")) for name in after)
 
 
-@pytest.mark.parametrize(
-    "content", ["{}", '{"name": "npm", "seed": 3}', '{"bias_type": "selection", "seed": 1, "finished": true}']
-)
+@pytest.mark.parametrize("content", ["{}", '{"name": "npm", "seed": 3}', '{"bias_type": "selection", "seed": 1}'])
 def test_overwrite_leaves_a_folder_that_holds_no_model_of_the_script(run, tmp_path, content):
     directory = tmp_path / "models/m"
     directory.mkdir(parents=True)
