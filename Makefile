@@ -3,6 +3,7 @@
 # make test    run the test suite            make lint    check the style
 # make test-processors   run the numerical tests as processors with other instructions and numbers of threads compute
 # make bench-small   run all that benchmarks/gpu.py measures, at a small size on the CPU
+# make torture stop, fail, damage and race the scripts (half an hour); make torture-small: a sample, in two minutes
 # make bench   time what benchmarks/README.md quotes
 # make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
 # make demo-causal3dident      render 900 small images with captions, train on a selection and a perturbation bias
@@ -22,7 +23,7 @@ BLENDER := .venv-blender/bin/python
 BLENDER_INSTALLED := .venv-blender/.installed
 CAUSAL3DIDENT := rendering_data/Causal3DIdent
 
-.PHONY: install blender demo demo-mpi3d demo-causal3dident test test-processors lint bench bench-small
+.PHONY: install blender demo demo-mpi3d demo-causal3dident test test-processors lint bench bench-small torture torture-small
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -83,6 +84,12 @@ lint: $(INSTALLED)
 
 bench-small: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu.py --device cpu --small --output report/gpu.md
+
+torture: $(INSTALLED)
+	$(BIN)/python torture/run.py
+
+torture-small: $(INSTALLED)
+	$(BIN)/python torture/run.py --small
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/numeric_step.py

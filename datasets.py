@@ -41,7 +41,8 @@ from reading.causal3dident import (
     read_latents,
     spotlight_fifths,
 )
-from reading.images import Images, numbered_images, open_image_folder, open_npz_images
+from reading.images import Images, check_stored_images, checked_once, numbered_images, open_image_folder, open_npz_images
+from reading.mpi3d import check_scenes
 from running.command_line import InputError
 from running.files import read_csv
 
@@ -215,7 +216,14 @@ def mpi3d_images(folder):
     if len(sizes) != len(MPI3D_GRID) or math.prod(sizes) != len(images):
         grid = " × ".join(map(str, sizes))
         raise InputError(f"{path} holds {len(images)} images, expected {math.prod(sizes)} of the grid {grid}")
-    return images, mpi3d_grid(sizes, f"{path} is damaged: its `grid`")
+    grid = mpi3d_grid(sizes, f"{path} is damaged: its `grid`")
+
+    def check():
+        check_stored_images(path)
+        check_scenes(path, images, grid)
+
+    checked_once(path, check)
+    return images, grid
 
 
 def mpi3d_grid(sizes, origin):

@@ -8,8 +8,9 @@
     y5         classification: y2 in two classes, in and out of distribution        Matthews correlation
 
 The model directory receives results_predict.csv, results_classify.csv and downstream.png, and args.json a record of the
-evaluation. A model that was evaluated with the same flags before is left as it is, so that a loop can be run again. The exit
-code is 2 if a directory was skipped; the others are evaluated all the same.
+evaluation. A model that was evaluated with the same flags before is left as it is, so that a loop can be run again, after a kill
+too: the three files and the record appear together. The exit code is 2 if a directory was skipped; the others are evaluated all
+the same.
 
 Where the paper's text and its runs differ (--protocol), e^{−|v|} in F has the factor 0.6 ("code") or 0.4 ("paper"), and:
 
@@ -22,7 +23,6 @@ Of n ≠ 10 semantics, y1 … y4 take the first 0.3n, 0.5n, 0.7n, 0.9n, rounded 
 alone what the classes depend on.
 """
 
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -43,9 +43,11 @@ from running.devices import (
     select_device,
     settled_precision,
 )
-from running.directory import check_writable, is_finished, trained_args
-from running.files import replaced, write_csv, write_json
+from running.directory import check_writable, is_finished, tidy, trained_args
+from running.files import write_csv, write_json
+from running.lock import occupied
 from running.pictures import plot_downstream_scores
+from running.staging import digests, staged
 
 STEPS = 10_000
 EXPONENTIAL_FACTOR = {"code": 0.6, "paper": 0.4}  # factor of Σ e^{−|v|} in F
@@ -188,11 +190,17 @@ def score_tasks(fit, test, shifted, protocol, generator, probes_name="paper"):
 
 def evaluate_model(directory, args, device):
     """Evaluate the model in `directory` and write its results; InputError or OSError if that cannot be."""
-    started = time.perf_counter()
     if not directory.is_dir():
         raise InputError("no such directory" if not directory.exists() else "a file, expected the directory of a model")
     if not is_finished(directory):
         raise InputError("it holds no finished model; main_numeric.py trains one, and --resume ends one that was stopped")
+    with occupied(directory):
+        tidy(directory, main_numeric.NumericExperiment.weight_files)
+        _evaluate(directory, args, device)
+
+
+def _evaluate(directory, args, device):
+    started = time.perf_counter()
     setting, stored = trained_args(directory, main_numeric.NumericExperiment)
     check_claims(args.claimed, setting)
     seed = setting.seed + 1 if args.seed is None else args.seed
@@ -203,11 +211,11 @@ def evaluate_model(directory, args, device):
     details = {"seed": seed, "protocol": protocol, "num_eval_batches": batches, "precision": precision, "probes": probes_name}
     existing = [name for name in RESULTS if (directory / name).exists()]
     if not args.overwrite and existing:
-        # the record is written last, so that one that agrees stands for complete files
-        if existing == list(RESULTS) and details.items() <= stored.get("downstream", {}).items():
+        if not details.items() <= stored.get("downstream", {}).items():
+            raise InputError(f"it has {existing[0]} already; --overwrite replaces it, made otherwise or incomplete")
+        if existing == list(RESULTS):
             print(f"model        {directory} is evaluated already with seed {seed}: nothing to do", flush=True)
             return
-        raise InputError(f"it has {existing[0]} already; --overwrite replaces it, made otherwise or incomplete")
     check_writable(directory)
 
     # the latents are those of the training, whatever the protocol of the tasks
@@ -234,13 +242,14 @@ def evaluate_model(directory, args, device):
         raise InputError(f"too little memory on {where}; lower --num-eval-batches, or use --no-cuda") from None
 
     # all or none: files of two evaluations shall not lie side by side
-    with contextlib.ExitStack() as stack:
-        predict, classify, picture = (stack.enter_context(replaced(directory / name)) for name in RESULTS)
+    with staged(directory) as folder:
+        predict, classify, picture = (folder / name for name in RESULTS)
         write_csv(pd.DataFrame(regression.items(), columns=["task", "metric_scores"]), predict)
         write_csv(pd.DataFrame([classification]), classify)
         plot_downstream_scores(regression, classification, picture, f"unbiased {unbiased}")
-    details |= {"device": where, "seconds": round(time.perf_counter() - started, 1)}
-    write_json(directory / "args.json", {**stored, "downstream": details})
+        details |= {"device": where, "seconds": round(time.perf_counter() - started, 1)}
+        files = {**stored.get("files", {}), **digests(folder)}
+        write_json(directory / "args.json", {**stored, "files": files, "downstream": details})
     print("R²           " + "  ".join(f"{task} {score:.3f}" for task, score in regression.items()))
     print("Matthews     y5 in distribution {iid:.3f}, shifted {ood:.3f}".format(**classification), flush=True)
 

@@ -26,7 +26,7 @@ from losses import multimodal_contrastive_loss
 from mlp_probes import PROBE_STEPS
 from probes import ABSENT, LEARNED
 from running.command_line import InputError, integer, number, run_script
-from running.directory import load_weights, save_weights
+from running.directory import has_checkpoint, load_weights, save_weights
 from running.experiment import Experiment, names_of, run_experiment
 from running.pictures import plot_factor_scores
 from running.ranks import Share
@@ -177,7 +177,7 @@ class NumericExperiment(Experiment):
         """Mixing networks, kept in the directory or with --resume read from there, and encoders, from the training seed."""
         for substream, name in enumerate(("g_x", "g_t")):
             file = directory / f"{name}.pt"
-            if self.args.resume and file.exists():
+            if self.args.resume and has_checkpoint(directory) and file.exists():
                 load_weights(self.networks[name], file)
             else:
                 rng = np.random.default_rng(seed_sequence(self.args.seed, "mixing", substream))

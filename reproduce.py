@@ -32,12 +32,15 @@ from grids.report import write_report
 from running.command_line import InputError, Parser, integer, number, run_script
 
 
-def last_line(log):
-    """Last line of a log that says something, or words for there being none."""
-    with contextlib.suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines and not lines[-1].startswith("$ ") else "it ended without a word"
-    return "it never started"
+def last_line(log, complaints):
+    """Last line of a model's log, or of its job's own error file if that was written later; or words for there being none."""
+    last = []
+    for file in (log, complaints):
+        with contextlib.suppress(OSError):
+            lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+            if lines and not lines[-1].startswith("$ "):
+                last.append((file.stat().st_mtime_ns, lines[-1]))
+    return max(last)[1] if last else "it ended without a word" if log.exists() else "it never started"
 
 
 def shown(commands):
@@ -83,9 +86,9 @@ def run(args):
             print(shown(commands))
     failures, count, started = {}, itertools.count(1), time.monotonic()
 
-    def ended(model):
+    def ended(model, complaints):
         try:
-            failed = last_line(model.log()) if model.missing(lacking[model]) else ""
+            failed = last_line(model.log(), complaints) if model.missing(lacking[model]) else ""
         except InputError as error:
             failed = str(error)
         if failed:

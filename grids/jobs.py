@@ -5,11 +5,13 @@ import fcntl
 import importlib
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cloudpickle
 import submitit
@@ -37,10 +39,13 @@ class ModelJob:
         with open(self.lock, "a") as lock, open(self.log, "a") as log:
             # An earlier job, whose submitter was killed, may still train this model: wait, then find the work done.
             while not self.stopped:
-                with contextlib.suppress(BlockingIOError):
+                try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                time.sleep(1)
+                except BlockingIOError:
+                    time.sleep(1)
+                except OSError:  # a file system without locks, where nothing can be waited for
+                    break
             for command in self.commands:
                 code = 128 + signal.SIGTERM if self.stopped else self.run(command, log, lock)
                 if code:
@@ -113,9 +118,10 @@ def threads(count, gpus=1):
 
 
 def run_here(work, options, ended):
-    """Run the jobs of `work` (Model → commands) with submitit on this machine, options.jobs at a time; ended(model) after each.
+    """Run the jobs of `work` (Model → commands) with submitit on this machine, options.jobs at a time.
 
-    Each has its share of the cores and GPUs of its own, shared if there are too few. InputError if one asks for more than all.
+    After each, ended(model, file of what went wrong in the job itself). Each has its share of the cores and GPUs of its own,
+    shared if there are too few. InputError if one asks for more than all.
     """
     per_job, cores, gpus = options.gpus_per_job, usable_cores(), []
     if per_job:
@@ -145,7 +151,7 @@ def run_here(work, options, ended):
             for item in [item for item in running if item[0].done()]:
                 running.remove(item)
                 slots.append(item[2])
-                ended(item[1])
+                ended(item[1], item[0].paths.stderr)
             time.sleep(0.1)
     except BaseException:
         print("stopping: the runs write their checkpoints; the same command goes on", file=sys.stderr, flush=True)
@@ -160,34 +166,75 @@ def run_here(work, options, ended):
 
 
 POLL_SECONDS = 5  # between two looks into SLURM's queue
+ABSENCES, LONG_ABSENCES = 2, 12  # looks in vain until a job is gone: if sacct says that it has ended, and if sacct says nothing
+# States of a job that has not ended, in sacct's words.
+LIVING = {"PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED", "SIGNALING", "CONFIGURING", "COMPLETING",
+          "RESIZING", "STAGE_OUT"}  # fmt: skip
 
 
-def queued_jobs():
-    """Set of the ids of my jobs in SLURM's queue, or None if squeue does not answer."""
-    answer = subprocess.run(["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
-    return set(answer.stdout.split()) if answer.returncode == 0 else None
+def slurm_says(*command):
+    """What a command of SLURM prints, or None if it does not answer."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return answer.stdout if answer.returncode == 0 else None
+    return None
+
+
+def look_for_jobs(absences):
+    """(there, gone): sets of the ids of jobs that SLURM has, and that it has no more; the others are to be looked for again.
+
+    absences: dict id → looks in vain so far, which is updated. A queue that does not answer says nothing of any job, and one
+    that answers without a job may be wrong: a job is requeued, the controller has just started. sacct is asked then.
+    """
+    queue = slurm_says("squeue", "--me", "--noheader", "--array", "--format=%i")
+    if queue is None:
+        return set(), set()
+    states = dict.fromkeys(queue.split(), "RUNNING")
+    if absent := absences.keys() - states.keys():
+        numbers = ",".join(sorted({job_id.partition("_")[0] for job_id in absent}))
+        told = slurm_says("sacct", "--format=JobID,State", "--parsable2", f"--jobs={numbers}") or ""
+        states |= {job_id: row["State"] for job_id, row in submitit.SlurmJob.watcher.read_info(told).items() if job_id in absent}
+    there = {job_id for job_id in absences if states.get(job_id) in LIVING}
+    absences.update({job_id: 0 if job_id in there else count + 1 for job_id, count in absences.items()})
+    enough = {job_id: ABSENCES if job_id in states else LONG_ABSENCES for job_id in absences}
+    return there, {job_id for job_id, count in absences.items() if count >= enough[job_id]}
+
+
+def jobs_of_earlier_calls(records):
+    """Dict id → Model of those of `records`, such a dict, that SLURM still has. InputError if it says nothing of them."""
+    found, absences = {}, dict.fromkeys(records, 0)
+    for look in range(LONG_ABSENCES):
+        if not absences:
+            return found
+        if look:
+            time.sleep(POLL_SECONDS)
+        there, gone = look_for_jobs(absences)
+        found |= {job_id: records[job_id] for job_id in there}
+        absences = {job_id: count for job_id, count in absences.items() if job_id not in there | gone}
+    if absences:
+        raise InputError("squeue does not answer, and jobs of an earlier call may be in the queue: nothing was submitted")
+    return found
 
 
 def run_on_slurm(work, options, ended):
-    """Run the jobs of `work` (Model → commands) as an array on SLURM, options.jobs at a time; ended(model) after each.
+    """Run the jobs of `work` (Model → commands) as an array on SLURM, options.jobs at a time; `ended` as of `run_here`.
 
     What an earlier call left in the queue is waited for, not submitted again. Raises InputError if SLURM refuses.
     """
-    queued, waiting, new, cpus = queued_jobs() or set(), {}, {}, options.cpus_per_job or 4
+    cpus, folder = options.cpus_per_job or 4, Path(options.models) / "logs/submitit"
     environment = threads(cpus, options.gpus_per_job) | ({} if options.gpus_per_job else {"CUDA_VISIBLE_DEVICES": ""})
-    for model, commands in work.items():
-        record = model.log(".job")
-        if record.exists() and (job_id := record.read_text().strip()) in queued:
-            waiting[job_id] = model
-        else:
-            new[model] = make_job(model, commands, environment)
+    records = {model.log(".job").read_text().strip(): model for model in work if model.log(".job").exists()}
+    waiting = jobs_of_earlier_calls({job_id: model for job_id, model in records.items() if re.fullmatch(r"\d+(_\d+)?", job_id)})
+    queued = set(waiting.values())
+    new = {model: make_job(model, commands, environment) for model, commands in work.items() if model not in queued}
     if waiting:
         print(f"{len(waiting)} jobs of an earlier call are in the queue still")
     if new:
         first = next(iter(new))
-        executor = submitit.SlurmExecutor(first.log().parent / "submitit", max_num_timeout=10**6)
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=10**6)
         asked = {"job_name": first.setting.folder, "time": options.time, "mem": f"{int(options.mem * 1024)}MB"}
         asked |= {"cpus_per_task": cpus, "array_parallelism": options.jobs or 32, "additional_parameters": {"requeue": True}}
+        asked["wckey"] = None  # submitit has one of its own, which clusters may refuse; SBATCH_WCKEY names another
         chosen = {"gpus_per_node": options.gpus_per_job, "partition": options.partition}
         executor.update_parameters(**asked, **{name: value for name, value in chosen.items() if value})
         try:
@@ -203,8 +250,6 @@ def run_on_slurm(work, options, ended):
     absences = dict.fromkeys(waiting, 0)
     while waiting:
         time.sleep(POLL_SECONDS)
-        queued = queued_jobs()
-        for job_id in list(waiting) if queued is not None else ():
-            absences[job_id] = 0 if job_id in queued else absences[job_id] + 1
-            if absences[job_id] == 2:  # a job that is requeued may be in between for a moment
-                ended(waiting.pop(job_id))
+        for job_id in look_for_jobs(absences)[1]:
+            del absences[job_id]
+            ended(waiting.pop(job_id), submitit.core.utils.JobPaths(folder, job_id).stderr)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from running.command_line import InputError
-from running.directory import LATER_FLAGS
-from running.files import read_csv, read_json
+from running.directory import LATER_FLAGS, stored_args
+from running.files import read_csv
+from running.staging import settle
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = "results/standin/models"  # models without their weights
@@ -123,7 +124,8 @@ class Model:
         file = self.directory / "args.json"
         if not file.exists():
             return {}
-        stored = LATER_FLAGS | read_json(file)
+        settle(self.directory)
+        stored = LATER_FLAGS | stored_args(self.directory)
         for name, value in (expected_args(self.setting) | {"seed": self.seed}).items():
             if name not in stored:
                 raise InputError(f"{file} has no {name!r}: it is damaged, or another script's; move the model away")

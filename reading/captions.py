@@ -7,8 +7,6 @@ import io
 import json
 import re
 import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import pandas as pd
 import torch
 
 from running.command_line import InputError
-from running.files import write_bytes
+from running.files import read_text, regular_file, write_bytes
 
 CHANCE_REPEATS = 20  # repeated captions from which it is no accident that a factor they leave out agrees
 PAD, EOS, UNK = "{pad}", "{eos}", "{unk}"
@@ -40,7 +38,7 @@ def tokenise(caption):
 def read_lines(path):
     """List of the lines of a UTF-8 text file, with LF or CRLF, the last one ended or not; InputError names a bad file."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except UnicodeDecodeError as error:
@@ -82,7 +80,7 @@ def load_captions(parts, vocabulary_file, cache_file, heard=("train",)):
     digest = hashlib.blake2b(repr([(split, lines, split in heard) for split, (_, lines) in parts.items()]).encode())
     files = dict.fromkeys(path for path, _ in parts.values())
     for path in (*files, vocabulary_file):  # the vocabulary last: its content is needed again
-        content = Path(path).read_bytes() if Path(path).exists() else None
+        content = regular_file(path).read_bytes() if Path(path).exists() else None
         digest.update(struct.pack("<q", -1 if content is None else len(content)))
         digest.update(content or b"")
     loaded = _read_cache(cache_file, digest.hexdigest(), parts)
@@ -145,15 +143,21 @@ def _parsed_vocabulary(path, content):
 def _read_cache(path, digest, splits):
     """(captions, vocabulary) of a cache of the same files, else None."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with open(regular_file(path), "rb") as file, np.load(file, allow_pickle=False) as content:
             if str(content["digest"]) != digest:
                 return None
-            arrays = {split: (content[f"tokens_{split}"], content[f"index_{split}"]) for split in splits}
             words = json.loads(str(content["vocabulary"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            captions = {}
+            for split in splits:
+                tokens, index = content[f"tokens_{split}"], content[f"index_{split}"]
+                kinds = tokens.ndim, index.ndim, index.dtype.name, tokens.dtype.name in ("uint8", "int32")
+                within = 0 <= index.min() <= index.max() < len(tokens) and 0 <= tokens.min() <= tokens.max() < len(words)
+                if kinds != (2, 1, "int32", True) or not within:
+                    return None
+                captions[split] = Captions(torch.from_numpy(tokens), torch.from_numpy(index))
+            return captions, {word: number for number, word in enumerate(words)}
+    except Exception:  # whatever is wrong with it, it is made again
         return None
-    captions = {split: Captions(*map(torch.from_numpy, pair)) for split, pair in arrays.items()}
-    return captions, {word: number for number, word in enumerate(words)}
 
 
 def _write_cache(path, digest, captions, vocabulary):

@@ -4,8 +4,10 @@ datasets.py reads the folder and the scripts in rendering_data/Causal3DIdent mak
 which has neither torch nor pandas.
 """
 
+import collections
 import csv
 import hashlib
+import io
 import itertools
 import math
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from running.command_line import InputError
-from running.files import read_json
+from running.files import read_json, read_text
 
 CAUSAL_TOOLS = "rendering_data/Causal3DIdent"
 CAUSAL_BIAS_TYPES, CAUSAL_BIAS_IDS = ("selections", "perturbations"), range(7)
@@ -52,15 +54,14 @@ def read_latents(path, factors, names=()):
     """
     made_by = f"{CAUSAL_TOOLS}/generate_latents.py writes"
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.replace("splotlight", "spotlight") for name in next(reader, [])]
-            rows = {line: row for line, row in enumerate(reader, 2) if row}
+        reader = csv.reader(io.StringIO(read_text(path), newline=""))
+        header = [name.replace("splotlight", "spotlight") for name in next(reader, [])]
+        rows = {line: row for line, row in enumerate(reader, 2) if row}
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {made_by} it") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
-    if twice := [name for name in header if name and header.count(name) > 1]:
+    if twice := [name for name, count in collections.Counter(header).items() if name and count > 1]:
         raise InputError(f"{path} has the column {twice[0]} in two spellings; remove one of them")
     if missing := [name for name in (*factors, *names) if name not in header]:
         raise InputError(f"{path} has no column {', '.join(missing)}; {made_by} it")

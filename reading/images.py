@@ -11,25 +11,29 @@ import io
 import itertools
 import lzma
 import math
+import os
 import shutil
 import struct
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from reading.causal3dident import CAUSAL_TOOLS, image_files
 from running.command_line import InputError
 from running.cores import usable_cores
-from running.files import locked, replaced
+from running.files import locked, regular_file, replaced, write_bytes
 
-DAMAGED = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
+DAMAGED = (OSError, EOFError, RuntimeError, ValueError, OverflowError, struct.error, zlib.error)
 DAMAGED_ARCHIVE = (*DAMAGED, zipfile.BadZipFile, lzma.LZMAError)
-DAMAGED_IMAGE = (*DAMAGED, SyntaxError, Image.DecompressionBombError)
+DAMAGED_IMAGE = (*DAMAGED, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # which Pillow else prints, and goes on
+LARGEST_GRID = 4096  # bytes of the file of a handful of integers
 GPU_RESERVE = 4 * 2**30  # bytes of GPU memory that images leave for the training
 DECODED_AT_ONCE = 1024  # images between two writings to the memory map
 PROGRESS_SECONDS = 10  # between two lines of progress while images are decoded
@@ -41,32 +45,74 @@ def open_npz_images(path):
     A stored member is mapped in place; a compressed one is unpacked once, into a file beside `path` that carries its
     checksum in its name. Nothing is ever unpickled. Raises InputError that names what is missing, damaged or of another kind.
     """
-    path = Path(path)
+    path = regular_file(path)
+    with _opened_npz(path) as (file, archive):
+        if "images.npy" not in archive.namelist():
+            held = ", ".join(archive.namelist())[:100] or "nothing"
+            raise InputError(f"{path} holds {held}, expected an array `images`")
+        grid = _read_grid(archive, path)
+        member = archive.getinfo("images.npy")
+        with archive.open(member) as stream:
+            start = file.tell()  # opening a member leaves the archive where its bytes begin
+            shape = _read_image_header(stream, f"{path}: images")
+            if member.file_size != stream.tell() + math.prod(shape):
+                raise InputError(f"{path} is damaged: `images` of shape {shape} has {member.file_size - stream.tell()} bytes")
+            if member.compress_type == zipfile.ZIP_STORED:
+                return _map_images(path, start + stream.tell(), shape), grid
+        unpacked = path.with_name(f"{path.stem}.{member.CRC:08x}.npy")
+        if not unpacked.exists():
+            if member.file_size > (free := shutil.disk_usage(path.parent).free):
+                need = f"{member.file_size / 1e9:.2f} GB once, and {path.parent} has {free / 1e9:.2f} GB free"
+                raise InputError(f"{path} is compressed and is unpacked into {need}; copy the folder to a larger disk")
+            print(f"{path} is compressed: unpacking {member.file_size / 1e9:.2f} GB once into {unpacked}", flush=True)
+            made = _made_once(unpacked, "the images are compressed and are unpacked")
+            with made as temporary, archive.open(member) as stream, open(temporary, "wb") as target:
+                shutil.copyfileobj(stream, target, 2**24)
+    return _map_npy(unpacked), grid
+
+
+@contextlib.contextmanager
+def _opened_npz(path):
+    """Context of an npz file and its ZipFile; InputError if it turns out to be damaged."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            if "images.npy" not in archive.namelist():
-                held = ", ".join(archive.namelist())[:100] or "nothing"
-                raise InputError(f"{path} holds {held}, expected an array `images`")
-            grid = _read_grid(archive, path)
-            member = archive.getinfo("images.npy")
-            with archive.open(member) as stream:
-                start = file.tell()  # opening a member leaves the archive where its bytes begin
-                shape = _read_image_header(stream, f"{path}: images")
-                if member.file_size != stream.tell() + math.prod(shape):
-                    raise InputError(f"{path} is damaged: `images` of shape {shape} has {member.file_size - stream.tell()} bytes")
-                if member.compress_type == zipfile.ZIP_STORED:
-                    return _map_images(path, start + stream.tell(), shape), grid
-            unpacked = path.with_name(f"{path.stem}.{member.CRC:08x}.npy")
-            if not unpacked.exists():
-                print(f"{path} is compressed: unpacking {member.file_size / 1e9:.2f} GB once into {unpacked}", flush=True)
-                made = _made_once(unpacked, "the images are compressed and are unpacked")
-                with made as temporary, archive.open(member) as stream, open(temporary, "wb") as target:
-                    shutil.copyfileobj(stream, target, 2**24)
+            yield file, archive
     except DAMAGED_ARCHIVE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be read; what is damaged names none
         raise InputError(f"{path} is truncated or damaged ({error}); get it again") from None
-    return _map_npy(unpacked), grid
+
+
+def check_stored_images(path):
+    """Raise InputError unless the member `images` of an npz file has its checksum, which mapping does not look at.
+
+    A compressed one was unpacked by it.
+    """
+    with _opened_npz(path) as (_, archive):
+        member = archive.getinfo("images.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            if member.file_size > 2**30:
+                print(f"{path}: reading {member.file_size / 1e9:.2f} GB once, for its checksum", flush=True)
+            with archive.open(member) as stream:
+                while stream.read(2**24):  # which computes it
+                    pass
+
+
+def checked_once(path, check):
+    """Call `check`, which raises if the file is not as it should be, unless it has passed since the file was last changed.
+
+    A small hidden file beside `path` says so, where one can be written; elsewhere it is called each time.
+    """
+    path = Path(path)
+    record, status = path.with_name(f".{path.name}.checked"), path.stat()
+    state = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}\n"
+    with locked(record):  # of jobs that start together one checks, the others wait
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if record.is_file() and record.read_text() == state:
+                return
+        check()
+        with contextlib.suppress(OSError):
+            write_bytes(record, state.encode())
 
 
 @contextlib.contextmanager
@@ -93,7 +139,7 @@ def _read_image_header(stream, name):
         raise InputError(f"{name} is a pickled array, which is not opened: it could run any code; expected uint8")
     if dtype != np.uint8:
         raise InputError(f"{name} is {dtype}, expected uint8")
-    if fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) <= 0:
+    if fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) <= 0 or bool in map(type, shape):
         raise InputError(f"{name} has shape {shape}, expected (N, height, width, 3) in C order")
     return shape
 
@@ -101,6 +147,8 @@ def _read_image_header(stream, name):
 def _read_grid(archive, path):
     if "grid.npy" not in archive.namelist():
         return None
+    if archive.getinfo("grid.npy").file_size > LARGEST_GRID:
+        raise InputError(f"{path} is damaged: `grid` must be the sizes of the factors, a few integers")
     grid = np.lib.format.read_array(io.BytesIO(archive.read("grid.npy")), allow_pickle=False)
     if grid.ndim != 1 or grid.dtype.kind not in "iu" or (grid < 1).any():
         raise InputError(f"{path} is damaged: `grid` must be the sizes of the factors, positive integers")
@@ -114,7 +162,7 @@ def _map_images(path, start, shape):
 
 def _map_npy(path):
     """Memory map of the images that a file in the .npy format holds; InputError if it is damaged."""
-    with contextlib.suppress(ValueError), open(path, "rb") as file:
+    with contextlib.suppress(ValueError), open(regular_file(path), "rb") as file:
         shape = _read_image_header(file, path)
         if path.stat().st_size == file.tell() + math.prod(shape):
             return _map_images(path, file.tell(), shape)
@@ -124,15 +172,16 @@ def _map_npy(path):
 def open_image_folder(folder, entries=None):
     """Memory map (N, H, W, 3) uint8 of the images 0.png, 1.png, … of a folder, in order of their numbers; .jpg is read too.
 
-    They are decoded once, into a file beside the folder whose name carries a digest of their names, sizes and times of
-    modification; images that have changed since are decoded again, and the older file removed. Raises InputError that
+    They are decoded once, into a file beside the folder whose name carries a digest of their names, sizes and times;
+    images that have changed since are decoded again, and the older file removed. Raises InputError that
     names an image that is missing, damaged or of another size than the first. entries: what `numbered_images` of the folder
     returned, if it has been asked.
     """
     folder = Path(folder)
     entries = entries or numbered_images(folder)
     statuses = ((entry.name, entry.stat()) for entry in entries)
-    listing = "".join(f"{name}/{status.st_size}/{status.st_mtime_ns}\n" for name, status in statuses)
+    # the time of the last change besides: a file that another one replaced may have its size and time of modification
+    listing = "".join(f"{name}/{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}\n" for name, status in statuses)
     digest = hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
     decoded = folder.with_name(f"{folder.name}.{digest}.npy")
     damaged_or_missing = contextlib.suppress(FileNotFoundError, InputError)
@@ -186,14 +235,24 @@ def _decode_images(paths, file, decoded):
 
 
 def decode_image(path):
-    """(H, W, 3) uint8 of an image file; InputError that names a damaged one."""
+    """(H, W, 3) uint8 of a PNG or JPEG file, upright as its EXIF says; grey has three equal channels, 16 bits become 8.
+
+    Raises InputError that names an image that is damaged or shows through.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(regular_file(path), formats=("PNG", "JPEG")) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255, not scale
+                return np.repeat((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                if image.getextrema()[3][0] < 255:
+                    raise InputError(f"{path} has transparent pixels, expected a picture without; render it again")
             return np.asarray(image.convert("RGB"))
     except DAMAGED_IMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the file cannot be read; what is damaged has no number of the system's
-        raise InputError(f"{path} is damaged ({error}); remove it and render it again") from None
+        raise InputError(f"{path} is damaged, or no PNG or JPEG ({error}); remove it and render it again") from None
 
 
 class Images:
@@ -206,10 +265,13 @@ class Images:
         self.device, self.array, self.resident = torch.device(device), array, None
         self._map = concurrent.futures.ThreadPoolExecutor(workers).map if workers > 1 else map
         self._parts = max(workers, 1)
+        self._file = array.filename if isinstance(array, np.memmap) else None
+        self._status = os.stat(self._file) if self._file else None
         if self.device.type == "cuda" and array.nbytes + GPU_RESERVE <= torch.cuda.mem_get_info(self.device)[0]:
             self.resident = torch.empty(array.shape, dtype=torch.uint8, device=self.device)
             rows = max(1, 2**26 // array[0].nbytes)
             for start in range(0, len(array), rows):
+                self._check_length()
                 self.resident[start : start + rows] = torch.from_numpy(array[start : start + rows])
 
     def __len__(self):
@@ -220,10 +282,20 @@ class Images:
         """Device that `take` wants its rows on."""
         return self.device if self.resident is not None else torch.device("cpu")
 
+    def _check_length(self):
+        """Raise InputError if the mapped file has become shorter: to read what is gone ends the process without a word."""
+        if self._file is None:
+            return
+        with contextlib.suppress(FileNotFoundError):  # removed, and still there for those who have it open
+            status = os.stat(self._file)
+            if status.st_ino == self._status.st_ino and status.st_size < self._status.st_size:
+                raise InputError(f"{self._file} has become shorter while it is in use; get it again, and --resume goes on")
+
     def take(self, rows):
         """(B, H, W, 3) uint8 on the device, for (B,) int64 rows on `index_device`."""
         if self.resident is not None:
             return self.resident[rows]
+        self._check_length()
         pinned = self.device.type == "cuda"
         batch = torch.empty((len(rows), *self.array.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
         parts = (np.array_split(part.numpy(), self._parts) for part in (rows, batch))

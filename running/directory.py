@@ -1,19 +1,25 @@
 """The model directory: where a run lives, what it may overwrite, and its files.
 
-    args.json        every flag as it came out, seed, versions, device, durations; "finished": true is written last
-    checkpoint.pt    weights, optimiser, step, every random state, the log so far: all that --resume needs
-    train_log.csv    one row every --log-steps
-    *.pt             weights alone (state_dict), written when training ends
+    args.json               every flag as it came out, seed, versions, device, durations, "files": digests of weights and results;
+                            "finished": true is written last
+    checkpoint.pt           weights, optimiser, step, every random state, the log so far: all that --resume needs
+    checkpoint_before.pt    the one before, for the case that the last is damaged; a finished run has it no more
+    train_log.csv           one row every --log-steps
+    *.pt                    weights alone (state_dict), written when training ends
 
-Every file is written beside its place and renamed, so a run killed at any moment leaves a directory that resumes.
+Every file is written beside its place and renamed, so a run killed at any moment leaves a directory that resumes. Weights that
+are not those that args.json names are refused; a file that it does not name, as in older directories, is taken as it is.
 """
 
 import contextlib
 import datetime
 import io
 import itertools
+import operator
 import platform
+import re
 import secrets
+import shutil
 import subprocess
 import tempfile
 import zipfile
@@ -24,11 +30,18 @@ import torch
 
 from running.command_line import InputError
 from running.devices import describe_device
-from running.files import read_json, write_bytes, write_json
-from running.official import completed, is_official, own_names
+from running.files import read_json, replaced, write_bytes, write_json
+from running.official import completed, is_official, own_names, shared_names
+from running.staging import STAGED, digest, recorded, settle
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
-LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0, "hidden_sizes": "paper", "probes": "paper"}
+LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0, "hidden_sizes": "paper", "probes": "paper",
+               "checkpoint_minutes": 10}  # fmt: skip
+CHECKPOINT, CHECKPOINT_BEFORE = "checkpoint.pt", "checkpoint_before.pt"
+# What scripts write into a model directory, beside weights.
+OWN_FILES = r"args\.json|checkpoint(_before)?\.pt|train_log\.csv|results(_seed\d+)?\.(csv|png)|results_(predict|classify)\.csv|" \
+            r"downstream\.png"  # fmt: skip
+KINDS = {"seed": int, "eval_seed": int, "finished": bool, "downstream": dict, "files": dict, "machines": list}  # in args.json
 
 
 def drawn_seed():
@@ -45,7 +58,8 @@ def fresh_id(model_dir, name):
 def find_directory(args, default_id):
     """Path of the model directory that the flags name; args.model_id, where it was not given, is set to a fresh name.
 
-    Raises InputError for flags that exclude each other or need --model-id, and for a file in the directory's place.
+    Raises InputError for flags that exclude each other or need --model-id, for a --model-id that leads out of --model-dir, and
+    for a file in the directory's place.
     """
     if sum((args.resume, args.overwrite, args.evaluate)) > 1:
         raise InputError("--resume, --overwrite and --evaluate exclude each other")
@@ -54,7 +68,10 @@ def find_directory(args, default_id):
             if getattr(args, flag):
                 raise InputError(f"--{flag.replace('_', '-')} needs --model-id, the folder of a model in {args.model_dir}")
         args.model_id = fresh_id(args.model_dir, default_id)
-    directory = Path(args.model_dir) / args.model_id
+    name = Path(args.model_id)
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        raise InputError(f"--model-id {args.model_id!r} names no folder inside --model-dir {args.model_dir}")
+    directory = Path(args.model_dir) / name
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file, expected the folder of a model")
     return directory
@@ -115,9 +132,11 @@ def trained_args(directory, experiment_class):
     return args, stored_args(directory)
 
 
-def refuse_to_overwrite(args, directory):
-    """Raise InputError if the directory holds a model or other files that the flags do not say to go on from."""
+def refuse_to_overwrite(args, directory, parser):
+    """Raise InputError if the directory holds a model or other files that the flags do not say to go on from or to give up."""
     if (directory / "args.json").exists():
+        if args.overwrite:
+            _refuse_what_is_no_model(directory, parser)
         if not (args.resume or args.evaluate or args.overwrite):
             if is_finished(directory):
                 raise InputError(f"{directory} holds a finished model; --evaluate evaluates it again, --overwrite trains it anew")
@@ -130,12 +149,26 @@ def _holds_files(directory):
     return any(directory.glob("[!.]*"))
 
 
+def _refuse_what_is_no_model(directory, parser):
+    try:
+        stored = read_json(directory / "args.json")
+    except InputError:  # cut short, by whatever: nobody else's file is of that name
+        return
+    if lacking := shared_names(parser) - {*stored, *LATER_FLAGS}:
+        raise InputError(f"{directory / 'args.json'} has no {min(lacking)!r}: it is of no model of this script, which "
+                         "--overwrite could give up; choose another --model-id")  # fmt: skip
+
+
 def stored_args(directory):
     """Dict of args.json of a model directory; InputError if it is missing or damaged."""
-    stored = read_json(Path(directory) / "args.json")
-    seed = stored.get("seed")
-    if type(seed) is not int or seed < 0:
-        raise InputError(f"{Path(directory) / 'args.json'} is damaged: it has no seed")
+    file = Path(directory) / "args.json"
+    stored = read_json(file)
+    if "seed" not in stored:
+        raise InputError(f"{file} is damaged: it has no seed")
+    for name, kind in KINDS.items():
+        value = stored.get(name, kind())
+        if type(value) is not kind or (kind is int and value < 0):
+            raise InputError(f"{file} is damaged: its {name!r} is {value!r}")
     return stored
 
 
@@ -156,42 +189,59 @@ def is_finished(directory):
     return bool(stored.get("finished", is_official(stored)))
 
 
-def start_directory(directory, args, details):
-    """Make the directory and write args.json: the flags, and `details` of the run. Removes what --overwrite gives up.
+def own_files(directory, weight_files, half_written=False):
+    """List of the files in `directory` that a training script with these files of weights writes, or those half-written."""
+    stems = "|".join(re.escape(Path(name).stem) for name in weight_files)
+    own = rf"{OWN_FILES}|({stems})(_\d+)?\.pt"
+    pattern = re.compile(rf"\.({own}|check)\.\w+(\.\w+)?" if half_written else own)
+    return [path for path in sorted(directory.iterdir()) if pattern.fullmatch(path.name) and not path.is_dir()]
 
-    Raises OSError if no file can be made there, and InputError if another run has begun there since it was looked at.
+
+def tidy(directory, weight_files):
+    """End what a killed process had begun in a directory that nobody else works in: its evaluation, and half-written files."""
+    settle(directory)
+    if (directory / STAGED).exists():
+        shutil.rmtree(directory / STAGED)
+    for file in own_files(directory, weight_files, half_written=True):
+        file.unlink()
+
+
+def start_directory(directory, args, details, weight_files):
+    """Write args.json: the flags, and `details` of the run. Removes what --overwrite gives up, and nothing of anybody else's.
+
+    Raises OSError if no file can be made there, and InputError if the removal of an earlier model fails halfway.
     """
-    is_new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (args.resume or args.overwrite) and _holds_files(directory):
-        raise InputError(f"another run has just begun in {directory}; choose another --model-id")
+    check_writable(directory)
+    removed = None
     try:
-        check_writable(directory)
-    except OSError:
-        if is_new:
-            directory.rmdir()
+        if args.overwrite:
+            with contextlib.suppress(InputError):
+                # killed from here on, this is the earlier run, which --resume ends once more
+                write_json(directory / "args.json", {**read_json(directory / "args.json"), "finished": False})
+            for file in own_files(directory, weight_files):
+                if file.name != "args.json":
+                    file.unlink()
+                    removed = file
+        write_args(directory, args, {**details, "finished": False})
+    except OSError as error:
+        if removed:
+            raise InputError(f"{error.strerror}: {error.filename}; the earlier model is removed in part, go on with the same "
+                             "command, or with --resume to train it once more") from None  # fmt: skip
         raise
-    given_up = [] if args.resume else ["*.pt", "*.csv", "*.png"]
-    if given_up:
-        with contextlib.suppress(InputError):
-            # killed from here on, this is the earlier run, which --resume ends once more
-            write_json(directory / "args.json", {**read_json(directory / "args.json"), "finished": False})
-    half_written = [".*.pt", ".*.csv", ".*.png", ".*.json"]  # by a process that was killed
-    for pattern in given_up + half_written:
-        for file in directory.glob(pattern):
-            file.unlink()
-    write_args(directory, args, {**details, "finished": False})
 
 
-def take_evaluation_seed(args, directory, parser):
+def take_evaluation_seed(args, directory, parser, weight_files):
     """(stored, seed): `known_args` of the model that --evaluate evaluates, and the evaluation's seed, drawn if not given.
 
     Raises InputError if the seed is that of the training or the model is not trained to its end, and OSError if the results
     could not be written.
     """
     stored, seed = known_args(directory, parser), args.seed
-    if not is_finished(directory) and (step := checkpoint_step(directory / "checkpoint.pt")) < args.train_steps:
-        raise InputError(f"{directory} is trained for {step} of {args.train_steps} steps; --resume continues it")
+    if not is_finished(directory):
+        if (step := checkpoint_step(directory)) < args.train_steps:
+            raise InputError(f"{directory} is trained for {step} of {args.train_steps} steps; --resume continues it")
+        if not set(weight_files) <= stored.get("files", dict.fromkeys(weight_files)).keys():
+            raise InputError(f"{directory} is trained, but its weights are not written yet; --resume does that")
     if seed is None:
         seed = next(seed for seed in iter(drawn_seed, None) if seed != stored["seed"])
     if seed == stored["seed"]:
@@ -200,21 +250,17 @@ def take_evaluation_seed(args, directory, parser):
     return stored, seed
 
 
-def keep_results(directory, earlier_seed, seed):
-    """Rename the results of an earlier evaluation with another seed to results_seed{N}.csv and .png.
-
-    Then args.json says that the results are of `seed`: whenever a process is killed, none are taken for those of another.
-    """
+def keep_results(directory, folder, earlier_seed, seed):
+    """Copy the results of an earlier evaluation with another seed into `folder`, as results_seed{N}.csv and .png."""
     for file in (directory / "results.csv", directory / "results.png"):
         if earlier_seed not in (None, seed) and file.exists():
-            file.replace(file.with_stem(f"results_seed{earlier_seed}"))
-    write_json(directory / "args.json", {**read_json(directory / "args.json"), "eval_seed": seed})
+            write_bytes(folder / f"results_seed{earlier_seed}{file.suffix}", file.read_bytes())
 
 
 def check_writable(directory):
     """Raise OSError if no file can be made in `directory`, or its disk is full."""
     try:
-        with tempfile.TemporaryFile(dir=directory) as file:
+        with tempfile.TemporaryFile(dir=directory, prefix=".check.") as file:
             file.write(bytes(2**20))
             file.flush()
     except OSError as error:
@@ -253,7 +299,8 @@ def check_machine(directory, stored, details, no_cuda_given):
     """
     now = {name: details[name] for name in ("device", "cpu_capability", "versions")}
     machines = stored.get("machines") or [{name: stored.get(name) for name in now}]
-    last = machines[-1]
+    last = machines[-1] if isinstance(machines[-1], dict) else {}
+    last = {name: last.get(name) for name in now}
     was_on_gpu = isinstance(last["device"], str) and not last["device"].startswith("CPU ")
     if was_on_gpu and now["device"].startswith("CPU ") and not no_cuda_given:
         raise InputError(
@@ -269,11 +316,12 @@ def check_machine(directory, stored, details, no_cuda_given):
 # tensors on disk
 
 
-def save_torch(content, path):
-    """torch.save, whole or not at all; a full disk is an OSError."""
+def save_torch(content, path, keep=None):
+    """torch.save, whole or not at all; a full disk is an OSError. keep: path that what was there before is renamed to."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(path, buffer.getbuffer())
+    with replaced(path, keep) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_torch(path):
@@ -294,12 +342,39 @@ def load_torch(path):
         raise InputError(f"{path} is damaged ({type(error).__name__}); restore it, or train the model anew") from None
 
 
-def checkpoint_step(path):
-    """Steps done in a checkpoint; InputError that names a missing or damaged one."""
-    content = load_torch(path)
+def has_checkpoint(directory):
+    """Whether there is a checkpoint to go on from."""
+    return any((directory / name).exists() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
+
+
+def save_checkpoint(content, directory):
+    """Write the checkpoint; the one before is kept."""
+    save_torch(content, directory / CHECKPOINT, keep=directory / CHECKPOINT_BEFORE)
+
+
+def load_checkpoint(directory):
+    """(content, path) of the last checkpoint, or of the one before if the last is missing or damaged, which is said in a line.
+
+    Raises InputError that names the last if there is no other.
+    """
+    last, before = directory / CHECKPOINT, directory / CHECKPOINT_BEFORE
     try:
-        return int(content["progress"]["step"])
-    except (KeyError, TypeError, ValueError):
+        return load_torch(last), last
+    except InputError as error:
+        if not before.exists():
+            raise
+        reason = str(error).split("; ")[0]
+    content = load_torch(before)
+    print(f"{reason}: {before} takes its place")
+    return content, before
+
+
+def checkpoint_step(directory):
+    """Steps done in the checkpoint; InputError that names a missing or damaged one."""
+    content, path = load_checkpoint(directory)
+    try:
+        return operator.index(content["progress"]["step"])
+    except (KeyError, TypeError):
         raise InputError(f"{path} is damaged; train the model anew with --overwrite") from None
 
 
@@ -309,11 +384,22 @@ def save_weights(state, path):
 
 
 def read_weights(path):
-    """The state_dict of a network's file, under our names; InputError naming the file if it is missing or damaged."""
+    """The state_dict of a network's file, under our names.
+
+    Raises InputError that names the file if it is missing or damaged, or another than args.json beside it names.
+    """
+    path = Path(path)
     state = load_torch(path)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    named = recorded(path.parent).get(path.name)
+    if named is not None and named != digest(path):
+        raise InputError(f"{path} is not of this run: args.json names another file; restore it, or train the model anew")
+    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_dense(value) for name, value in state.items()):
         raise InputError(f"{path} does not hold weights, expected a state_dict")
-    return own_names(Path(path).stem, state)
+    return own_names(path.stem, state)
+
+
+def _is_dense(value):
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided
 
 
 def encoding_size(state):
@@ -331,7 +417,7 @@ def load_state(module, state, path):
     """Load a state_dict that was read from `path` into `module`; InputError if it is of another setting."""
     expected = module.state_dict()
     for name, value in expected.items():
-        found = tuple(state[name].shape) if name in state else "nothing"
+        found = tuple(state[name].shape) if _is_dense(state.get(name)) else "nothing"
         if found != tuple(value.shape):
             raise InputError(f"{path}: {name} is {found}, expected {tuple(value.shape)}: the weights are of another setting")
     if extra := state.keys() - expected.keys():

@@ -3,8 +3,11 @@
     flags → directory → weights → train → evaluate → args.json
 
 args.json is there from the first moment and says "finished" last of all: killed anywhere between, the run goes on with --resume.
+An evaluation of a trained model takes the place of the earlier one as a whole, at the moment when args.json says so. From the
+first look at its directory to the end no other process works there.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -24,8 +27,10 @@ from running.devices import (
     settled_precision,
 )
 from running.files import write_csv, write_json
+from running.lock import occupied
 from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES, smallest_batch
+from running.staging import digests, staged
 from running.training import after_training, train
 
 
@@ -82,6 +87,11 @@ class Experiment:
         """Dict of what args.json holds beside the flags."""
         return {}
 
+    def identity(self):
+        """Dict of the flags that say which run this is; args.json of an unfinished one may not say otherwise."""
+        differing = self.parser().differs
+        return {name: value for name, value in vars(self.args).items() if name not in differing}
+
     def encoder_precision(self):
         """Context of the encoders' forward pass: in the precision of the flags while they are trained, else in fp32."""
         return encoder_precision(self.device, self.args.precision if torch.is_grad_enabled() else "fp32")
@@ -115,6 +125,7 @@ def add_run_flags(parser):
     flag("--export-official", str, "do not train: write a trained model into that folder, as the code behind the paper's "
          "figures reads it", None, "call")  # fmt: skip
     flag("--log-steps", integer(1), "steps between two lines of progress and checkpoints", 1000, "freely")
+    flag("--checkpoint-minutes", number(0, above=True), "a checkpoint comes at least that often", 10.0, "freely")
     flag("--no-cuda", bool, "stay on the CPU", None, "freely")
     parser.section("training", "--recipe sets what follows it at once; a flag that is given wins")
     flag("--protocol", ("code", "paper"), "where the paper's text and its runs differ, follow which", "code")
@@ -139,9 +150,9 @@ def run_experiment(experiment_class, argv=None):
     Each of several processes that torchrun has started trains on its share of every batch; the first does all else.
     """
     keep_freed_memory()
-    with ranks.joined():
+    with ranks.joined(), contextlib.ExitStack() as held:
         ranks.require_alike({"flags": " ".join(sys.argv[1:] if argv is None else argv)})
-        args, given, directory = ranks.from_first(lambda: settled_flags(experiment_class, argv))
+        args, given, directory = ranks.from_first(lambda: settled_flags(experiment_class, argv, held))
         if args.evaluate or args.export_official:
             work = evaluate_again if args.evaluate else export_model
             return work(experiment_class, args, directory) if ranks.rank() == 0 else 0
@@ -166,15 +177,20 @@ def run_experiment(experiment_class, argv=None):
         return finish(experiment, directory, progress, details) if ranks.rank() == 0 else 0
 
 
-def settled_flags(experiment_class, argv):
-    """(args, given, directory) of a command line: all flags settled but the precision; InputError for what does not fit."""
+def settled_flags(experiment_class, argv, held):
+    """(args, given, directory) of a command line: all flags settled but the precision; InputError for what does not fit.
+
+    held: ExitStack that keeps the directory occupied, from before the first look into it.
+    """
     parser = experiment_class.parser()
     args, given = parser.parse(argv)
     directory = store.find_directory(args, experiment_class.default_id(args))
     if args.export_official:
         return args, given, directory
+    held.enter_context(occupied(directory))
+    store.tidy(directory, experiment_class.weight_files)
     store.adopt_stored_flags(args, given, parser, directory)
-    store.refuse_to_overwrite(args, directory)
+    store.refuse_to_overwrite(args, directory, parser)
     experiment_class.settle(args)
     if args.seed is None and not args.evaluate:
         args.seed = store.drawn_seed()
@@ -190,12 +206,16 @@ def begin(experiment, directory, details, stored, no_cuda_given):
     stored: args.json of a run that is resumed, else None.
     """
     args = experiment.args
+    drawn = [name for name in experiment.weight_files if Path(name).stem not in experiment.modules]  # once, not trained
+    details["files"] = {name: digest for name, digest in (stored or {}).get("files", {}).items() if name in drawn}
     if stored:
         details |= store.check_machine(directory, stored, details, no_cuda_given)
-    store.start_directory(directory, args, details)
+    store.start_directory(directory, args, details, experiment.weight_files)
     print(f"model        {directory}, seed {args.seed}")
     print_description(experiment)
     experiment.draw(directory)
+    details["files"] = digests(directory, drawn)
+    store.write_args(directory, args, {**details, "finished": False})
     return details
 
 
@@ -204,9 +224,15 @@ def finish(experiment, directory, progress, details):
     args = experiment.args
     for name, state in experiment.weights().items():
         store.save_weights(state, directory / f"{name}.pt")
-    details |= {"eval_seed": args.seed + 1, "train_seconds": round(progress.seconds, 1)}
-    with after_training(args):
-        details |= write_evaluation(experiment, directory, details["eval_seed"])
+    details |= {"files": digests(directory, experiment.weight_files), "train_seconds": round(progress.seconds, 1)}
+    store.write_args(directory, args, {**details, "finished": False})
+    details["eval_seed"] = args.seed + 1
+    with after_training(args), staged(directory) as folder:
+        details |= write_evaluation(experiment, directory, folder, details["eval_seed"])
+        details["files"] |= digests(folder)
+        for file in folder.iterdir():
+            file.replace(directory / file.name)
+    (directory / store.CHECKPOINT_BEFORE).unlink(missing_ok=True)
     store.write_args(directory, args, {**details, "finished": True})
     return 0
 
@@ -214,7 +240,7 @@ def finish(experiment, directory, progress, details):
 def evaluate_again(experiment_class, args, directory):
     """--evaluate: results.csv of a trained model by another seed; the results of an earlier one are kept beside it."""
     device, parser = select_device(args.no_cuda), experiment_class.parser()
-    stored, seed = store.take_evaluation_seed(args, directory, parser)
+    stored, seed = store.take_evaluation_seed(args, directory, parser, experiment_class.weight_files)
     # in full, also where the device does not have the precision of the training
     args.seed, args.precision = stored["seed"], "fp32"
     experiment = experiment_class(args, device)
@@ -222,9 +248,13 @@ def evaluate_again(experiment_class, args, directory):
     experiment.load(directory)
     print(f"model        {directory}, training seed {args.seed}, evaluation seed {seed}")
     print_description(experiment)
-    timing = write_evaluation(experiment, directory, seed, stored.get("eval_seed"))
-    flags = {name: getattr(args, name) for name in parser.names("again")}
-    write_json(directory / "args.json", {**stored, **flags, "eval_seed": seed, **timing, "finished": True})
+    with staged(directory) as folder:
+        timing = write_evaluation(experiment, directory, folder, seed)
+        store.keep_results(directory, folder, stored.get("eval_seed"), seed)
+        files = {**stored.get("files", {}), **digests(folder)}
+        flags = {name: getattr(args, name) for name in parser.names("again")}
+        write_json(directory / "args.json", {**stored, **flags, "eval_seed": seed, **timing, "files": files, "finished": True})
+    (directory / store.CHECKPOINT_BEFORE).unlink(missing_ok=True)
     return 0
 
 
@@ -254,11 +284,11 @@ def print_description(experiment):
     print("\n".join(f"{name:12} {line}" for name, line in lines.items()), flush=True)
 
 
-def write_evaluation(experiment, directory, seed, earlier_seed=None):
-    """Evaluate, write results.csv and results.png, print both; returns the duration as a dict.
+def write_evaluation(experiment, directory, folder, seed):
+    """Evaluate the model in `directory`, write results.csv and .png into `folder`, print both; returns the duration as a dict.
 
-    The results of an earlier evaluation with another seed are kept as results_seed{N}.csv and .png. Raises InputError if the
-    encodings are of no use, and if they take more memory than there is: the model lies in the directory by then.
+    Raises InputError if the encodings are of no use, and if they take more memory than there is: the model lies in the directory
+    by then.
     """
     started = time.perf_counter()
     try:
@@ -269,9 +299,8 @@ def write_evaluation(experiment, directory, seed, earlier_seed=None):
         if not is_out_of_memory(error):
             raise
         raise InputError(_with_less_memory(experiment, directory, seed)) from None
-    store.keep_results(directory, earlier_seed, seed)
-    write_csv(experiment.table(results), directory / "results.csv")
-    experiment.show(results, directory / "results.png")
+    write_csv(experiment.table(results), folder / "results.csv")
+    experiment.show(results, folder / "results.png")
     print(f"picture      {directory / 'results.png'}", flush=True)
     return {"eval_seconds": round(time.perf_counter() - started, 1)}
 

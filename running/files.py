@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import tempfile
@@ -10,20 +11,22 @@ from pathlib import Path
 
 from running.command_line import InputError
 
+LONGEST_LINE = 2**16  # bytes of a line of text that is read: no caption or row of a table needs as many
+
 
 @contextlib.contextmanager
-def replaced(path):
+def replaced(path, keep=None):
     """Context of a temporary path beside `path`, renamed to it once the block has ended well and the bytes are on disk.
 
+    keep: path that the earlier file, if there is one, is renamed to before.
     An OSError that names no file, as that of a full disk, gets the name of `path`.
     """
     path = Path(path)
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        descriptor, temporary = _locked_temporary(path)
     except OSError as error:
         error.filename = str(path)  # not a name that nobody knows
         raise
-    os.close(descriptor)
     try:
         yield Path(temporary)
         umask = os.umask(0)
@@ -35,6 +38,8 @@ def replaced(path):
                 except OSError as error:  # file systems of a network or a cloud may know neither
                     if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES):
                         raise
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -42,6 +47,24 @@ def replaced(path):
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+    finally:
+        os.close(descriptor)
+
+
+def _locked_temporary(path):
+    """(descriptor, name) of a new file for `replaced`, locked while it is open. Those of processes that were killed go."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.{8 * '?'}{glob.escape(path.suffix)}"):
+        # what is not locked, on a file system that has locks, is nobody's any more
+        with contextlib.suppress(OSError), open(other, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            other.unlink()
+    while True:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(temporary):  # else another process took it for nobody's, before it was locked
+            return descriptor, temporary
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -55,6 +78,25 @@ def locked(path):
             file = stack.enter_context(open(path, "ab"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def regular_file(path):
+    """Path of `path`; InputError if there is something that is no regular file: a FIFO would be waited for, for ever."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file, expected one")
+    return path
+
+
+def read_text(path):
+    """Text of a regular file in UTF-8, without a byte order mark; InputError if a line has more than LONGEST_LINE bytes.
+
+    Raises FileNotFoundError and UnicodeDecodeError as they come.
+    """
+    content = regular_file(path).read_bytes()
+    if max(map(len, content.split(b"\n"))) > LONGEST_LINE:
+        raise InputError(f"{path} has a line of more than {LONGEST_LINE:,} bytes, expected lines of text; make the file again")
+    return content.decode("utf-8-sig")
 
 
 def write_bytes(path, content):

@@ -49,6 +49,12 @@ def is_official(stored):
     return not {"recipe", "finished"} & stored.keys()
 
 
+def shared_names(parser):
+    """Set of the flags in args.json of either: the seed and the setting."""
+    own = {"protocol", "recipe", *parser.recipes["paper"], *parser.freely, *parser.names("again")}
+    return set(vars(parser.parse([])[0])) - own
+
+
 def completed(stored, parser):
     """Their args.json, a dict, with the flags that only we have, as they trained: by the protocol "code" and the recipe "paper".
 

@@ -290,8 +290,12 @@ class InputWhitening:
         return {name: [self._covariances[name], inverse] for name, inverse in self._inverses.items()}
 
     def load_state_dict(self, state):
-        """Take the matrices of `state_dict`; raises KeyError for a layer that is not watched."""
-        devices = {name: self._layers[name].weight.device for name in state}
+        """Take the matrices of `state_dict`; raises ValueError if they are not those of the layers."""
+        expected = {name: 2 * [(torch.strided, 2 * (layer.in_features,))] for name, layer in self._layers.items()}
+        found = {name: [(matrix.layout, tuple(matrix.shape)) for matrix in pair] for name, pair in state.items()}
+        if found != expected:
+            raise ValueError("its preconditioner is of other layers")
+        devices = {name: layer.weight.device for name, layer in self._layers.items()}
         self._covariances, self._inverses = (
             {name: pair[part].to(devices[name], copy=True) for name, pair in state.items()} for part in (0, 1)
         )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from running import ranks
 from running.command_line import InputError
-from running.directory import load_state, load_torch, save_torch
+from running.directory import CHECKPOINT, has_checkpoint, load_checkpoint, load_state, save_checkpoint
 from running.files import write_csv
 from running.optimisation import make_optimiser, training_step
 from running.schedules import learning_rate
@@ -37,24 +37,27 @@ class Progress:
 def train(experiment, directory):
     """Train the modules of an Experiment for args.train_steps steps; returns the Progress at the end.
 
-    Continues from checkpoint.pt if the directory has one. The signals STOP, unless they are ignored, write a checkpoint, say how
-    to resume and exit with 128 + the signal's number. Raises InputError if the loss is no longer finite, and if checkpoint.pt is
-    damaged or of another run.
+    Continues from the checkpoint if the directory has one, or from the one before if that is damaged. The signals STOP, unless
+    they are ignored, write a checkpoint, say how to resume and exit with 128 + the signal's number. Raises InputError if the loss
+    is no longer finite, and if the checkpoint is damaged or of another run.
     """
-    args, checkpoint, progress = experiment.args, directory / "checkpoint.pt", Progress()
+    args, progress = experiment.args, Progress()
     optimiser = make_optimiser(experiment.modules, args, experiment.rates)
     for module in experiment.modules.values():
         module.train()
         ranks.share_batch_norms(module)
-    if ranks.from_first(checkpoint.exists):
-        content = ranks.from_first(lambda: load_torch(checkpoint))
+    if ranks.from_first(lambda: has_checkpoint(directory)):
+        content, path = ranks.from_first(lambda: load_checkpoint(directory))
         with ranks.agreed():
-            progress = _adopt_checkpoint(content, checkpoint, experiment, optimiser)
+            progress = _adopt_checkpoint(content, path, experiment, optimiser)
         print(f"resumed from step {progress.step} of {args.train_steps}")
+        if path.name != CHECKPOINT:  # else the next would put the damaged one in its place
+            ranks.from_first(lambda: path.replace(directory / CHECKPOINT))
         # a kill may have come between the checkpoint, which holds the log, and the log's own file
         ranks.from_first(lambda: write_csv(pd.DataFrame(progress.log), directory / "train_log.csv"))
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=experiment.device)
-    already, started = progress.seconds, time.perf_counter()
+    already = progress.seconds
+    started = saved = time.perf_counter()
     bar = tqdm(
         total=args.train_steps,
         initial=progress.step,
@@ -78,7 +81,7 @@ def train(experiment, directory):
     def save():
         mean_loss()  # what is not finite shall not take the place of the last checkpoint
         progress.loss_sum, progress.seconds = loss_sum.item(), seconds()
-        _save_checkpoint(checkpoint, progress, experiment, optimiser)
+        save_checkpoint(_checkpoint(progress, experiment, optimiser), directory)
         write_csv(pd.DataFrame(progress.log), directory / "train_log.csv")
 
     def keep():
@@ -116,8 +119,13 @@ def train(experiment, directory):
                 ranks.from_first(log)
                 loss_sum.zero_()  # as the first process has done
                 progress.loss_steps = 0
-            if number := stop.decided():
+                saved = time.perf_counter()
+            number, is_due = stop.decided(time.perf_counter() - saved >= 60 * args.checkpoint_minutes)
+            if number:
                 ranks.from_first(end)
+            if is_due:
+                ranks.from_first(save)
+                saved = time.perf_counter()
     return progress
 
 
@@ -153,8 +161,9 @@ def _progress_line(progress, total, text):
     return f"step {row['step']:>{len(str(total))}}/{total}  loss {row['loss']:.3f}  {text}  {rate:.1f} steps/s, {left} left"
 
 
-def _save_checkpoint(path, progress, experiment, optimiser):
-    content = {
+def _checkpoint(progress, experiment, optimiser):
+    return {
+        "run": experiment.identity(),
         "progress": dataclasses.asdict(progress),
         "device": experiment.device.type,
         "modules": {name: module.state_dict() for name, module in experiment.modules.items()},
@@ -162,18 +171,24 @@ def _save_checkpoint(path, progress, experiment, optimiser):
         "preconditioner": optimiser.whitening.state_dict() if optimiser.whitening else None,
         "generators": {name: generator.get_state() for name, generator in experiment.generators.items()},
     }
-    save_torch(content, path)
 
 
 def _adopt_checkpoint(content, path, experiment, optimiser):
     """Put the dict that `path` holds in its place; returns the Progress, or raises InputError if it is of another run."""
     try:
+        then = content.get("run", {})  # older ones do not say
+        for name, value in experiment.identity().items():
+            if then.get(name, value) != value:
+                raise InputError(f"{path} is not a checkpoint of this run: it is of --{name.replace('_', '-')} {then[name]}, and "
+                                 f"args.json says {value}; restore either, or start anew with --overwrite")  # fmt: skip
+        progress = Progress(**content["progress"])
+        _check_progress(progress, experiment.args.train_steps)
         for name, module in experiment.modules.items():
             load_state(module, content["modules"][name], path)
+        _check_alike(content["optimiser"], optimiser.state_dict())
         optimiser.load_state_dict(content["optimiser"])
         if optimiser.whitening:
             optimiser.whitening.load_state_dict(content["preconditioner"])
-        progress = Progress(**content["progress"])
         optimiser.count = progress.step
         before, now = content.get("device", experiment.device.type), experiment.device.type
         for name, generator in experiment.generators.items():
@@ -187,6 +202,28 @@ def _adopt_checkpoint(content, path, experiment, optimiser):
         raise InputError(
             f"{path} is not a checkpoint of this run ({type(error).__name__}: {error}); start anew with --overwrite"
         ) from None
+
+
+def _check_progress(progress, train_steps):
+    """Raise ValueError or TypeError unless a Progress is one of a run of so many steps."""
+    if type(progress.step) is not int or not 0 < progress.step <= train_steps:
+        raise ValueError(f"it is at step {progress.step!r} of {train_steps}")
+    numbers = [progress.loss_sum, progress.loss_steps, progress.seconds]
+    numbers += [row[name] for row in progress.log for name in ("step", "seconds")]
+    if type(progress.log) is not list or not all(map(math.isfinite, numbers)):
+        raise ValueError("its log is none")
+
+
+def _check_alike(found, expected):
+    """Raise ValueError unless two nests of dicts, lists and tensors have the same names, lengths and shapes."""
+    if isinstance(expected, torch.Tensor):
+        alike = isinstance(found, torch.Tensor) and found.layout == expected.layout and found.shape == expected.shape
+    else:
+        alike = type(found) is type(expected) and len(found) == len(expected)
+    if not alike:
+        raise ValueError("its tensors are of another kind or shape")
+    for key in expected if isinstance(expected, dict) else range(len(expected)) if isinstance(expected, list) else ():
+        _check_alike(found[key], expected[key])
 
 
 class _StopSignals:
@@ -212,21 +249,21 @@ class _StopSignals:
         if ranks.size() == 1:
             self._restore()
 
-    def decided(self):
-        """The signal that ends the run after this step, None for none: the same in all processes, which all ask after each.
+    def decided(self, is_due):
+        """(signal, is_due): what ends the run after this step, None for nothing, and whether a checkpoint is due in any process.
 
-        They tell each other about once a second.
+        The same in all processes, which all ask after each step. They tell each other about once a second.
         """
         if ranks.size() == 1:
-            return self.signal
+            return self.signal, is_due
         self._steps_left -= 1
         if self._steps_left:
-            return None
-        number, seconds = ranks.largest(self.signal or 0, time.perf_counter() - self._asked)
+            return None, False
+        number, seconds, is_due = ranks.largest(self.signal or 0, time.perf_counter() - self._asked, is_due)
         self._asked = time.perf_counter()
         self._interval = max(1, min(2 * self._interval, round(self._interval / max(seconds, 1e-3))))
         self._steps_left = self._interval
-        return int(number) or None
+        return int(number) or None, bool(is_due)
 
     def _restore(self):
         for signum, handler in self._previous.items():

@@ -11,7 +11,7 @@ from PIL import Image
 import latent_spaces
 import main_numeric
 import mlp_probes
-from datasets import MPI3D_GRID
+from datasets import MPI3D_GRID, mpi3d_images
 from rendering_data.Causal3DIdent import generate_latents, generate_text
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
 from rendering_data.MPI3D.render_standin_images import MPI3D_FILE, write_images
@@ -61,6 +61,7 @@ def rendered_mpi3d(tmp_path_factory):
     sizes = dict(zip(MPI3D_GRID, (4, 4, 2, 2, 3, 2, 1), strict=True))
     write_images(folder / MPI3D_FILE, sizes)
     render(folder, sizes, train_ratio=0.75, seed=0)
+    mpi3d_images(folder)  # which checks them, once for all tests
     return folder
 
 

@@ -268,6 +268,18 @@ def test_an_installed_blender_renders_the_same(tmp_path):
 
 
 @renders
+def test_braces_in_a_folder_s_name_are_no_variables_and_nothing_is_left_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    write_latents(Path("{x}"), [BASE])
+    render(Path("{x}"), "--samples", "2")
+    write_latents(Path("{x}/{y}"), [BASE])
+    render(Path("{x}/{y}"), "--samples", "2", "--plain")
+    assert os.listdir("{x}/images") == os.listdir("{x}/{y}/images") == ["0.png"] and os.listdir("temporary") == []
+
+
+@renders
 def test_hues_below_0_are_wrapped_by_the_protocol_paper_alone(tmp_path):
     """The ground's hue −0.15: red with less green than blue; wrapped, with as much blue as red, almost."""
     corners = {}

@@ -1,9 +1,12 @@
 """MPI3D-Complex as tensors, against a plain reading of its files; whoever wrote them, and whatever is wrong with them."""
 
+import fcntl
 import io
 import json
 import os
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,9 +20,13 @@ from reading import captions as caption_reading
 from reading import images as image_reading
 from reading.captions import load_captions, tokenise
 from reading.images import Images, open_npz_images
+from reading.mpi3d import broken_facts
 from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table
+from rendering_data.MPI3D.render_standin_images import blocks
 from running.command_line import InputError
-from tests.scripts import replace
+from tests.scripts import contents, replace
+
+RECORD = f".{MPI3D_FILE}.checked"
 
 
 def save_npz(path, compressed=False, **arrays):
@@ -207,10 +214,126 @@ def test_a_compressed_file_is_unpacked_once_with_a_message(mpi3d, capsys):
     stamp = unpacked.stat().st_mtime_ns
     assert (open_npz_images(mpi3d / MPI3D_FILE)[0] == images).all()
     assert capsys.readouterr().out == "" and unpacked.stat().st_mtime_ns == stamp
-    assert not [path for path in mpi3d.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in mpi3d.iterdir() if path.name.startswith(".")] == [RECORD]
     # other images of the same name are not taken for these
     save_npz(mpi3d / MPI3D_FILE, compressed=True, images=255 - images, grid=grid)
     assert (open_npz_images(mpi3d / MPI3D_FILE)[0] == 255 - images).all()
+
+
+def test_a_checksum_is_computed_once_until_the_file_changes(mpi3d, monkeypatch):
+    calls, check = [], datasets.check_stored_images
+    monkeypatch.setattr(datasets, "check_stored_images", lambda path: calls.append(path) or check(path))
+    datasets.mpi3d_images(mpi3d)
+    assert not calls, "the file is that which the fixture has checked"
+    flipped(mpi3d)
+    for number in (1, 2):
+        with pytest.raises(InputError, match="CRC"):
+            datasets.mpi3d_images(mpi3d)
+        assert len(calls) == number, "what is damaged has not passed"
+    flipped(mpi3d)
+    datasets.mpi3d_images(mpi3d)
+    datasets.mpi3d_images(mpi3d)
+    assert len(calls) == 3
+    (mpi3d / RECORD).unlink()
+    (mpi3d / RECORD).mkdir()  # where no record can be written, as on a disk that is read alone
+    datasets.mpi3d_images(mpi3d)
+    datasets.mpi3d_images(mpi3d)
+    assert len(calls) == 5
+
+
+SIZES = (4, 4, 2, 3, 3, 3, 3)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Stand-in images of a whole grid, (*SIZES, 32, 32, 3)."""
+    return np.concatenate(list(blocks(SIZES, 32))).reshape(*SIZES, 32, 32, 3)
+
+
+def broken(scenes):
+    return list(
+        broken_facts(np.ascontiguousarray(scenes).reshape(-1, 32, 32, 3), dict(zip(datasets.MPI3D_GRID, SIZES, strict=True)))
+    )
+
+
+DISORDER = {
+    "colour and shape": (lambda s: s.swapaxes(0, 1), "OBJ_SHAPE changes the colour"),
+    "size and camera": (lambda s: s.swapaxes(2, 3), "OBJ_SIZE changes more than CAMERA"),
+    "camera and background": (lambda s: s.swapaxes(3, 4), "BACKGROUND changes more than CAMERA"),
+    "column-major": (lambda s: s.transpose(6, 5, 4, 3, 2, 1, 0, 7, 8, 9), "CAMERA"),
+    "values reversed": (lambda s: s[::-1], "green or red"),
+    "channels reversed": (lambda s: s[..., ::-1], "green or red"),
+    "rows and columns": (lambda s: s.swapaxes(7, 8), "the table does not lie below"),
+    "channels first": (lambda s: s.transpose(*range(7), 9, 7, 8), "green or red"),
+    "one for all": (lambda s: np.broadcast_to(s[0, 0, 0, 0, 0, 0, 0], s.shape), "green or red"),
+    "pixels": (lambda s: np.random.default_rng(0).permutation(s.reshape(-1, 1024, 3), axis=1), "neighbouring pixels"),
+    "images": (lambda s: np.random.default_rng(0).permutation(s.reshape(-1, 1024, 3)), "more than CAMERA"),
+}
+
+
+@pytest.mark.parametrize("disorder", DISORDER)
+def test_images_in_another_order_are_told_from_the_data_set_s(scenes, disorder):
+    change, fact = DISORDER[disorder]
+    assert broken(scenes) == []
+    assert fact in " ".join(broken(change(scenes)))
+
+
+def test_a_fine_axis_moves_in_small_steps():
+    sizes = (1, 1, 1, 2, 1, 10, 10)
+    images, grid = np.concatenate(list(blocks(sizes, 32))), dict(zip(datasets.MPI3D_GRID, sizes, strict=True))
+    assert list(broken_facts(images, grid)) == []
+    mixed = np.random.default_rng(0).permutation(images.reshape(2, 100, 32, 32, 3), axis=1).reshape(images.shape)
+    assert any("a step along" in fact for fact in broken_facts(mixed, grid))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1, 1), (2, 3, 2, 2, 2, 2, 2), (4, 1, 2, 1, 2, 12, 3), (1, 1, 1, 1, 1, 10, 10)])
+def test_stand_ins_of_any_grid_are_accepted(sizes):
+    images = np.concatenate(list(blocks(sizes, 32)))
+    assert list(broken_facts(images, dict(zip(datasets.MPI3D_GRID, sizes, strict=True)))) == []
+
+
+def test_what_a_killed_unpacking_left_is_removed_by_the_next_and_what_is_being_written_is_not(mpi3d):
+    images, grid = images_and_grid(mpi3d)
+    save_npz(mpi3d / MPI3D_FILE, compressed=True, images=images, grid=grid)
+    checksum = zipfile.ZipFile(mpi3d / MPI3D_FILE).getinfo("images.npy").CRC
+    stem = f"{Path(MPI3D_FILE).stem}.{checksum:08x}.npy"
+    killed, other = mpi3d / f".{stem}.0abc_def.npy", mpi3d / f".{stem}.12345678.npy"
+    killed.write_bytes(b"half")
+    with open(other, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        open_npz_images(mpi3d / MPI3D_FILE)
+        assert not killed.exists() and other.exists() and (mpi3d / stem).exists()
+
+
+def test_a_member_whose_path_leaves_the_folder_is_left_alone(mpi3d):
+    with zipfile.ZipFile(mpi3d / MPI3D_FILE) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    replace(mpi3d / MPI3D_FILE, b"")
+    before = lasting(mpi3d.parent)
+    with zipfile.ZipFile(mpi3d / MPI3D_FILE, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in {"../../evil.npy": members["images.npy"], "/tmp/evil.npy": b"", **members}.items():
+            archive.writestr(name, content)
+    load_mpi3d(mpi3d, "selection", 1)
+    new = lasting(mpi3d.parent).keys() - before.keys()
+    assert all(name.startswith("mpi3d/") for name in new) and not any("evil" in name for name in new)
+
+
+def test_a_file_that_becomes_shorter_in_use_is_one_line(mpi3d):
+    replace(mpi3d / MPI3D_FILE, (mpi3d / MPI3D_FILE).read_bytes())
+    images = Images(open_npz_images(mpi3d / MPI3D_FILE)[0])
+    os.truncate(mpi3d / MPI3D_FILE, 10_000)
+    with pytest.raises(InputError, match="npz has become shorter while it is in use"):
+        images.take(torch.arange(3))
+    (mpi3d / MPI3D_FILE).unlink()
+    images._check_length()  # what is removed stays readable to those who have it open
+
+
+def test_an_archive_larger_than_the_disk_is_not_unpacked(mpi3d, monkeypatch):
+    images, grid = images_and_grid(mpi3d)
+    save_npz(mpi3d / MPI3D_FILE, compressed=True, images=images, grid=grid)
+    monkeypatch.setattr(image_reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(InputError, match=r"unpacked into 0.00 GB once, and .* 0.00 GB free; copy the folder to a larger disk"):
+        open_npz_images(mpi3d / MPI3D_FILE)
 
 
 def test_a_compressed_file_on_a_full_disk_leaves_nothing(mpi3d, monkeypatch):
@@ -273,6 +396,32 @@ def test_tokens_are_taken_from_the_cache_until_the_captions_change(mpi3d, monkey
     replace(mpi3d / "test/text_selection_1.txt", (mpi3d / "test/text_selection_1.txt").read_text().replace("olive", "olives"))
     changed, _ = load_mpi3d(mpi3d, "selection", 1)
     assert changed.fingerprint != first.fingerprint and (every_token(changed)["test"] == 2).any()
+
+
+def test_whatever_is_wrong_with_a_cache_it_is_made_again(mpi3d):
+    first, cache = load_mpi3d(mpi3d, "selection", 1)[0].fingerprint, mpi3d / "tokens_selection_1.npz"
+    with np.load(cache) as content:
+        sound = dict(content)
+    deep = np.array("[" * 100_000 + "]" * 100_000)
+    for wrong in (
+        {"index_train": sound["index_train"] + 10**6},
+        {"index_train": sound["index_train"].astype(float)},
+        {"index_test": sound["index_test"][:0]},
+        {"tokens_train": sound["tokens_train"][0]},
+        {"tokens_test": sound["tokens_test"] + 200},
+        {"vocabulary": np.array("{}")},
+        {"vocabulary": deep},
+        {"tokens_train": np.array([{}], dtype=object)},
+    ):
+        save_npz(cache, **sound | wrong)
+        assert load_mpi3d(mpi3d, "selection", 1)[0].fingerprint == first
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    for content in (b"", buffer.getvalue(), cache.read_bytes()[:-50]):
+        replace(cache, content)
+        assert load_mpi3d(mpi3d, "selection", 1)[0].fingerprint == first
+    as_fifo(cache)
+    assert load_mpi3d(mpi3d, "selection", 1)[0].fingerprint == first
 
 
 def test_a_folder_that_cannot_be_written_is_read(mpi3d, monkeypatch):
@@ -396,6 +545,28 @@ def shorter_member(folder):
         archive.writestr("images.npy", buffer.getvalue()[:-64])
 
 
+def with_shape(folder, shape, size):
+    """An archive whose header and directory promise an array of this shape, and `size` bytes, and which is short."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    start = np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little") + header
+    replace(folder / MPI3D_FILE, b"")
+    with zipfile.ZipFile(folder / MPI3D_FILE, "w") as archive:
+        archive.writestr("images.npy", start + bytes(min(size, 10_000)))
+        archive.getinfo("images.npy").file_size = archive.getinfo("images.npy").compress_size = len(start) + size
+
+
+def flipped(folder):
+    """Another bit amid the pixels of an archive that is not compressed."""
+    content = bytearray((folder / MPI3D_FILE).read_bytes())
+    content[len(content) // 2] ^= 1
+    replace(folder / MPI3D_FILE, bytes(content))
+
+
+def as_fifo(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 def pickled(folder):
     with_images(folder, images=np.array([{"run": "me"}], dtype=object))
 
@@ -482,6 +653,16 @@ WRONG = {
     "count": (lambda f: with_images(f, images=np.zeros((383, 8, 8, 3), np.uint8)), "holds 383 images, expected 384"),
     "grid": (lambda f: with_images(f, grid=np.array([4, 4, 2, 2, 3, 2])), "holds 384 images, expected"),
     "grid of floats": (lambda f: with_images(f, grid=np.ones(7)), "`grid` must be the sizes"),
+    "grid of a gigabyte": (lambda f: with_images(f, grid=np.ones(2**13, np.int64)), "`grid` must be the sizes"),
+    "a shape of truths": (lambda f: with_shape(f, "(True, 8, 8, 3)", 192), r"has shape \(True, 8, 8, 3\)"),
+    "a huge shape": (lambda f: with_shape(f, f"({2**62}, 64, 64, 3)", 9), "npz is damaged: `images` of shape"),
+    "a shape that lies": (lambda f: with_shape(f, f"({10**9}, 64, 64, 3)", 12288 * 10**9), "npz is truncated or damaged"),
+    "one colour": (lambda f: with_images(f, images=np.zeros((384, 64, 64, 3), np.uint8)), "an image has one colour alone"),
+    "a flipped byte": (flipped, "npz is truncated or damaged .*CRC"),
+    "a FIFO": (lambda f: as_fifo(f / MPI3D_FILE), "npz is no regular file"),
+    "captions of a FIFO": (lambda f: as_fifo(f / "test/text_selection_1.txt"), "text_selection_1.txt is no regular file"),
+    "vocabulary of a FIFO": (lambda f: as_fifo(f / "vocab_selection_1.json"), "vocab_selection_1.json is no regular file"),
+    "a long line": (lambda f: replace(f / "train/text_selection_1.txt", "word " * 2_000_000), "a line of more than 65,536 bytes"),
     "pickled": (pickled, "is a pickled array, which is not opened"),
     "no captions": (lambda f: (f / "test/text_selection_1.txt").unlink(), "render_multimodal_mpi3d.py"),
     "no table": (lambda f: (f / "test/text_semantics_selection_1.csv").unlink(), "selection_1.csv is missing"),
@@ -490,7 +671,7 @@ WRONG = {
     "a row less": (lambda f: without_line(f / "test/image_semantics.csv"), "disagree in their number"),
     "a text row less": (lambda f: without_line(f / "test/text_semantics_selection_1.csv"), "disagree in their"),
     "other grid": (
-        lambda f: with_images(f, images=np.zeros((768, 8, 8, 3), np.uint8), grid=np.array([4, 4, 2, 2, 3, 2, 2])),
+        lambda f: with_images(f, images=images_and_grid(f)[0].repeat(2, axis=0), grid=np.array([4, 4, 2, 2, 3, 2, 2])),
         "train and test have 384 rows and there are 768 images",
     ),
     "fewer said": (lambda f: swapped(f, "selection_1", "selection_0"), "line .* reads as line .* OBJ_SHAPE differ"),
@@ -535,10 +716,13 @@ WRONG = {
 def test_wrong_files_are_named_and_nothing_is_written(mpi3d, case):
     damage, message, name = (*WRONG[case], "selection_1")[:3]
     damage(mpi3d)
-    listed = sorted(path for path in mpi3d.rglob("*") if path.is_file() and not path.name.startswith("tokens_"))
-    before = [path.read_bytes() for path in listed]
+    before = lasting(mpi3d)
     bias_type, bias_id = name.split("_")
     with pytest.raises(InputError, match=message):
         load_mpi3d(mpi3d, bias_type, int(bias_id))
-    after = sorted(path for path in mpi3d.rglob("*") if path.is_file() and not path.name.startswith("tokens_"))
-    assert after == listed and [path.read_bytes() for path in after] == before
+    assert lasting(mpi3d) == before
+
+
+def lasting(folder):
+    """Files and their bytes, but for what is kept for the next start."""
+    return {name: content for name, content in contents(folder).items() if not name.startswith("tokens_") and name != RECORD}

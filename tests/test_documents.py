@@ -22,7 +22,7 @@ README, RESULTS = ROOT / "README.md", ROOT / "RESULTS.md"
 PAGES = [README, RESULTS, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md", ROOT / "paper/README.md"]
 SCRIPTS = [
     file.relative_to(ROOT).as_posix()
-    for pattern in ("*.py", "rendering_data/*/*.py", "benchmarks/*.py")
+    for pattern in ("*.py", "rendering_data/*/*.py", "benchmarks/*.py", "torture/*.py")
     for file in sorted(ROOT.glob(pattern))
     if '__name__ == "__main__"' in file.read_text()
 ]

@@ -4,7 +4,10 @@ import concurrent.futures
 import hashlib
 import io
 import json
+import os
+import struct
 import time
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -18,10 +21,12 @@ from reading import images as image_reading
 from reading.captions import tokenise
 from reading.causal3dident import CAUSAL_PALETTES, CAUSAL_TEXT, causal_text_factor
 from reading.causal3dident import CAUSAL_SEMANTICS as SELECTED
+from reading.images import decode_image
+from rendering_data.Causal3DIdent import contact_sheet
 from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED
 from rendering_data.Causal3DIdent.generate_text import TEMPLATES
 from running.command_line import InputError
-from tests.scripts import Killed, replace
+from tests.scripts import Killed, outcome, replace
 
 
 def as_jpg(folder):
@@ -201,6 +206,84 @@ def test_progress_tells_images_a_second_and_the_time_left(causal3dident, monkeyp
     assert lines[-1].endswith("0 s left")
 
 
+GREY = np.arange(0, 240, 10, dtype=np.uint16).reshape(4, 6)
+
+
+def saved(path, pixels, mode=None, **options):
+    Image.fromarray(pixels, mode).save(path, **options)
+    return path
+
+
+def test_grey_of_16_bits_is_scaled_and_not_cut_off(tmp_path):
+    pixels = decode_image(saved(tmp_path / "0.png", GREY * 257))
+    assert pixels.dtype == np.uint8 and np.array_equal(pixels, np.repeat(GREY[..., None], 3, axis=2))
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    for name in ("0.png", "1.jpg"):
+        upright = decode_image(saved(tmp_path / name, GREY.astype(np.uint8), exif=exif))
+        assert upright.shape == (6, 4, 3) and abs(upright[:, ::-1, 0].T.astype(int) - GREY).max() < 20
+
+
+def test_palettes_and_opaque_pictures_are_read_as_they_look_and_transparent_ones_refused(tmp_path):
+    colour = np.stack([GREY, 2 * GREY % 256, 255 - GREY], axis=2).astype(np.uint8)
+    Image.fromarray(colour).quantize(64).save(tmp_path / "0.png")
+    assert np.abs(decode_image(tmp_path / "0.png").astype(int) - colour).max() < 10
+    opaque = np.dstack([colour, np.full(GREY.shape, 255, np.uint8)])
+    assert np.array_equal(decode_image(saved(tmp_path / "1.png", opaque)), colour)
+    opaque[2, 3, 3] = 254
+    saved(tmp_path / "2.png", opaque)
+    Image.fromarray(colour).quantize(64).save(tmp_path / "3.png", transparency=0)
+    for name in ("2.png", "3.png"):
+        with pytest.raises(InputError, match=f"{name} has transparent pixels"):
+            decode_image(tmp_path / name)
+
+
+def bomb(path):
+    """A picture of 20,000 × 20,000 pixels of one colour, in a few kilobytes."""
+    head = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(20_000 * 2501), 9)), (b"IEND", b"")]
+    parts = (struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    replace(path, b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def float_tiff(path):
+    path.unlink()
+    saved(path, GREY.astype(np.float32) / 255, format="TIFF")
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make, words", [(bomb, "decompression bomb"), (float_tiff, "no PNG or JPEG"), (fifo, "no regular file")])
+def test_what_is_no_picture_of_the_data_set_is_one_line(causal3dident, capsys, make, words):
+    make(causal3dident / "images/007.png")
+    with pytest.raises(InputError, match=rf"images/007.png is .*{words}"):
+        load_causal3dident(causal3dident, "selections", 1)
+    flags = ("--output-folder", causal3dident, "--count", 200, "--settings", "selections_1")
+    code, _, err = outcome(capsys, contact_sheet.main, *flags)
+    assert code == 2 and err.count("\n") == 1 and words in err
+
+
+def test_an_image_of_equal_size_and_time_is_noticed(causal3dident):
+    before, path = first_pixels(causal3dident), causal3dident / "images/001.png"
+    status, content = path.stat(), path.read_bytes()
+    for level in range(10):  # other pixels in as many bytes
+        buffer = io.BytesIO()
+        Image.fromarray(255 - before[1]).save(buffer, "png", compress_level=level)
+        if len(buffer.getvalue()) <= len(content):
+            break
+    changed = buffer.getvalue().ljust(len(content), b"\0")
+    replace(path, changed)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (len(content), status.st_mtime_ns)
+    assert np.array_equal(first_pixels(causal3dident)[1], 255 - before[1])
+
+
 # --------------------------------------------------------------------------------------------------------------
 # bad input
 
@@ -293,6 +376,9 @@ CAPTIONS = "text/selections_1/text_raw.txt"
         (lambda folder: replace(folder / "images/007.png", b"no image"), "images/007.png is damaged"),
         (of_another_size, "images/033.png has 20 × 24 pixels and 000.png 24 × 24"),
         (swapped_captions, "reads as line"),
+        (lambda folder: replace(folder / IMAGE, ",".join(map(str, range(10**6)))), "a line of more than 65,536 bytes"),
+        (lambda folder: replace(folder / TEXT, "a" * 10**7 + "\n"), "a line of more than 65,536 bytes"),
+        (lambda folder: fifo(folder / IMAGE), f"{IMAGE} is no regular file"),
         (swapped_setting, "reads as line"),
         (with_value(TEXT, "object_shape", 3, 190), "the image's in row"),
     ],

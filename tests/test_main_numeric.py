@@ -20,7 +20,7 @@ from main_numeric import NumericExperiment
 from running import devices, experiment
 from running import directory as model_directory
 from tests.conftest import TINY
-from tests.scripts import contents
+from tests.scripts import Killed, contents, forget_digests
 
 ROOT = Path(main_numeric.__file__).parent
 FILES = ["args.json", "checkpoint.pt", "f_t.pt", "f_x.pt", "g_t.pt", "g_x.pt", "results.csv", "results.png", "train_log.csv"]
@@ -336,11 +336,10 @@ def test_an_evaluation_killed_before_its_end_is_not_taken_for_another(run, train
 
         patch.setattr(experiment, "write_json", dying)
         assert run("--evaluate --seed 7", base="--no-cuda")[0] == 130
-    of_seed_7 = (directory / "results.csv").read_bytes()
+    assert contents(directory) == before
     assert run("--evaluate --seed 8", base="--no-cuda")[0] == 0
     after = contents(directory)
-    assert after["results_seed2.csv"] == before["results.csv"] and after["results_seed7.csv"] == of_seed_7
-    assert of_seed_7 not in (before["results.csv"], after["results.csv"])
+    assert after["results_seed2.csv"] == before["results.csv"] != after["results.csv"] and "results_seed7.csv" not in after
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -591,6 +590,8 @@ def test_a_truncated_weight_file_and_one_of_another_shape(run, trained):
     (directory / "f_x.pt").write_bytes(whole[: len(whole) // 2])
     fails(run, "--evaluate --seed 5", "f_x.pt is damaged", base="--no-cuda")
     (directory / "f_x.pt").write_bytes((directory / "f_t.pt").read_bytes())
+    fails(run, "--evaluate --seed 5", "f_x.pt is not of this run", base="--no-cuda")
+    forget_digests(directory)
     fails(run, "--evaluate --seed 5", "expected (40, 4)", base="--no-cuda")
 
 
@@ -598,6 +599,7 @@ def test_weights_that_are_not_finite(run, trained):
     directory, _ = trained
     state = model_directory.load_torch(directory / "f_x.pt")
     model_directory.save_torch({name: value * float("nan") for name, value in state.items()}, directory / "f_x.pt")
+    forget_digests(directory)
     before = contents(directory)
     fails(run, "--evaluate --seed 5", "cannot be evaluated: the fitting encoding holds values", base="--no-cuda")
     assert contents(directory) == before
@@ -631,29 +633,24 @@ def test_places_that_cannot_be_written(run, tmp_path):
     assert (tmp_path / "notes/a.csv").read_text() == "x"
 
 
-def test_of_two_runs_that_begin_in_one_directory_the_second_gives_way(run, tmp_path, monkeypatch):
-    def meanwhile(model):
-        (tmp_path / "models/m").mkdir(parents=True)
-        (tmp_path / "models/m/args.json").write_text("{}")
-        return {}
-
-    monkeypatch.setattr(NumericExperiment, "details", meanwhile)
-    fails(run, "--seed 1", "another run has just begun")
-    assert contents(tmp_path / "models/m") == {"args.json": b"{}"}
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_without_write_permission(run, tmp_path):
     (tmp_path / "models").mkdir(mode=0o555)
     fails(run, "", "Permission denied")
 
 
-def test_a_full_disk_loses_nothing(run, tmp_path):
+def test_a_full_disk_loses_nothing(run, tmp_path, monkeypatch):
     """A limit on the size of files stands for the full disk: the checkpoint is the first file that does not fit."""
-    assert run("--seed 1 --train-steps 20")[0] == 0
-    directory = tmp_path / "models/m"
-    stored = json.loads((directory / "args.json").read_text())
-    (directory / "args.json").write_text(json.dumps({**stored, "finished": False, "train_steps": 40}))
+    directory, real = tmp_path / "models/m", NumericExperiment.monitor
+
+    def dying(model):
+        if (directory / "checkpoint_before.pt").exists():
+            raise Killed
+        return real(model)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(NumericExperiment, "monitor", dying)
+        run("--seed 1")
     before = contents(directory)
     command = [
         sys.executable,

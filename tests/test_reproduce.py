@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -513,17 +514,113 @@ def test_slurm_is_asked_for_what_the_flags_say(fake, call, monkeypatch):
 
     fake(slow="--steps 1")
     monkeypatch.setattr(jobs.submitit, "SlurmExecutor", Executor)
-    monkeypatch.setattr(jobs, "queued_jobs", set)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     words = "run slow --scale tiny --seeds 2 --cluster slurm --mem 1.5"
     answer = call(f"{words} --partition gpu --time 30 --gpus-per-job 2 --cpus-per-job 3 --jobs 5")
     assert is_one_line_error(answer, "SLURM refuses the jobs: error: invalid partition")
     expected = {"job_name": "fake-tiny", "time": 30, "cpus_per_task": 3, "mem": "1536MB", "array_parallelism": 5,
-                "additional_parameters": {"requeue": True}}  # fmt: skip
+                "additional_parameters": {"requeue": True}, "wckey": None}  # fmt: skip
     assert asked == [expected | {"partition": "gpu", "gpus_per_node": 2}, None, None]
     asked.clear()
     assert call(f"{words} --gpus-per-job 0")[0] == 2
     assert asked == [expected | {"time": 720, "cpus_per_task": 4, "array_parallelism": 32}, "", ""]
+
+
+STAND_IN = """#!/bin/sh
+# runs the first line of its answers, and takes it away unless it is the last
+echo "$@" >> "$0.calls"
+line=$(head -n 1 "$0.answers")
+[ "$(wc -l < "$0.answers")" -gt 1 ] && sed -i 1d "$0.answers"
+eval "$line"
+"""
+
+
+@pytest.fixture
+def slurm(fake, tmp_path, monkeypatch):
+    """slurm(squeue=[…], …) puts commands in the PATH that answer by a line of shell each; returns calls(name) → their words."""
+    fake(slow="--steps 1")
+    folder = tmp_path / "bin"
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.02)
+    Path("models/logs/fake-tiny").mkdir(parents=True)
+    Path("models/logs/submitit").mkdir()
+
+    def make(**answers):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name in ("sbatch", "srun", "squeue", "sacct"):
+            (folder / f"{name}.answers").write_text("".join(f"{line}\n" for line in answers.get(name, ["exit 1"])))
+            (folder / name).write_text(STAND_IN)
+            (folder / name).chmod(0o755)
+
+        def calls(name):
+            file = folder / f"{name}.calls"
+            return file.read_text().splitlines() if file.exists() else []
+
+        return calls
+
+    return make
+
+
+def accounting(state):
+    return f"echo 'JobID|State'; echo '5|{state}'; echo '5.batch|COMPLETED'"
+
+
+ON_SLURM = "run slow --scale tiny --seeds 1 --cluster slurm"
+JOB = Path("models/logs/fake-tiny/slow_seed1.job")
+TRAINED = (
+    "cd models/fake-tiny/slow_seed1; touch weights.pt; printf 'factor,score\\ns,1\\n' > results.csv; "
+    """echo '{"seed": 1, "steps": 1, "bad_seed": 0, "finished": true}' > args.json; """
+)
+
+
+@pytest.mark.parametrize("queue", [["exit 1", "echo 5", "true"], ["true"]])
+def test_jobs_that_squeue_leaves_out_while_sacct_has_them_run_are_waited_for(slurm, call, queue):
+    """The controller has just started, or does not answer: no job is submitted twice, none is called failed."""
+    running = 20 * [accounting("RUNNING")] + ["exit 1", accounting("PENDING")]
+    calls = slurm(squeue=queue, sacct=[*running, TRAINED + accounting("COMPLETED")])
+    JOB.write_text("5\n")
+    Path("models/fake-tiny/slow_seed1").mkdir(parents=True)
+    code, out, err = call(ON_SLURM)
+    assert code == 0 and "1 jobs of an earlier call" in out and "slow_seed1 done" in out, err
+    assert not calls("sbatch") and len(calls("sacct")) >= 22 and "--jobs=5" in calls("sacct")[0]
+
+
+def test_a_queue_that_does_not_answer_is_one_line_and_nothing_is_submitted(slurm, call):
+    calls = slurm(squeue=["exit 1"], sbatch=["echo Submitted batch job 7"])
+    JOB.write_text("5_3\n")
+    assert is_one_line_error(call(ON_SLURM), "squeue does not answer", "nothing was submitted")
+    assert not calls("sbatch") and len(calls("squeue")) == jobs.LONG_ABSENCES
+
+
+def test_a_job_that_never_started_is_told_by_what_slurm_said_of_it(slurm, call):
+    """Of job 5 nothing is known any more, and a cluster without accounting says nothing of job 7."""
+    said = "echo 'slurmstepd: error: the node has no disk' > models/logs/submitit/7_0_log.err"
+    calls = slurm(squeue=["true"], sbatch=[f'cp "$1" script; {said}; echo Submitted batch job 7'])
+    JOB.write_text("5\n")
+    code, _, err = call(ON_SLURM)
+    assert code == 2 and "slow_seed1: slurmstepd: error: the node has no disk" in err
+    assert JOB.read_text() == "7\n" and len(calls("sbatch")) == 1
+    assert len(calls("squeue")) == 2 * jobs.LONG_ABSENCES
+    assert "#SBATCH --requeue" in Path("script").read_text() and "wckey" not in Path("script").read_text()
+    slurm(squeue=["true"], sacct=[accounting("CANCELLED by 0")], sbatch=["echo Submitted batch job 5"])
+    assert "slow_seed1: it never started" in call(ON_SLURM)[2]
+
+
+def test_without_locks_nothing_is_waited_for(fake, monkeypatch):
+    """Lustre that is mounted without them answers ENOSYS."""
+    fake(slow="--steps 1")
+    model = Model(figures.FIGURES["slow"].cells("tiny")[0].setting, 1, Path("models"))
+
+    def refused(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(jobs.fcntl, "flock", refused)
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert jobs.make_job(model, model.commands([]), {})() == 0 and model.finished()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch):

@@ -265,6 +265,7 @@ def toy_args(**changes):
         "layer_lr": "uniform",
         "preconditioner": "none",
         "optimiser": "adam",
+        "checkpoint_minutes": 10,
     }
     return Namespace(**{**flags, "model_dir": "models", "model_id": "toy", **changes})
 
@@ -287,6 +288,9 @@ class Toy:
 
     def monitor(self):
         return {}, ""
+
+    def identity(self):
+        return {"lr": self.args.lr}
 
 
 @pytest.mark.parametrize("schedule, rates", [("constant", None), ("onecycle", None), ("constant", {"m": 0.1, "n": 3})])

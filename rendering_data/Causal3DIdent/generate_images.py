@@ -84,6 +84,9 @@ def work():
         for line in sys.stdin:
             started = time.perf_counter()
             image = json.loads(line)
+            temporary = Path(image["temporary"])
+            os.chdir(temporary.parent)  # Blender takes braces in a folder's name for a variable of its own
+            image["temporary"] = f"./{temporary.name}"
             if settings["plain"]:
                 scene = scenes.build_scene(settings)
                 scenes.set_latents(*scene, image["latents"], settings["protocol"])
@@ -92,7 +95,6 @@ def work():
                 bpy.ops.render.render(write_still=True)
             else:
                 lamp_by_lamp.render(image)
-            temporary = Path(image["temporary"])
             temporary.write_bytes(pixels_alone(temporary.read_bytes()))
             temporary.replace(image["file"])
             print(f"done {time.perf_counter() - started:.6f}", file=answers)
@@ -132,10 +134,13 @@ class Renderers:
         command = renderer_command()
         self.threads = concurrent.futures.ThreadPoolExecutor(self.count)
         self.complaints = tempfile.TemporaryFile()  # closed by __exit__
+        # Blender makes a folder there, which a process that is killed leaves
+        self.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         # The denoiser's threads would otherwise be as many as cores in every process, bound to the same cores.
         denoiser = {"OIDN_NUM_THREADS": str(self.settings["threads"]), "OIDN_SET_AFFINITY": "0"}
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.complaints, "text": True, "bufsize": 1}
-        options = {"env": os.environ | denoiser | {"PYTHONDONTWRITEBYTECODE": "1"}, "start_new_session": True}
+        own = {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": self.temporary.name}
+        options = {"env": os.environ | denoiser | own, "start_new_session": True}
         for _ in range(self.count):
             self.processes.append(subprocess.Popen(command, **streams, **options))
             tell(self.processes[-1], self.settings)
@@ -186,6 +191,7 @@ class Renderers:
         for process in self.processes:
             process.communicate()  # waits for it and closes its pipes
         self.complaints.close()
+        self.temporary.cleanup()
 
 
 def tell(process, content):

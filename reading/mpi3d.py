@@ -1,0 +1,72 @@
+"""What the images of MPI3D-Complex show, photographs and drawings alike: by it, those of another order are told apart.
+
+No number of the photographs is assumed: each fact compares images, or parts of them, with one another.
+"""
+
+import numpy as np
+
+from running.command_line import InputError
+
+SAMPLES = 48  # images that are looked at, and as many more for each change of a factor
+ALIKE = 0.75  # of the difference between images of which nothing is known: what a step of the arm makes at most
+FINE_AXIS = 10  # positions of an axis from which one step moves the object by less than its size
+GREEN, RED = 1, 3  # of OBJ_COLOR
+AXES, OTHERS = ("H_AXIS", "V_AXIS"), ("OBJ_COLOR", "OBJ_SHAPE", "OBJ_SIZE", "BACKGROUND")
+
+
+def check_scenes(path, images, grid):
+    """Raise InputError, which names the file `path`, unless its images (N, H, W, 3) show scenes in the order of `grid`.
+
+    grid: dict factor → number of values. A few hundred images are read.
+    """
+    for fact in broken_facts(images, grid):
+        raise InputError(f"{path} is damaged, or its images or pixels are in another order: {fact}; get it again")
+
+
+def broken_facts(images, grid):
+    """Yield, in words, what does not hold of the images that should hold of the scenes in the order of `grid`."""
+    rng = np.random.default_rng(0)  # which images are looked at: the same at each start
+    points = {name: rng.integers(0, size, SAMPLES) for name, size in grid.items()}
+
+    def shown(**changes):
+        rows = np.ravel_multi_index(tuple((points | changes).values()), tuple(grid.values()))
+        return images[rows].astype(np.float32)
+
+    def varied(name):
+        return shown(**{name: (points[name] + 1) % grid[name]})
+
+    def leans(name):
+        """How much more red than green the images have with each value of a factor, (values, SAMPLES)."""
+        parts = (shown(**{name: value}) for value in range(grid[name]))
+        return np.stack([(part[..., 0] - part[..., 1]).mean((1, 2)) for part in parts])
+
+    base = shown()
+    pixels = base.reshape(SAMPLES, -1, 3)
+    if not np.ptp(pixels, axis=1).max(1).all():
+        yield "an image has one colour alone"
+    unrelated = distance(pixels, rng.permutation(pixels, axis=1))
+    if max(distance(base[:, :, 1:], base[:, :, :-1]), distance(base[:, 1:], base[:, :-1])) > unrelated / 2:
+        yield "neighbouring pixels do not resemble each other"
+    if distance(base.mean(0), base.mean(0)[:, ::-1]) > distance(base.mean(0), base.mean(0)[::-1]):
+        yield "the table does not lie below"
+    unrelated = distance(base, rng.permutation(base))
+    for name in AXES:
+        if grid[name] >= FINE_AXIS:
+            start = np.minimum(points[name], grid[name] - 5)
+            one, *more = (distance(shown(**{name: start}), shown(**{name: start + step})) for step in range(1, 5))
+            if one >= min(more) or (grid["CAMERA"] > 1 and one >= ALIKE * unrelated):
+                yield f"a step along {name} changes more than it should"
+    if grid["OBJ_COLOR"] > 1:
+        lean = leans("OBJ_COLOR")
+        if lean.var(axis=0).mean() <= leans("OBJ_SHAPE").var(axis=0).mean():
+            yield "OBJ_SHAPE changes the colour more than OBJ_COLOR does"
+        if len(lean) > RED and (lean.mean(1).argmin(), lean.mean(1).argmax()) != (GREEN, RED):
+            yield "the objects that should be green or red are not"
+    for name in OTHERS:
+        if min(grid["CAMERA"], grid[name]) > 1 and distance(base, varied("CAMERA")) < distance(base, varied(name)):
+            yield f"{name} changes more than CAMERA does"
+
+
+def distance(first, second):
+    """Mean absolute difference of two arrays."""
+    return np.abs(first - second).mean()
