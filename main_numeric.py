@@ -12,6 +12,9 @@ Subsets are numbers: of ten semantics, the prefixes {0}, {0, 1}, …, {0 … 9} 
 The model directory receives args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
 """
 
+from running.command_line import InputError, integer, number, run_script
+
+# isort: split
 import numpy as np
 import pandas as pd
 import torch
@@ -22,7 +25,6 @@ from kernel_ridge import kernel_ridge_r2
 from latent_spaces import MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
 from losses import multimodal_contrastive_loss
 from probes import ABSENT, LEARNED
-from running.command_line import InputError, integer, number, run_script
 from running.directory import load_weights, save_weights
 from running.experiment import Experiment, names_of, run_experiment
 from running.pictures import plot_factor_scores

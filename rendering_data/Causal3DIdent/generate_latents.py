@@ -20,13 +20,15 @@ import contextlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from running.command_line import InputError, Parser, integer, run_script
+
+# isort: split
 import numpy as np
 import pandas as pd
 from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, hsv_to_rgb, to_rgb
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, ROTATIONS, RUNS_SPELLING
-from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
 # Factors that the caption of perturbation setting k draws anew: the first k.
