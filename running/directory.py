@@ -24,7 +24,7 @@ import torch
 
 from running.command_line import InputError
 from running.devices import describe_device
-from running.files import read_json, write_bytes, write_json
+from running.files import read_json, regular_file, write_bytes, write_json
 from running.official import completed, is_official, own_names
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
@@ -280,10 +280,16 @@ def save_torch(content, path):
 def load_torch(path):
     """What `save_torch` wrote, on the CPU; InputError that names a missing or damaged file."""
     try:
-        content = Path(path).read_bytes()
-        # torch reads an archive's members without their checksums
-        if zipfile.is_zipfile(io.BytesIO(content)) and (member := zipfile.ZipFile(io.BytesIO(content)).testzip()):
-            raise InputError(f"{path} is damaged ({member} has another checksum); restore it, or train the model anew")
+        if Path(path).is_dir():
+            raise IsADirectoryError
+        content = regular_file(path).read_bytes()
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            archive = zipfile.ZipFile(io.BytesIO(content))
+            # torch.save compresses nothing: a small file that inflates to gigabytes is not one of its own
+            if sum(member.file_size for member in archive.infolist()) > len(content):
+                raise InputError(f"{path} is damaged (it holds more than its size); restore it, or train the model anew")
+            if member := archive.testzip():  # torch reads an archive's members without their checksums
+                raise InputError(f"{path} is damaged ({member} has another checksum); restore it, or train the model anew")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except InputError:
         raise

@@ -3,12 +3,15 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import tempfile
 from pathlib import Path
 
 from running.command_line import InputError
+
+LONGEST_LINE = 2**16  # bytes of a line of text that is read: no caption or row of a table needs as many
 
 
 @contextlib.contextmanager
@@ -57,6 +60,25 @@ def locked(path):
         yield
 
 
+def regular_file(path):
+    """Path of `path`; InputError if there is something that is no regular file: a FIFO would be waited for, for ever."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file, expected one")
+    return path
+
+
+def read_text(path):
+    """Text of a regular file in UTF-8, without a byte order mark; InputError if a line has more than LONGEST_LINE bytes.
+
+    Raises FileNotFoundError and UnicodeDecodeError as they come.
+    """
+    content = regular_file(path).read_bytes()
+    if max(map(len, content.split(b"\n"))) > LONGEST_LINE:
+        raise InputError(f"{path} has a line of more than {LONGEST_LINE:,} bytes, expected lines of text; make the file again")
+    return content.decode("utf-8-sig")
+
+
 def write_bytes(path, content):
     """Write bytes to `path`, whole or not at all."""
     with replaced(path) as temporary:
@@ -72,15 +94,22 @@ def write_csv(table, path):
 def read_csv(path, columns, gaps=False):
     """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named.
 
-    A first column without a name, the index of a DataFrame, is passed over.
+    A first column without a name, the index of a DataFrame, is passed over. The last line must be ended: a number that is cut
+    short is a number still.
     """
     import pandas as pd
 
     try:
-        table = pd.read_csv(path)
+        text = read_text(path)
+        if not text.endswith("\n"):
+            raise ValueError("its last line is cut short")
+        # pandas takes a minute over thousands of columns, and takes those of the first row that have no name for an index
+        if max(line.count(",") for line in text.split("\n", 2)[:2]) > len(columns):
+            raise ValueError("it has more columns than expected")
+        table = pd.read_csv(io.StringIO(text))
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
+    except (ValueError, pd.errors.ParserError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
     if len(table.columns) and table.columns[0] == "Unnamed: 0":
         table = table.iloc[:, 1:]
@@ -99,10 +128,10 @@ def write_json(path, content):
 def read_json(path):
     """Dict of a JSON file; InputError that names the file if it is missing or damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: expected a model directory that a training script wrote") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is damaged: expected a JSON object")
