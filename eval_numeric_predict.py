@@ -23,6 +23,9 @@ Of n ≠ 10 semantics, y1 … y4 take the first 0.3n, 0.5n, 0.7n, 0.9n, rounded 
 alone what the classes depend on.
 """
 
+from running.command_line import InputError, Parser, integer, is_out_of_memory, run_script
+
+# isort: split
 import sys
 import time
 from pathlib import Path
@@ -34,15 +37,7 @@ import main_numeric
 import probes
 from latent_spaces import biased_blocks, seeded_generator
 from mlp_probes import FullBatchProbes
-from running.command_line import InputError, Parser, integer, run_script
-from running.devices import (
-    describe_device,
-    encoder_precision,
-    is_out_of_memory,
-    keep_freed_memory,
-    select_device,
-    settled_precision,
-)
+from running.devices import describe_device, encoder_precision, keep_freed_memory, select_device, settled_precision
 from running.directory import check_writable, is_finished, tidy, trained_args
 from running.files import write_csv, write_json
 from running.lock import occupied

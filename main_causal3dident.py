@@ -11,13 +11,15 @@ beside them. The paper numbers the perturbations the other way round: its settin
 The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
 """
 
+from running.command_line import run_script
+
+# isort: split
 import pandas as pd
 
 import datasets
 from image_text import MODALITIES, ImageTextExperiment
 from probes import ABSENT, FOUND
 from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, RUNS_SPELLING, causal_text_factor
-from running.command_line import run_script
 from running.experiment import names_of, run_experiment
 from running.pictures import plot_factor_scores
 

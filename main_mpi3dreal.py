@@ -11,12 +11,14 @@
 The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
 """
 
+from running.command_line import run_script
+
+# isort: split
 import pandas as pd
 
 from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, load_mpi3d, mpi3d_bias
 from image_text import MODALITIES, ImageTextExperiment
 from probes import ABSENT, LEARNED
-from running.command_line import run_script
 from running.experiment import names_of, run_experiment
 from running.pictures import plot_factor_scores
 

@@ -12,6 +12,9 @@ Subsets are numbers: of ten semantics, the prefixes {0}, {0, 1}, …, {0 … 9} 
 The model directory receives args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
 """
 
+from running.command_line import InputError, integer, number, run_script
+
+# isort: split
 import argparse
 
 import numpy as np
@@ -25,7 +28,6 @@ from latent_spaces import MisalignedLatents, MixingNetwork, biased_blocks, seed_
 from losses import multimodal_contrastive_loss
 from mlp_probes import PROBE_STEPS
 from probes import ABSENT, LEARNED
-from running.command_line import InputError, integer, number, run_script
 from running.directory import has_checkpoint, load_weights, save_weights
 from running.experiment import Experiment, names_of, run_experiment
 from running.pictures import plot_factor_scores

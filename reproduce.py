@@ -17,6 +17,9 @@ A run that was killed or failed goes on with the same command; what is finished 
 trained otherwise is named and does not count. Logs lie in models/logs/.
 """
 
+from running.command_line import InputError, Parser, integer, number, run_script
+
+# isort: split
 import contextlib
 import itertools
 import shlex
@@ -29,7 +32,6 @@ from pathlib import Path
 from grids import figures, jobs, models
 from grids.models import SCALES
 from grids.report import write_report
-from running.command_line import InputError, Parser, integer, number, run_script
 
 
 def last_line(log, complaints):

@@ -1,7 +1,29 @@
-"""What every script shares with the shell: one line a flag, flags that know whether they were given, errors of one line."""
+"""What every script shares with the shell: one line a flag, flags that know whether they were given, errors of one line.
+
+Scripts import this module before all others: from then on Ctrl-C, or too little memory for the imports, is one line too.
+"""
 
 import argparse
+import contextlib
+import errno
+import os
+import re
+import shlex
+import signal
 import sys
+import traceback
+from pathlib import Path
+
+# Flags of any script that take less memory when they are lowered.
+HEAVY = ("batch_size", "first_batch_size", "final_batch_size", "semantics_n", "modality_n", "n_mixing_layer", "encoding_size",
+         "hidden_size", "spare_dimensions", "whitening_pairs", "num_eval_batches", "n_points", "size", "jobs")  # fmt: skip
+# What torch, its libraries, NumPy and the loader of libraries say of memory that they do not get, or of sizes past all bounds.
+NO_MEMORY = re.compile(
+    "can't allocate memory|cannot allocate memory|ALLOC_FAILED|std::bad_alloc|can't start new thread|failed to map segment"
+    "|calculation overflowed|multiplication overflow|array is too big|maximum allowed dimension|invalid storage size"
+    "|overflow when unpacking|too large to convert",
+    re.IGNORECASE,
+)
 
 
 class InputError(Exception):
@@ -17,11 +39,14 @@ class Parser(argparse.ArgumentParser):
     what is trained may not and is not in it. Its errors are one line, an InputError.
     """
 
+    latest = None  # the Parser that was made last
+
     def __init__(self, documentation="", recipes=None, **options):
-        description, *rest = documentation.split("\n\n")
+        description, *rest = (documentation or "").split("\n\n")  # None: python -OO drops docstrings
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False,
                             "description": description, "epilog": "\n\n".join(rest), **options})  # fmt: skip
         self.recipes, self.differs, self._section = recipes or {}, {}, self
+        Parser.latest = self
 
     def section(self, title, description=None):
         """Put the flags that follow under a title of the help."""
@@ -49,9 +74,18 @@ class Parser(argparse.ArgumentParser):
         return {name for name, kind in self.differs.items() if kind in kinds}
 
     @property
+    def destinations(self):
+        """List of the names of all flags."""
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+    @property
     def freely(self):
         """Set of the flags on which no result depends."""
         return self.names("call", "freely")
+
+    def print_help(self, file=None):
+        """Print the help; argparse's own takes no notice of a full disk."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message):
         """Raise InputError."""
@@ -60,7 +94,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv=None):
         """(args, given): the Namespace, what is not given as the recipe has it, and the set of the flags that were given."""
         absent = object()
-        names = [action.dest for action in self._actions if action.dest != "help"]
+        names = self.destinations
         args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
         given = {name for name in names if getattr(args, name) is not absent}
         for name in set(names) - given:
@@ -72,15 +106,93 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main):
-    """Run `main` as a script: what a user can mend ends as one line on stderr with exit code 2, Ctrl-C as one with 130."""
+    """Run `main` as a script and exit with what it returns, or as `report` says of what it raises."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _open_streams()
     try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        message, code = message_of(error), 2
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    say_error(message)
+        try:
+            code = main()
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()  # a full disk or a closed pipe shows here
+    except (Exception, KeyboardInterrupt) as error:
+        with _undisturbed():
+            code = report(error)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """Context that Ctrl-C does not cut short: a second one as the first is told."""
+    previous = None
+    with contextlib.suppress(ValueError):  # not in the main thread, which alone has the signals
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    if previous is not None:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _open_streams():
+    """Open the standard streams that the shell has closed, and have all print what their encoding lacks, as \\u03b8."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers: each takes the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # what a test has put there
+            stream.reconfigure(errors="backslashreplace")
+
+
+def report(error):
+    """Say in one line on stderr what ended a script; returns the exit code.
+
+    2: what a user can mend, too little memory included; 130: Ctrl-C; 141, without a word: who reads the output has closed it;
+    1: anything else, a fault of the program, whose traceback comes first.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted", 130
+    elif isinstance(error, BrokenPipeError) and error.filename is None:
+        message, code = "", 128 + signal.SIGPIPE
+    elif is_out_of_memory(error):
+        message, code = _with_less_memory(error), 2
+    elif isinstance(error, (InputError, OSError)):
+        message, code = message_of(error), 2
+    else:
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+        goes_on = Parser.latest and "resume" in Parser.latest.destinations
+        way_on = ", and --resume goes on from the last checkpoint" if goes_on else ""
+        message, code = f"this is a fault of the program; every file that it wrote is whole{way_on}", 1
+    if message:
+        say_error(message)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again as it ends, and say so
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory could not be allocated, on a GPU or a CPU, by torch, its libraries or NumPy."""
+    if isinstance(error, InputError):
+        return False
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return named or getattr(error, "errno", None) == errno.ENOMEM or bool(NO_MEMORY.search(str(error)))
+
+
+def _with_less_memory(error):
+    asked = re.search(r"(?:tried to|unable to) allocate ([\d.]+ ?(?:bytes|[KMGTPE]i?B))", str(error), re.IGNORECASE)
+    flags = [f"--{name.replace('_', '-')}" for name in HEAVY if Parser.latest and name in Parser.latest.destinations]
+    gpu = ", or stay on the CPU with --no-cuda" if "CUDA" in str(error) else ""
+    cure = f"lower {' or '.join(flags)}{gpu}" if flags else "end other programs, or raise the limit (ulimit -v)"
+    return f"too little memory{f' ({_readable(asked[1])} at once)' if asked else ''}; {cure}"
+
+
+def _readable(size):
+    """A size in bytes, or in another unit already, in words."""
+    count = re.fullmatch(r"(\d+) ?bytes", size)
+    return f"{int(count[1]) / 2**30:,.1f} GiB" if count else size
 
 
 def message_of(error):
@@ -93,7 +205,32 @@ def message_of(error):
 
 def say_error(message):
     """Print a message as one line to stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _interrupted(*_):
+    say_error("interrupted")
+    os._exit(130)  # not KeyboardInterrupt, of which NumPy's import makes another error
+
+
+def _end_imports(kind, error, where):
+    """sys.excepthook of a script: for what comes before `run_script`."""
+    if is_out_of_memory(error):
+        os._exit(report(error))
+    sys.__excepthook__(kind, error, where)
+
+
+_script = getattr(sys.modules["__main__"], "__file__", None)
+if _script and Path(_script).resolve().is_relative_to(Path(__file__).resolve().parents[1]):  # not in a program of others
+    sys.excepthook = _end_imports
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def place_of(args):
+    """The flags that name the model directory of a Namespace, as a shell takes them."""
+    return shlex.join(["--model-dir", args.model_dir, "--model-id", args.model_id])
 
 
 def integer(minimum, *, or_zero=False):

@@ -17,15 +17,8 @@ import torch
 
 from running import directory as store
 from running import ranks
-from running.command_line import InputError, Parser, integer, number
-from running.devices import (
-    describe_device,
-    encoder_precision,
-    is_out_of_memory,
-    keep_freed_memory,
-    select_device,
-    settled_precision,
-)
+from running.command_line import InputError, Parser, integer, is_out_of_memory, number, place_of
+from running.devices import describe_device, encoder_precision, keep_freed_memory, limit_memory, select_device, settled_precision
 from running.files import write_csv, write_json
 from running.lock import occupied
 from running.official import official_args, official_names
@@ -165,6 +158,8 @@ def run_experiment(experiment_class, argv=None):
             device = select_device(args.no_cuda)
             args.precision = settled_precision(args.precision, device, experiment_class.widest_layer(args))
             experiment = experiment_class(args, device)
+            if device.type == "cpu":
+                limit_memory()
             if stored:
                 experiment.check_stored(stored)
             details = store.provenance(device) | experiment.details()
@@ -244,6 +239,8 @@ def evaluate_again(experiment_class, args, directory):
     # in full, also where the device does not have the precision of the training
     args.seed, args.precision = stored["seed"], "fp32"
     experiment = experiment_class(args, device)
+    if device.type == "cpu":
+        limit_memory()
     experiment.check_stored(stored)
     experiment.load(directory)
     print(f"model        {directory}, training seed {args.seed}, evaluation seed {seed}")
@@ -317,7 +314,7 @@ def _with_less_memory(experiment, directory, seed):
     again = f"--evaluate --seed {seed}" if args.evaluate else "--resume"
     return (
         f"{describe_device(experiment.device)} has too little memory for the evaluation; the trained model is kept in "
-        f"{directory}: evaluate it with --model-dir {args.model_dir} --model-id {args.model_id} {again} and "
+        f"{directory}: evaluate it with {place_of(args)} {again} and "
         f"{' or '.join(ways) or 'more memory'}"
     )
 

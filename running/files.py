@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import io
 import json
 import os
 import tempfile
@@ -114,15 +115,22 @@ def write_csv(table, path):
 def read_csv(path, columns, gaps=False):
     """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named.
 
-    A first column without a name, the index of a DataFrame, is passed over.
+    A first column without a name, the index of a DataFrame, is passed over. The last line must be ended: a number that is cut
+    short is a number still.
     """
     import pandas as pd
 
     try:
-        table = pd.read_csv(path)
+        text = read_text(path)
+        if not text.endswith("\n"):
+            raise ValueError("its last line is cut short")
+        # pandas takes a minute over thousands of columns, and takes those of the first row that have no name for an index
+        if max(line.count(",") for line in text.split("\n", 2)[:2]) > len(columns):
+            raise ValueError("it has more columns than expected")
+        table = pd.read_csv(io.StringIO(text))
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
+    except (ValueError, pd.errors.ParserError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it and make it again") from None
     if len(table.columns) and table.columns[0] == "Unnamed: 0":
         table = table.iloc[:, 1:]
@@ -141,10 +149,10 @@ def write_json(path, content):
 def read_json(path):
     """Dict of a JSON file; InputError that names the file if it is missing or damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: expected a model directory that a training script wrote") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is damaged: expected a JSON object")

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from running import ranks
-from running.command_line import InputError
+from running.command_line import InputError, place_of
 from running.directory import CHECKPOINT, has_checkpoint, load_checkpoint, load_state, save_checkpoint
 from running.files import write_csv
 from running.optimisation import make_optimiser, training_step
@@ -132,7 +132,7 @@ def train(experiment, directory):
 def _end_by(number, where, args):
     print(
         f"stopped by {signal.Signals(number).name} {where}; the checkpoint is written, continue with: "
-        f"{ranks.launcher()} {Path(sys.argv[0]).name} --model-dir {args.model_dir} --model-id {args.model_id} --resume",
+        f"{ranks.launcher()} {Path(sys.argv[0]).name} {place_of(args)} --resume",
         file=sys.stderr,
         flush=True,
     )
@@ -227,8 +227,9 @@ def _check_alike(found, expected):
 
 
 class _StopSignals:
-    """Context that notes the first of STOP, unless it is ignored, in `signal` and leaves the second to do what it did before.
+    """Context that notes the first of STOP, unless it is ignored, in `signal`; a second of its kind does what it did before.
 
+    One of another kind may come at the same moment, as SIGTERM and SIGHUP do where a session ends, and says nothing new.
     Of several processes none heeds a second one: torchrun hands on what its scheduler may have sent to all of them.
     """
 
@@ -245,9 +246,9 @@ class _StopSignals:
         return self
 
     def _note(self, number, frame):
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
         if ranks.size() == 1:
-            self._restore()
+            signal.signal(number, self._previous[number])
 
     def decided(self, is_due):
         """(signal, is_due): what ends the run after this step, None for nothing, and whether a checkpoint is due in any process.

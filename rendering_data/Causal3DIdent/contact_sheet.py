@@ -11,6 +11,9 @@ import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from running.command_line import InputError, Parser, integer, run_script
+
+# isort: split
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,7 +21,6 @@ import pandas as pd
 from reading.captions import read_lines
 from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SETTINGS, check_rendered_latents, image_files, read_latents
 from reading.images import decode_image
-from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 from running.pictures import check_picture
 

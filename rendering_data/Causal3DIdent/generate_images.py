@@ -31,11 +31,13 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from running.command_line import InputError, Parser, integer, run_script
+
+# isort: split
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reading.causal3dident import CAUSAL_IMAGE, SHAPES, image_files, latents_digest, read_latents
-from running.command_line import InputError, Parser, integer, run_script
 from running.cores import usable_cores
 from running.files import write_json
 

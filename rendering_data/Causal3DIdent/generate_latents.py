@@ -20,14 +20,16 @@ import contextlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from running.command_line import InputError, Parser, integer, run_script
+
+# isort: split
 import numpy as np
 import pandas as pd
 from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, hsv_to_rgb, to_rgb
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, ROTATIONS, RUNS_SPELLING
-from running.command_line import InputError, Parser, integer, run_script
-from running.files import replaced
+from running.files import regular_file, replaced
 
 # Factors that the caption of perturbation setting k draws anew: the first k.
 PERTURBED = ("background_color", "spotlight_color", "object_color", "spotlight_pos", "object_ypos", "object_xpos")
@@ -126,7 +128,7 @@ def main(argv=None):
     for name, table in sample_tables(args.n_points, args.seed, args.protocol).items():
         files[args.output_folder / name] = table.to_csv(index=False, lineterminator="\n").encode()
     args.output_folder.mkdir(parents=True, exist_ok=True)
-    others = [file for file, content in files.items() if file.exists() and file.read_bytes() != content]
+    others = [file for file, content in files.items() if file.exists() and regular_file(file).read_bytes() != content]
     if others and not args.overwrite:
         raise InputError(f"{others[0]} holds other latents already; choose another folder, or --overwrite replaces them")
     with contextlib.ExitStack() as stack:

@@ -11,11 +11,13 @@ import contextlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from running.command_line import InputError, Parser, integer, run_script
+
+# isort: split
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reading.causal3dident import CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, SHAPES, read_latents, spotlight_fifths
-from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
 # Words for the values of shape, X and Y position, and position of the spotlight, in fifths of [0, 1].

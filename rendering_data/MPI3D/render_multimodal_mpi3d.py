@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from running.command_line import InputError, Parser, integer, number, run_script
+
+# isort: split
 
 import numpy as np
 
 from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, mpi3d_bias, mpi3d_grid, mpi3d_images
 from reading.captions import number_words, tokenise
-from running.command_line import InputError, Parser, integer, number, run_script
 from running.files import write_bytes, write_json
 
 REPLACED = 0.9  # probability that a perturbable value is drawn anew; it may come out the same

@@ -18,11 +18,13 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from running.command_line import InputError, Parser, integer, run_script
+
+# isort: split
 
 import numpy as np
 
 from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_grid
-from running.command_line import InputError, Parser, integer, run_script
 from running.files import replaced
 
 SIZE, SAMPLES = 64, 128  # of an image along each side: pixels, unless others are asked for, and samples

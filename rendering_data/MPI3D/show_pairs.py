@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from running.command_line import Parser, integer, run_script
+
+# isort: split
 
 import torch
 
 from datasets import BIAS_IDS, BIAS_TYPES, load_mpi3d
 from reading.captions import read_lines
-from running.command_line import Parser, integer, run_script
 from running.pictures import check_picture, plot_captioned_images
 
 
