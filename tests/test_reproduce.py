@@ -587,7 +587,7 @@ def test_jobs_that_squeue_leaves_out_while_sacct_has_them_run_are_waited_for(slu
 
 
 def test_a_queue_that_does_not_answer_is_one_line_and_nothing_is_submitted(slurm, call):
-    calls = slurm(squeue=["exit 1"], sbatch=["echo Submitted batch job 7"])
+    calls = slurm(squeue=[*jobs.LONG_ABSENCES * ["exit 1"], "true"], sbatch=["echo Submitted batch job 7"])
     JOB.write_text("5_3\n")
     assert is_one_line_error(call(ON_SLURM), "squeue does not answer", "nothing was submitted")
     assert not calls("sbatch") and len(calls("squeue")) == jobs.LONG_ABSENCES
