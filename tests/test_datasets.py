@@ -20,7 +20,7 @@ from reading import captions as caption_reading
 from reading import images as image_reading
 from reading.captions import load_captions, tokenise
 from reading.images import Images, open_npz_images
-from reading.mpi3d import broken_facts
+from reading.mpi3d import broken_facts, check_scenes
 from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table
 from rendering_data.MPI3D.render_standin_images import blocks
 from running.command_line import InputError
@@ -276,6 +276,15 @@ def test_images_in_another_order_are_told_from_the_data_set_s(scenes, disorder):
     change, fact = DISORDER[disorder]
     assert broken(scenes) == []
     assert fact in " ".join(broken(change(scenes)))
+
+
+def test_what_looks_reordered_is_taken_where_a_user_says_so(scenes, monkeypatch, capsys):
+    grid, images = dict(zip(datasets.MPI3D_GRID, SIZES, strict=True)), scenes[..., ::-1].reshape(-1, 32, 32, 3)
+    with pytest.raises(InputError, match="file.npz .*green or red .*MPI3D_UNCHECKED=1"):
+        check_scenes("file.npz", images, grid)
+    monkeypatch.setenv("MPI3D_UNCHECKED", "1")
+    check_scenes("file.npz", images, grid)
+    assert "file.npz" in capsys.readouterr().out
 
 
 def test_a_fine_axis_moves_in_small_steps():
