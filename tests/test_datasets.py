@@ -280,7 +280,7 @@ def test_images_in_another_order_are_told_from_the_data_set_s(scenes, disorder):
 
 def test_what_looks_reordered_is_taken_where_a_user_says_so(scenes, monkeypatch, capsys):
     grid, images = dict(zip(datasets.MPI3D_GRID, SIZES, strict=True)), scenes[..., ::-1].reshape(-1, 32, 32, 3)
-    with pytest.raises(InputError, match="file.npz .*green or red .*MPI3D_UNCHECKED=1"):
+    with pytest.raises(InputError, match=r"file.npz .*green or red .*MPI3D_UNCHECKED=1"):
         check_scenes("file.npz", images, grid)
     monkeypatch.setenv("MPI3D_UNCHECKED", "1")
     check_scenes("file.npz", images, grid)
