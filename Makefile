@@ -7,6 +7,7 @@
 # make bench   time what benchmarks/README.md quotes
 # make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
 # make demo-causal3dident      render 900 small images with captions, train on a selection and a perturbation bias
+# make audit   look for known vulnerabilities of what is installed (asks pypi.org)
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
 # ENV=$CONDA_PREFIX make demo takes an environment that is there, with the PyTorch in it, and installs nothing.
 
@@ -23,7 +24,7 @@ BLENDER := .venv-blender/bin/python
 BLENDER_INSTALLED := .venv-blender/.installed
 CAUSAL3DIDENT := rendering_data/Causal3DIdent
 
-.PHONY: install blender demo demo-mpi3d demo-causal3dident test test-processors lint bench bench-small torture torture-small
+.PHONY: install blender demo demo-mpi3d demo-causal3dident test test-processors lint audit bench bench-small torture torture-small
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -81,6 +82,12 @@ test-processors: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+AUDIT := report/audit/bin
+
+audit: $(INSTALLED)
+	@test -x $(AUDIT)/pip-audit || { $(BIN)/python -m venv report/audit && $(AUDIT)/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	@$(AUDIT)/pip-audit --strict --no-deps --disable-pip -r requirements.txt || { echo "error: a known vulnerability, or one that could not be looked for: pip-audit says above which; it asks pypi.org" >&2; exit 2; }
 
 bench-small: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu.py --device cpu --small --output report/gpu.md
