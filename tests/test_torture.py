@@ -16,10 +16,10 @@ from torture.trials import Trial
 ROOT = Path(__file__).resolve().parents[1]
 # Each command makes a.txt and b.txt, or says that they are there; what `again` does is what the command does.
 PLANTED = """
-import contextlib, random, signal, sys, time
+import contextlib, os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from running.command_line import InputError, run_script
+from running.command_line import InputError
 from running.files import locked, read_json, write_bytes, write_json
 from torture import children, run, trials
 
@@ -42,7 +42,9 @@ def without_rename():
 
 def leaving_temporaries():
     for name in ("a.txt", "b.txt"):
-        write_bytes(Path(name), LONG)
+        temporary = Path(f".{name}.{os.getpid()}")
+        temporary.write_bytes(LONG)
+        temporary.rename(name)
 
 def silent():
     with contextlib.suppress(OSError):
@@ -73,7 +75,7 @@ def begin(folder):
     write_json(folder / "seed.json", {"seed": 0})
 
 def task(function, *arguments):
-    call = lambda: run_script(lambda: function(*arguments))
+    call = lambda: function(*arguments)
     return trials.Task(function.__name__, begin, call, call, outcome, reads=("*.json",))
 
 children.preloaded()

@@ -19,6 +19,8 @@ import time
 import traceback
 from pathlib import Path
 
+from running.command_line import run_script
+
 KINDS = {"kill": 1, "half": 2, "signal": 3, "fail": 4, "full": 5, "nolock": 6}  # of shim.c
 LIMIT = 300  # seconds after which a child hangs
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -55,7 +57,7 @@ def preloaded():
 
 
 def start(call, folder, fault=None, trace=None, said=None):
-    """Fork a child that runs call() in `folder` as a script does; returns its pid.
+    """Fork a child that runs call() in `folder` as a script runs its main; returns its pid.
 
     trace: a file that gets a line for each of its file operations; said: its stdout and stderr go to said.out and said.err,
     those of the folder's name unless it is given.
@@ -83,8 +85,12 @@ def start(call, folder, fault=None, trace=None, said=None):
             kind, number, at = (KINDS[fault.kind], fault.number, fault.at) if fault else (KINDS["kill"], 0, -1)
             ctypes.CDLL(None).arm(os.fsencode(folder), kind, number, ctypes.c_long(at), descriptor)
             os.environ |= {"TORTURE_FOLDER": str(folder), "TORTURE_FAULT": f"{kind} {number} {at}"}  # of what it starts
-        os.close(begun), os.close(begins)
-        code = call() or 0
+
+        def main():
+            os.close(begun), os.close(begins)
+            return call()
+
+        run_script(main)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:

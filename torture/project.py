@@ -5,7 +5,6 @@ import functools
 import importlib
 import io
 import json
-import os
 import re
 import shutil
 import sys
@@ -22,18 +21,16 @@ from running.pictures import save_figure
 from torture.children import Fault, run
 from torture.trials import Task, empty
 
-TIMES = {"started", "seconds", "train_seconds", "eval_seconds", "machines"}  # what a run that goes on may have otherwise
+# what a run that goes on may have otherwise; the commit, since somebody may work here meanwhile
+OTHERWISE = {"started", "seconds", "train_seconds", "eval_seconds", "machines", "git_commit"}
 MODEL, PLACE = "models/m", "--model-dir models --model-id m"
 DOWNSTREAM = f"--model-id {MODEL} --num-eval-batches 1 --no-cuda"
 NUMERIC = "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --num-eval-batches 1 --seed 3 --log-steps 6 --train-steps 14"
 IMAGES = "--no-cuda --seed 5 --train-steps 5 --log-steps 3 --checkpoint-steps 2 --hidden-size 4 --batch-size 8"
 FAST_IMAGES = f"{IMAGES} --recipe fast --whitening-pairs 8 --precision fp32"
+FAST_NUMERIC = f"{NUMERIC} --recipe fast --precision fp32 --batch-size 8 --final-batch-size 24 --mlp-eval"
 TRAININGS = {
-    "numeric, fast": (
-        "main_numeric",
-        "",
-        f"{NUMERIC} --recipe fast --precision fp32 --batch-size 8 --final-batch-size 24 --mlp-eval",
-    ),
+    "numeric, fast": ("main_numeric", "", FAST_NUMERIC),
     "numeric, paper": ("main_numeric", "", f"{NUMERIC} --batch-size 16 --causal-dependence --beta-value 1"),
     "MPI3D": ("main_mpi3dreal", "mpi3d", f"{FAST_IMAGES} --bias-id 2 --datapath data --save-all-checkpoints"),
     "Causal3DIdent": ("main_causal3dident", "causal3dident", f"{FAST_IMAGES} --first-batch-size 12 --bias-id 3 --datapath data"),
@@ -85,13 +82,11 @@ SMALL = {
 
 
 def script(module, flags):
-    """Function that runs a script with these flags, as from the command line."""
+    """Function that runs the main of a script with these flags."""
 
     def call():
-        from running.command_line import run_script
-
         sys.argv = [f"{module}.py", *flags.split()]
-        run_script(sys.modules[module].main)
+        return sys.modules[module].main()
 
     return call
 
@@ -104,7 +99,7 @@ def plain(value):
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
-        return {name: plain(content) for name, content in value.items() if name not in TIMES}
+        return {name: plain(content) for name, content in value.items() if name not in OTHERWISE}
     return [plain(content) for content in value] if isinstance(value, list | tuple) else repr(value)
 
 
@@ -141,9 +136,10 @@ def outcome(folder):
 # Stands for a training script where reproduce.py starts one, in a process of its own.
 STAND_IN = """import shlex, sys
 sys.path.insert(0, {root!r})
+from running.command_line import run_script
 from torture import project
 project.load({module!r})
-project.script({module!r}, shlex.join(sys.argv[1:]))()
+run_script(project.script({module!r}, shlex.join(sys.argv[1:])))
 """
 ROOT = Path(__file__).parents[1]
 
@@ -155,13 +151,12 @@ def grid():
     """`reproduce.py run` of one figure, which needs one small model and its downstream tasks; the scripts lie in the folder."""
     import reproduce
     from grids import cells, figures, models, numeric
-    from running.command_line import run_script
 
-    flags = TRAININGS["numeric, fast"][2].replace("--seed 3", "")
+    flags = FAST_NUMERIC.replace("--seed 3", "")
     setting = models.Setting(sys.modules["main_numeric"].NumericExperiment, "tiny", "small", "main_numeric.py", flags)
     parts = [cells.Cell({}, (), "", "", setting, file, {}, "") for file in (numeric.RESULTS, numeric.PREDICT)]
     models.ROOT, figures.FIGURES = Path.cwd(), {"fig3": cells.Figure("fig3", "", "numeric", lambda *_: parts)}
-    run_script(lambda: reproduce.main(GRID))
+    return reproduce.main(GRID)
 
 
 def make_data(folder):
@@ -184,12 +179,6 @@ def make_data(folder):
         Image.fromarray(image).save(place / "images" / f"{number:03d}.png")
 
 
-def linked(source, folder):
-    """Make `folder` a copy of `source`; files are links, since whatever writes replaces them, but for locks."""
-    ignored = shutil.ignore_patterns("*.lock")
-    shutil.copytree(source, folder, copy_function=os.link, dirs_exist_ok=True, ignore=ignored)
-
-
 def one_of_both(folder, before, after):
     """Complaint about a model directory whose results and picture are not all of before the call, or all of after it."""
     found = outcome(folder)
@@ -210,14 +199,14 @@ def tasks(work):
         """Folder with a data set, where there is one, in which a script has run, to its end unless there is a Fault."""
         folder = empty(work / name)
         if data:
-            linked(work / "data" / data, folder / "data")
+            shutil.copytree(work / "data" / data, folder / "data")
         code, said = run(call, folder, fault, None if fault else f"{folder}.trace") if call else (0, "")
         if code and not fault:
             raise RuntimeError(f"{name} ends with exit code {code} by itself: {said}")
         return folder
 
     def task(name, start, call, again=None, **more):
-        return Task(name, functools.partial(linked, start), call, again or call, outcome, **more)
+        return Task(name, functools.partial(shutil.copytree, start, dirs_exist_ok=True), call, again or call, outcome, **more)
 
     for name, (module, data, flags) in TRAININGS.items():
         flags = f"{flags} {PLACE}"

@@ -110,7 +110,9 @@ def main():
         gc.freeze()  # else every child would copy what the collector touches
         found = chosen(planned(tasks, pairs, work, rng), args.small, args.only, rng)
         print(f"{len(found)} trials, {args.jobs} at once", flush=True)
-        return 0 if held(found, work, args.jobs) else 1
+        well = held(found, work, args.jobs)
+        gc.unfreeze()
+        return 0 if well else 1
 
 
 if __name__ == "__main__":

@@ -191,7 +191,6 @@ def damaged(task, known, folder, path, damage, place, bit):
     """Complaints about a task one of whose files is damaged: refused by its name and left alone, or of no consequence."""
     file = prepared(task, folder) / path
     content = file.read_bytes()
-    file.unlink()  # it may be a link to one that others use
     file.write_bytes(DAMAGES[damage](content, int(place * len(content)), bit))
     before = task.outcome(folder)
     code, said = run(task.call, folder)
