@@ -87,7 +87,7 @@ AUDIT := report/audit/bin
 
 audit: $(INSTALLED)
 	@test -x $(AUDIT)/pip-audit || { $(BIN)/python -m venv report/audit && $(AUDIT)/python -m pip install --quiet --disable-pip-version-check pip-audit; }
-	@$(AUDIT)/pip-audit --strict --no-deps --disable-pip -r requirements.txt || { echo "error: a known vulnerability, or one that could not be looked for: pip-audit says above which; it asks pypi.org" >&2; exit 2; }
+	@$(AUDIT)/pip-audit --strict --no-deps --disable-pip -r requirements.txt || { echo "error: a known vulnerability, or one that could not be looked for: pip-audit says above which; it asks a service on the network" >&2; exit 2; }
 
 bench-small: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu.py --device cpu --small --output report/gpu.md
