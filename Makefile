@@ -7,7 +7,7 @@
 # make bench   time what benchmarks/README.md quotes
 # make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
 # make demo-causal3dident      render 900 small images with captions, train on a selection and a perturbation bias
-# make audit   look for known vulnerabilities of what is installed (asks pypi.org)
+# make audit   look for known vulnerabilities of what is installed (asks a service on the network)
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
 # ENV=$CONDA_PREFIX make demo takes an environment that is there, with the PyTorch in it, and installs nothing.
 
