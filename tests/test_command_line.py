@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def shell(command, **environment):
     """(exit code, stdout, stderr) of a bash command in the repository's root; $PYTHON is this interpreter."""
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "", "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, timeout=120)
     return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
