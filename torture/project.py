@@ -119,12 +119,12 @@ def content(file):
 def outcome(folder):
     """Dict path → content of all files below a folder, but for locks and logs.
 
-    Decoded images carry a digest of the folder's times in their name, which is left out.
+    What is made of data says by their files' times, in its name or within, what it was made of: that is left out.
     """
     found = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         path = file.relative_to(folder)
-        if not file.name.endswith(".lock") and "logs" not in path.parts:
+        if not file.name.endswith((".lock", ".checked")) and "logs" not in path.parts:
             short = re.sub(r"^(images)\.[0-9a-f]+(\.npy)$", r"\1\2", file.name)
             found[str(path if str(path.with_name(short)) in found else path.with_name(short))] = content(file)
     return found
