@@ -1,6 +1,6 @@
 """The model directory: where a run lives, what it may overwrite, and its files.
 
-    args.json               every flag as it came out, seed, versions, device, durations, "files": digests of weights and results;
+    args.json               every flag as it came out, seed, versions, device, durations, digests of weights and results;
                             "finished": true is written last
     checkpoint.pt           weights, optimiser, step, every random state, the log so far: all that --resume needs
     checkpoint_before.pt    the one before, for the case that the last is damaged; a finished run has it no more
@@ -13,6 +13,7 @@ are not those that args.json names are refused; a file that it does not name, as
 
 import contextlib
 import datetime
+import hashlib
 import io
 import itertools
 import operator
@@ -32,7 +33,7 @@ from running.command_line import InputError
 from running.devices import describe_device
 from running.files import read_json, regular_file, replaced, write_bytes, write_json
 from running.official import completed, is_official, own_names, shared_names
-from running.staging import STAGED, digest, recorded, settle
+from running.staging import STAGED, recorded, settle
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
 LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0, "hidden_sizes": "paper", "probes": "paper",
@@ -41,7 +42,8 @@ CHECKPOINT, CHECKPOINT_BEFORE = "checkpoint.pt", "checkpoint_before.pt"
 # What scripts write into a model directory, beside weights.
 OWN_FILES = r"args\.json|checkpoint(_before)?\.pt|train_log\.csv|results(_seed\d+)?\.(csv|png)|results_(predict|classify)\.csv|" \
             r"downstream\.png"  # fmt: skip
-KINDS = {"seed": int, "eval_seed": int, "finished": bool, "downstream": dict, "files": dict, "machines": list}  # in args.json
+# Of what else is in args.json.
+KINDS = {"seed": int, "eval_seed": int, "finished": bool, "machines": list, "downstream": dict, "files": dict, "weights": dict}
 
 
 def drawn_seed():
@@ -240,7 +242,7 @@ def take_evaluation_seed(args, directory, parser, weight_files):
     if not is_finished(directory):
         if (step := checkpoint_step(directory)) < args.train_steps:
             raise InputError(f"{directory} is trained for {step} of {args.train_steps} steps; --resume continues it")
-        if not set(weight_files) <= stored.get("files", dict.fromkeys(weight_files)).keys():
+        if not set(weight_files) <= stored.get("weights", dict.fromkeys(weight_files)).keys():
             raise InputError(f"{directory} is trained, but its weights are not written yet; --resume does that")
     if seed is None:
         seed = next(seed for seed in iter(drawn_seed, None) if seed != stored["seed"])
@@ -393,16 +395,38 @@ def save_weights(state, path):
 def read_weights(path):
     """The state_dict of a network's file, under our names.
 
-    Raises InputError that names the file if it is missing or damaged, or another than args.json beside it names.
+    Raises InputError that names the file if it is missing or damaged, or not what args.json beside it knows by a digest.
     """
-    path = Path(path)
+    state = _state_dict(path)
+    _check_digest(state, path)
+    return state
+
+
+def _state_dict(path):
     state = load_torch(path)
-    named = recorded(path.parent).get(path.name)
-    if named is not None and named != digest(path):
-        raise InputError(f"{path} is not of this run: args.json names another file; restore it, or train the model anew")
     if not isinstance(state, dict) or not all(isinstance(name, str) and _is_dense(value) for name, value in state.items()):
         raise InputError(f"{path} does not hold weights, expected a state_dict")
-    return own_names(path.stem, state)
+    return own_names(Path(path).stem, state)
+
+
+def _check_digest(state, path):
+    path = Path(path)
+    if recorded(path.parent, "weights").get(path.name, digest := _weights_digest(state)) != digest:
+        raise InputError(f"{path} is not of this run: args.json names other weights; restore it, or train the model anew")
+
+
+def _weights_digest(state):
+    """SHA-256 of a state_dict's names, types, shapes and bytes, whatever archive it lay in."""
+    found = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def weights_digests(directory, names):
+    """Dict name → digest of what these files of weights hold."""
+    return {name: _weights_digest(_state_dict(directory / name)) for name in names}
 
 
 def _is_dense(value):
@@ -416,7 +440,9 @@ def encoding_size(state):
 
 def load_weights(module, path):
     """Load a network's file into `module`; returns the module. InputError as `read_weights`, and if the shapes differ."""
-    load_state(module, read_weights(path), path)
+    state = _state_dict(path)
+    load_state(module, state, path)
+    _check_digest(state, path)
     return module
 
 

@@ -202,14 +202,14 @@ def begin(experiment, directory, details, stored, no_cuda_given):
     """
     args = experiment.args
     drawn = [name for name in experiment.weight_files if Path(name).stem not in experiment.modules]  # once, not trained
-    details["files"] = {name: digest for name, digest in (stored or {}).get("files", {}).items() if name in drawn}
+    details["weights"] = {name: digest for name, digest in (stored or {}).get("weights", {}).items() if name in drawn}
     if stored:
         details |= store.check_machine(directory, stored, details, no_cuda_given)
     store.start_directory(directory, args, details, experiment.weight_files)
     print(f"model        {directory}, seed {args.seed}")
     print_description(experiment)
     experiment.draw(directory)
-    details["files"] = digests(directory, drawn)
+    details["weights"] = store.weights_digests(directory, drawn)
     store.write_args(directory, args, {**details, "finished": False})
     return details
 
@@ -219,12 +219,13 @@ def finish(experiment, directory, progress, details):
     args = experiment.args
     for name, state in experiment.weights().items():
         store.save_weights(state, directory / f"{name}.pt")
-    details |= {"files": digests(directory, experiment.weight_files), "train_seconds": round(progress.seconds, 1)}
+    details["weights"] = store.weights_digests(directory, experiment.weight_files)
+    details["train_seconds"] = round(progress.seconds, 1)
     store.write_args(directory, args, {**details, "finished": False})
     details["eval_seed"] = args.seed + 1
     with after_training(args), staged(directory) as folder:
         details |= write_evaluation(experiment, directory, folder, details["eval_seed"])
-        details["files"] |= digests(folder)
+        details["files"] = digests(folder)
         for file in folder.iterdir():
             file.replace(directory / file.name)
     (directory / store.CHECKPOINT_BEFORE).unlink(missing_ok=True)

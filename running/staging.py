@@ -33,26 +33,25 @@ def settle(directory):
     """Move the files to their places that args.json names already; every reader of a model calls this first."""
     folder = Path(directory) / STAGED
     found = list(folder.iterdir()) if folder.is_dir() else []
-    files = recorded(directory) if found else {}
+    files = recorded(directory, "files") if found else {}
     for file in found:
         with contextlib.suppress(FileNotFoundError):  # another process has just done the same
             if digest(file) == files.get(file.name):
                 os.replace(file, Path(directory) / file.name)
 
 
-def recorded(directory):
-    """Dict name of a file → digest, of the files that args.json names; {} if it names none, or is missing or damaged."""
+def recorded(directory, kind):
+    """Dict name of a file → digest of the "files" or "weights" in args.json; {} if it has none, or is missing or damaged."""
     try:
-        files = read_json(Path(directory) / "args.json").get("files")
+        files = read_json(Path(directory) / "args.json").get(kind)
     except InputError:
         return {}
     return files if isinstance(files, dict) else {}
 
 
-def digests(folder, names=None):
-    """Dict name → digest of the files of a folder, or of those named."""
-    names = sorted(path.name for path in folder.iterdir()) if names is None else names
-    return {name: digest(folder / name) for name in names}
+def digests(folder):
+    """Dict name → digest of the files of a folder."""
+    return {path.name: digest(path) for path in sorted(folder.iterdir())}
 
 
 def digest(path):

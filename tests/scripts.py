@@ -59,9 +59,9 @@ def contents(folder):
 
 
 def forget_digests(directory):
-    """Have args.json name no file by its digest, as an earlier version left it."""
+    """Have args.json know no weights by their digest, as an earlier version left it."""
     stored = json.loads((directory / "args.json").read_text())
-    stored.pop("files")
+    stored.pop("weights")
     (directory / "args.json").write_text(json.dumps(stored))
 
 

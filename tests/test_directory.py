@@ -130,7 +130,7 @@ def test_a_checkpoint_of_other_flags_is_refused(run, unfinished, flag, value):
 
 def test_what_does_not_say_of_which_run_it_is_is_taken_as_it_is(run, unfinished, tmp_path):
     stored = json.loads((unfinished / "args.json").read_text())
-    for name in ("files", "checkpoint_minutes"):
+    for name in ("weights", "checkpoint_minutes"):
         stored.pop(name)
     (unfinished / "args.json").write_text(json.dumps(stored))
     content = store.load_torch(unfinished / "checkpoint.pt")
@@ -175,7 +175,7 @@ def test_args_json_with_a_record_of_another_kind(run, trained, predict):  # noqa
     directory, _ = trained
     whole = (directory / "args.json").read_bytes()
     for changes in ({"finished": "false"}, {"downstream": None}, {"downstream": []}, {"eval_seed": "a/b"}, {"seed": 1.0},
-                    {"files": 1}, {"machines": "x"}):  # fmt: skip
+                    {"files": 1}, {"weights": []}, {"machines": "x"}):  # fmt: skip
         (directory / "args.json").write_bytes(whole)
         edit(directory, **changes)
         before = contents(directory)
