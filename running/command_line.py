@@ -165,11 +165,12 @@ def report(error):
         message, code = f"this is a fault of the program; every file that it wrote is whole{way_on}", 1
     if message:
         say_error(message)
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python would try again as it ends, and say so
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again as it ends, and say so
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
 
