@@ -49,13 +49,13 @@ def planned(tasks, pairs, work, rng):
 
 
 def chosen(found, small, only, rng):
-    """Those of the Trials that are asked for; small: SMALL of each promise and task."""
+    """Those of the Trials that are asked for; small: SMALL of each promise and task, or of a costly task."""
     found = [trial for trial in found if only in trial.name]
     if not small:
         return found
     groups = collections.defaultdict(list)
     for trial in found:
-        groups[trial.promise, trial.task].append(trial)
+        groups[trial.task, not trial.costly and trial.promise].append(trial)
     return [trial for group in groups.values() for trial in rng.sample(group, min(SMALL, len(group)))]
 
 

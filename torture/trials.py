@@ -64,6 +64,7 @@ class Trial:
     task: str
     what: str
     call: Callable
+    costly: bool = False
 
     @property
     def name(self):
@@ -164,7 +165,7 @@ def fault_trial(task, known, faults, operation="whichever"):
     """Trial of a task whose calls meet these Faults; all are of one kind."""
     promise = PROMISES[faults[0].kind, faults[0].seconds is None]
     what = f"{', then '.join(map(str, faults))}, {operation}" if faults[0].seconds is None else ", then ".join(map(str, faults))
-    return Trial(promise, task.name, what, lambda folder: stopped(task, known, folder, *faults))
+    return Trial(promise, task.name, what, lambda folder: stopped(task, known, folder, *faults), task.costly)
 
 
 def at_times(task, known, count, rng):
