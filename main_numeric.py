@@ -57,7 +57,7 @@ RECIPES["wide"] = RECIPES["fast"] | dict(
 )  # fmt: skip
 # train_steps "auto", between these (dimensions of the encoding, steps): a single dimension teaches the layers below it
 # little at a time, and many take long to tell apart
-AUTO_STEPS = {"fast": ((1, 4_500), (5, 2_500), (10, 5_000)), "wide": ((1, 6_500), (5, 3_500), (10, 7_000))}
+AUTO_STEPS = {"fast": ((1, 8_000), (2, 4_000), (5, 2_500), (10, 5_000)), "wide": ((1, 6_500), (5, 3_500), (10, 7_000))}
 # final_batch_size "auto", pairs and pairs more a dimension: in more dimensions it takes more negatives to find one that is hard
 # to tell from the positive
 AUTO_BATCH = {"fast": (0, 200), "wide": (384, 128)}
