@@ -99,9 +99,14 @@ def seeds_in_words(table):
     return "–".join(map(str, sorted({table.seeds.min(), table.seeds.max()})))
 
 
+def counts(summary):
+    """Series of a summary's counts over all figures."""
+    return summary.drop(columns="from_theory", errors="ignore").sum(numeric_only=True)
+
+
 def counts_in_words(summary, scale):
     """How many cells are computed, and how many of them are near the paper's numbers."""
-    total = summary.sum(numeric_only=True)
+    total = counts(summary)
     words = f"{total.computed} of {total.cells} cells computed"
     if scale not in COMPARED:
         return f"{words} (a smaller problem, not compared with the paper)"
@@ -232,7 +237,7 @@ def scale_section(scale, tables, summary, pictures):
     """HTML of one scale: summary, pattern of the theory, and each figure with its numbers."""
     shown = table_html(summary.rename(columns=lambda name: name.replace("_", " ")), na_rep="–")
     parts = [f'<section class="scale"><h1>{scale} scale: {html.escape(SCALES[scale])}</h1>', shown]
-    total = summary.sum(numeric_only=True)
+    total = counts(summary)
     if compared := total.get("independent_compared"):
         nearer, near = (total[f"independent_within_{bound}"] for bound in (CLOSE, NEAR))
         closest = f"{nearer} of {compared} cells ({nearer / compared:.1%}) lie within ±{CLOSE} of the paper"

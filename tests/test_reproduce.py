@@ -874,8 +874,8 @@ def test_what_a_recipe_leaves_open_is_held_as_it_came_out(call, fast_models, tmp
     """The steps and batches of the size of the encodings; the precision is the device's, if it is one that it decides."""
     setting, rows = numeric_setting("fast", "independent", 8, 2), table5_rows("fast", 0.9, 0.1)
     assert {name: expected_args(setting)[name] for name in ("train_steps", "final_batch_size", "precision")} == {
-        "train_steps": 4200,
-        "final_batch_size": 1152,
+        "train_steps": 3000,
+        "final_batch_size": 1200,
         "precision": "auto",
     }
     for precision in ("bf16", "fp32"):
@@ -1025,7 +1025,7 @@ def test_whatever_is_text_is_escaped_in_the_report(fake, call, undrawn, monkeypa
 
 
 def test_models_of_an_earlier_version_with_fewer_flags_count_as_trained_without_them(tmp_path):
-    setting = numeric_setting("fast", "independent", 8, 2)
+    setting = numeric_setting("paper", "independent", 8, 2)
     directory = write_model(tmp_path, setting, 2, [])
     stored = json.loads((directory / "args.json").read_text())
     model = Model(setting, 2, tmp_path)
