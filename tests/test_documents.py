@@ -309,7 +309,7 @@ def test_a_broken_link_is_found(tmp_path, old, new, fault):
     [
         ("main_numeric.py", "main_numerical.py", "main_numerical.py: no such script"),
         ("--recipe fast", "--recipes fast", "main_numeric.py knows no --recipes"),
-        ("--recipe fast", "--recipe faster", "main_numeric.py --recipe is none of {paper,fast}, but faster"),
+        ("--recipe fast", "--recipe faster", "main_numeric.py --recipe is none of {paper,fast,wide}, but faster"),
         ("--seed $seed", "--seed", "main_numeric.py --seed needs a value"),
         ('"numeric_$seed"', '"numeric_$sede"', "sede: unbound variable"),
         ("done\n", "", "syntax error"),
