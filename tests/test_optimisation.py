@@ -240,7 +240,7 @@ def test_the_state_is_taken_over():
             preconditioner.precondition()
         gradients.append(layer.weight.grad.clone())
     assert torch.equal(*gradients)
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="of other layers"):
         InputWhitening({"other": layer}).load_state_dict(one.state_dict())
 
 
