@@ -184,16 +184,19 @@ def is_out_of_memory(error):
 
 def _with_less_memory(error):
     asked = re.search(r"(?:tried to|unable to) allocate ([\d.]+ ?(?:bytes|[KMGTPE]i?B))", str(error), re.IGNORECASE)
+    asked = asked and _readable(asked[1])  # "" says nothing: what was left over was too little for a small thing
     flags = [f"--{name.replace('_', '-')}" for name in HEAVY if Parser.latest and name in Parser.latest.destinations]
     gpu = ", or stay on the CPU with --no-cuda" if "CUDA" in str(error) else ""
     cure = f"lower {' or '.join(flags)}{gpu}" if flags else "end other programs, or raise the limit (ulimit -v)"
-    return f"too little memory{f' ({_readable(asked[1])} at once)' if asked else ''}; {cure}"
+    return f"too little memory{f' ({asked} at once)' if asked else ''}; {cure}"
 
 
 def _readable(size):
     """A size in bytes, or in another unit already, in words."""
     count = re.fullmatch(r"(\d+) ?bytes", size)
-    return f"{int(count[1]) / 2**30:,.1f} GiB" if count else size
+    if not count:
+        return size
+    return f"{int(count[1]) / 2**30:,.1f} GiB" if int(count[1]) > 2**27 else ""
 
 
 def message_of(error):

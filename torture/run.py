@@ -1,7 +1,7 @@
 """Stop, fail, damage and race every script that writes into a model directory, and see whether it keeps its promises.
 
     python torture/run.py                        # all of it
-    python torture/run.py --small                # one of each promise and task
+    python torture/run.py --each 1               # one of each promise and task
     python torture/run.py --only "EIO at operation 7,"    # the trials whose name has this in it, to see one again
 
 A run that was stopped, at whatever moment and however, must end with the bits of one that was not, when the same command is
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from torture import trials
 from torture.children import preloaded
 
-SMALL, AT_TIMES, COSTLY, DAMAGES, RACES = 1, 12, 6, 6, 10  # trials of a promise and task in --small, and of those that are drawn
+AT_TIMES, COSTLY, DAMAGES, RACES = 12, 6, 6, 10  # trials of a promise and task that are drawn
 
 everything = []  # the Trials that are tried
 
@@ -48,15 +48,15 @@ def planned(tasks, pairs, work, rng):
     return found
 
 
-def chosen(found, small, only, rng):
-    """Those of the Trials that are asked for; small: SMALL of each promise and task, or of a costly task."""
+def chosen(found, each, only, rng):
+    """Those of the Trials that are asked for; each: so many of each promise and task, or of a costly task, 0: all."""
     found = [trial for trial in found if only in trial.name]
-    if not small:
+    if not each:
         return found
     groups = collections.defaultdict(list)
     for trial in found:
         groups[trial.task, not trial.costly and trial.promise].append(trial)
-    return [trial for group in groups.values() for trial in rng.sample(group, min(SMALL, len(group)))]
+    return [trial for group in groups.values() for trial in rng.sample(group, min(each, len(group)))]
 
 
 def try_one(work, number):
@@ -93,7 +93,7 @@ def held(asked, work, jobs):
 def main():
     """Try what is asked for; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help=f"{SMALL} trials of each promise and task, drawn")
+    parser.add_argument("--each", type=int, default=0, metavar="N", help="so many trials of each promise and task, drawn (all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="the trials whose name has this in it")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="trials at once (the cores)")
@@ -108,7 +108,7 @@ def main():
         work = Path(args.keep or temporary).resolve()
         tasks, pairs = project.tasks(work)
         gc.freeze()  # else every child would copy what the collector touches
-        found = chosen(planned(tasks, pairs, work, rng), args.small, args.only, rng)
+        found = chosen(planned(tasks, pairs, work, rng), args.each, args.only, rng)
         print(f"{len(found)} trials, {args.jobs} at once", flush=True)
         well = held(found, work, args.jobs)
         gc.unfreeze()
