@@ -166,7 +166,7 @@ class Model:
                 if made != value:
                     wanted = f"the {setting.scale} scale has {value}; remove it and `run` makes it again"
                     raise InputError(f"{path} was made with {name} {made}, and {wanted}")
-        table = read_csv(path, (*file.keys, *file.scores), gaps=True).replace(file.spelling)
+        table = read_csv(path, (*file.keys, *file.scores), gaps=True, ended=True).replace(file.spelling)
         scores = {name: pd.to_numeric(table[name], errors="coerce") for name in file.scores}
         rows = table.assign(**scores).to_dict("records")
         for keys in file.rows or setting.experiment.result_rows(trained_args(setting)):

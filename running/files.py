@@ -112,17 +112,17 @@ def write_csv(table, path):
         table.to_csv(temporary, index=False)
 
 
-def read_csv(path, columns, gaps=False):
+def read_csv(path, columns, gaps=False, ended=False):
     """DataFrame of a CSV with exactly `columns`, and with `gaps` maybe empty cells; InputError for any other file, named.
 
-    A first column without a name, the index of a DataFrame, is passed over. The last line must be ended: a number that is cut
-    short is a number still.
+    A first column without a name, the index of a DataFrame, is passed over. ended: the last line must be, as we write it: a
+    number that is cut short is a number still.
     """
     import pandas as pd
 
     try:
         text = read_text(path)
-        if not text.endswith("\n"):
+        if ended and not text.endswith("\n"):
             raise ValueError("its last line is cut short")
         # pandas takes a minute over thousands of columns, and takes those of the first row that have no name for an index
         if max(line.count(",") for line in text.split("\n", 2)[:2]) > len(columns):
