@@ -1,6 +1,6 @@
 # make demo    train a small model on the CPU, show its table and picture (a minute after installation)
 # make demo-mpi3d   draw stand-in images, write captions, train on a selection and a perturbation bias (minutes)
-# make test    run the test suite            make lint    check the style
+# make test    run the test suite in two processes, or JOBS=4            make lint    check the style
 # make test-processors   run the numerical tests as processors with other instructions and numbers of threads compute
 # make bench-small   run all that benchmarks/gpu.py measures, at a small size on the CPU
 # make torture stop, fail, damage and race the scripts (more than an hour); make torture-small: a sample, in two minutes
@@ -11,6 +11,7 @@
 # Each creates .venv and installs what is missing, once. PYTHON=python3.12 make demo picks another interpreter.
 # ENV=$CONDA_PREFIX make demo takes an environment that is there, with the PyTorch in it, and installs nothing.
 
+JOBS ?= 2
 PYTHON ?= python3
 PYTHON311 ?= python3.11
 ifdef ENV
@@ -71,7 +72,7 @@ demo-causal3dident: $(INSTALLED) $(BLENDER_INSTALLED)
 # Without Python 3.11, or where Blender's package cannot be had, the tests that render are skipped.
 test: $(INSTALLED)
 	@$(MAKE) --no-print-directory blender || echo "the tests that render Causal3DIdent are skipped"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 NUMERICAL := $(addprefix tests/test_,losses.py latent_spaces.py encoders.py optimisation.py probes.py eval_numeric_predict.py training.py main_numeric.py)
 PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OMP_NUM_THREADS=1 OMP_NUM_THREADS=4

@@ -12,7 +12,7 @@ from running.command_line import InputError
 from running.directory import load_torch
 from running.files import read_csv, read_json
 
-READERS = {"args.json": read_json, "results.csv": lambda path: read_csv(path, ["a", "b"]), "f_x.pt": load_torch}
+READERS = {"args.json": read_json, "results.csv": lambda path: read_csv(path, ["a", "b"], ended=True), "f_x.pt": load_torch}
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMPORTED_AS = {"pillow": "PIL", "scikit-learn": "sklearn"}
-TOOLS = {"ruff"}  # run, not imported
+TOOLS = {"ruff", "pytest-xdist"}  # run, not imported
 BY_OTHERS = {"jinja2"}  # pandas' Styler imports it
 BLENDER = {"bpy", "bmesh", "mathutils"}  # of an environment of its own
 
