@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from running.pictures import save_figure
 from torture.children import Fault, run
@@ -45,6 +47,7 @@ def load(*modules):
     for (module, name), value in SMALL.items():
         if module in sys.modules:
             setattr(sys.modules[module], name, value)
+    tqdm.set_lock(threading.RLock())  # its own is one for all forks: a child that is killed with it would stop the others
 
 
 def warm(call, folder):
