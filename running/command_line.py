@@ -109,6 +109,15 @@ def run_script(main):
     """Run `main` as a script and exit with what it returns, or as `report` says of what it raises."""
     if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = _code_of(main)
+    except KeyboardInterrupt as error:  # before main began, or when it had ended
+        with _undisturbed():
+            code = report(error)
+    sys.exit(code)
+
+
+def _code_of(main):
     _open_streams()
     try:
         try:
@@ -119,7 +128,7 @@ def run_script(main):
     except (Exception, KeyboardInterrupt) as error:
         with _undisturbed():
             code = report(error)
-    sys.exit(code)
+    return code
 
 
 @contextlib.contextmanager
