@@ -38,7 +38,7 @@ import probes
 from latent_spaces import biased_blocks, seeded_generator
 from mlp_probes import FullBatchProbes
 from running.devices import describe_device, encoder_precision, keep_freed_memory, select_device, settled_precision
-from running.directory import check_writable, is_finished, tidy, trained_args
+from running.directory import LATER_DOWNSTREAM, check_writable, is_finished, tidy, trained_args
 from running.files import write_csv, write_json
 from running.lock import occupied
 from running.pictures import plot_downstream_scores
@@ -206,7 +206,7 @@ def _evaluate(directory, args, device):
     details = {"seed": seed, "protocol": protocol, "num_eval_batches": batches, "precision": precision, "probes": probes_name}
     existing = [name for name in RESULTS if (directory / name).exists()]
     if not args.overwrite and existing:
-        if not details.items() <= stored.get("downstream", {}).items():
+        if not details.items() <= (LATER_DOWNSTREAM | stored.get("downstream", {})).items():
             raise InputError(f"it has {existing[0]} already; --overwrite replaces it, made otherwise or incomplete")
         if existing == list(RESULTS):
             print(f"model        {directory} is evaluated already with seed {seed}: nothing to do", flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from running.command_line import InputError
-from running.directory import LATER_FLAGS, stored_args
+from running.directory import LATER_DOWNSTREAM, LATER_FLAGS, stored_args
 from running.files import read_csv
 from running.staging import settle
 
@@ -162,7 +162,7 @@ class Model:
         if file.record:
             record = self.stored().get(file.record)
             for name, value in file.recorded[setting.scale].items():
-                made = ({"probes": "paper"} | record).get(name) if isinstance(record, dict) else None
+                made = (LATER_DOWNSTREAM | record).get(name) if isinstance(record, dict) else None
                 if made != value:
                     wanted = f"the {setting.scale} scale has {value}; remove it and `run` makes it again"
                     raise InputError(f"{path} was made with {name} {made}, and {wanted}")

@@ -294,9 +294,13 @@ def test_a_loop_that_is_run_again_leaves_evaluated_models_as_they_are(predict, m
         code, out, err = predict([model], flags)
         assert code == 0 and err == "" and "evaluated already with seed 2" in out
         assert contents(model) == before
-    for flags in ("--protocol paper", "--num-eval-batches 2", "--precision bf16"):
+    for flags in ("--protocol paper", "--num-eval-batches 2", "--precision bf16", "--probes fast"):
         fails(predict([model], flags), "--overwrite replaces it, made otherwise or incomplete")
         assert contents(model) == before
+    stored = json.loads((model / "args.json").read_text())
+    del stored["downstream"]["probes"]
+    (model / "args.json").write_text(json.dumps(stored))
+    assert "evaluated already" in predict([model])[1], "a record of an earlier version, which had one kind of probes"
     (model / RESULTS[0]).unlink()
     assert predict([model])[0] == 0, "what is not complete is made again"
     assert {**contents(model), "args.json": 0} == {**before, "args.json": 0}
