@@ -11,15 +11,21 @@ TINY_OUTPUT = 4  # pixels of a convolution's output
 CPU_ROWS = 512  # rows whose activations of one layer stay in a CPU's cache; the gradients' temporaries shrink with them
 
 
+def hidden_widths(sizes, input_size):
+    """List of the units of hidden layers: of a text like "60,60,60", or for "paper" 10d, 50d, 50d, 50d, 50d, 10d of d inputs."""
+    if sizes == "paper":
+        return [factor * input_size for factor in (10, 50, 50, 50, 50, 10)]
+    return [int(units) for units in sizes.split(",")]
+
+
 class MLPEncoder(nn.Sequential):
     """f: R^d → R^D for numeric observations, LeakyReLU(0.01) between layers.
 
-    hidden_sizes: widths of the hidden layers; None: the paper's, 10d, 50d, 50d, 50d, 50d, 10d.
+    hidden_sizes: of the hidden layers, as `hidden_widths` has them.
     """
 
-    def __init__(self, input_size, encoding_size, hidden_sizes=None):
-        hidden_sizes = hidden_sizes or [factor * input_size for factor in (10, 50, 50, 50, 50, 10)]
-        widths = [input_size, *hidden_sizes, encoding_size]
+    def __init__(self, input_size, encoding_size, hidden_sizes="paper"):
+        widths = [input_size, *hidden_widths(hidden_sizes, input_size), encoding_size]
         layers = []
         for fan_in, fan_out in pairwise(widths):
             # in place: the gradient of LeakyReLU needs the sign of its output alone

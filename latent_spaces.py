@@ -151,6 +151,13 @@ class MisalignedLatents:
         self._perturbs[list(self.perturbed)] = 1.0
         self._selected = torch.tensor(self.selected, device=self.device)  # once: a list as an index is copied each time
 
+    @classmethod
+    def from_flags(cls, args, seed, device="cpu"):
+        """Those of the flags of a setting, a Namespace, and of a training seed."""
+        return cls(args.semantics_n, args.modality_n, args.theta_value, args.beta_value, seed, change_prob=args.change_prob,
+                   causal_dependence=args.causal_dependence, margin_param=args.margin_param, cond_param=args.cond_param,
+                   protocol=args.protocol, device=device)  # fmt: skip
+
     def _covariances(self, seed, causal_dependence, margin_param, cond_param, protocol):
         """The four covariance matrices as float64 arrays: s, epsilon, m_x, m_t."""
         sizes = {"s": self.semantics_n, "epsilon": self.semantics_n, "m_x": self.modality_n, "m_t": self.modality_n}

@@ -12,17 +12,15 @@ Subsets are numbers: of ten semantics, the prefixes {0}, {0, 1}, …, {0 … 9} 
 The model directory receives args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
 """
 
-from running.command_line import InputError, integer, number, run_script
+from running.command_line import InputError, integer, layer_sizes, number, run_script
 
 # isort: split
-import argparse
-
 import numpy as np
 import pandas as pd
 import torch
 
 import probes
-from encoders import MLPEncoder, initialise
+from encoders import MLPEncoder, hidden_widths, initialise
 from kernel_ridge import kernel_ridge_r2
 from latent_spaces import MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
 from losses import multimodal_contrastive_loss
@@ -77,21 +75,6 @@ SETTING = (
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 
 
-def hidden_sizes(text):
-    """Kind of a flag: "paper", or widths with commas between them."""
-    if text == "paper":
-        return text
-    widths = [int(width) for width in text.split(",")]
-    if min(widths) < 1:
-        raise argparse.ArgumentTypeError(f"{text} has a layer without units")
-    return ",".join(map(str, widths))
-
-
-def encoder_sizes(args):
-    """List of the widths that --hidden-sizes gives, None for the paper's."""
-    return None if args.hidden_sizes == "paper" else [int(width) for width in args.hidden_sizes.split(",")]
-
-
 class NumericExperiment(Experiment):
     """One model: latents (s, m_x), (s̃, m_t), frozen mixing networks g_x, g_t, and the encoders f_x, f_t that are trained."""
 
@@ -102,7 +85,7 @@ class NumericExperiment(Experiment):
     def add_flags(cls, parser):
         """What --recipe sets beside the shared flags, the setting, and its evaluation."""
         flag = parser.flag
-        flag("--hidden-sizes", hidden_sizes, "widths of the encoders' hidden layers, as 60,60,60; paper: the paper's, 10 and 50 "
+        flag("--hidden-sizes", layer_sizes, "widths of the encoders' hidden layers, as 60,60,60; paper: the paper's, 10 and 50 "
              "times their inputs", "paper")  # fmt: skip
         flag("--negatives", ("independent", "batch"), "an anchor's: a second batch, or the others of its own")
         parser.section("setting: what the text says of the image")
@@ -151,24 +134,19 @@ class NumericExperiment(Experiment):
     @classmethod
     def widest_layer(cls, args):
         """Units: fewer than 500 of them are not worth bf16."""
-        sizes = encoder_sizes(args)
-        return max(sizes) if sizes else 50 * (args.semantics_n + args.modality_n)
+        return max(hidden_widths(args.hidden_sizes, args.semantics_n + args.modality_n))
 
     def __init__(self, args, device):
         """Distribution of the latents, which the training seed fixes, and the four networks, their weights not set."""
         self.args, self.device = args, device
-        self.latents = MisalignedLatents(args.semantics_n, args.modality_n, args.theta_value, args.beta_value, args.seed,
-                                         change_prob=args.change_prob, causal_dependence=args.causal_dependence,
-                                         margin_param=args.margin_param, cond_param=args.cond_param,
-                                         protocol=args.protocol, device=device)  # fmt: skip
+        self.latents = MisalignedLatents.from_flags(args, args.seed, device)
         self.d_x, self.d_t = args.semantics_n + args.modality_n, len(self.latents.selected) + args.modality_n
         self.encoding_size = args.encoding_size or len(self.latents.unbiased)
-        hidden = encoder_sizes(args)
         networks = {
             "g_x": MixingNetwork(self.d_x, args.n_mixing_layer),
             "g_t": MixingNetwork(self.d_t, args.n_mixing_layer),
-            "f_x": MLPEncoder(self.d_x, self.encoding_size, hidden),
-            "f_t": MLPEncoder(self.d_t, self.encoding_size, hidden),
+            "f_x": MLPEncoder(self.d_x, self.encoding_size, args.hidden_sizes),
+            "f_t": MLPEncoder(self.d_t, self.encoding_size, args.hidden_sizes),
         }
         self.networks = {name: network.to(device) for name, network in networks.items()}
         self.modules = {name: self.networks[name] for name in ("f_x", "f_t")}

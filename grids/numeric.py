@@ -49,12 +49,9 @@ def numeric_setting(scale, semantics, selected, perturbed=0, encoding_size=0):
 
 
 @functools.cache
-def latents_of(setting, seed):
+def model_latents(setting, seed):
     """The MisalignedLatents of a model."""
-    args = trained_args(setting)
-    return MisalignedLatents(args.semantics_n, args.modality_n, args.theta_value, args.beta_value, seed,
-                             change_prob=args.change_prob, causal_dependence=args.causal_dependence,
-                             margin_param=args.margin_param, cond_param=args.cond_param, protocol=args.protocol)  # fmt: skip
+    return MisalignedLatents.from_flags(trained_args(setting), seed)
 
 
 def numeric_cells(figure, scale):
@@ -92,7 +89,7 @@ def numeric_cells(figure, scale):
 
 def theory_of(setting, factor, seed):
     """R² of a factor in the encodings of a model that holds the unbiased block and nothing else."""
-    return latents_of(setting, seed).identified_r2(factor)
+    return model_latents(setting, seed).identified_r2(factor)
 
 
 def task_cells(setting, keys, subset, side):

@@ -273,3 +273,10 @@ def number(minimum=0.0, maximum=float("inf"), *, above=False):
 
     parse.__name__ = "number"
     return parse
+
+
+def layer_sizes(text):
+    """Kind of a flag: the units of layers with commas between them, or "paper"."""
+    if text != "paper" and min(map(int, text.split(","))) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has a layer without units")
+    return text

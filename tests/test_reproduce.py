@@ -774,7 +774,7 @@ def test_dependent_cells_are_held_against_what_the_block_tells_of_a_seed_s_facto
     setting = numeric_setting("fast", "dependent", 8, 2)
     rows = {}
     for seed in (1, 2):
-        latents = numeric.latents_of(setting, seed)
+        latents = numeric.model_latents(setting, seed)
         rows[seed] = [(row["encoding"], row["predicted_factors"], *2 * [latents.identified_r2(row["predicted_factors"])])
                       for row in setting.experiment.result_rows(trained_args(setting))]  # fmt: skip
         write_model(tmp_path / "models", setting, seed, rows[seed])
