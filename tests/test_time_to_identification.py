@@ -10,7 +10,7 @@ import pytest
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "time_to_identification.py"
 SMALL = (
     "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --batch-size 16 --final-batch-size 0 --train-steps 40 "
-    "--num-eval-batches 1"
+    "--num-eval-batches 1 --mlp-eval --probes fast"
 )
 
 
