@@ -17,6 +17,7 @@ import eval_numeric_predict as downstream
 import main_numeric
 import mlp_probes
 from benchmarks.numeric_downstream import initial_networks, plain_prediction, plain_scores, synthetic_samples, train_plain
+from latent_spaces import MisalignedLatents
 from running import pictures
 from running.command_line import run_script
 from tests.scripts import contents, forget_digests
@@ -335,13 +336,13 @@ def test_several_directories_in_one_call(predict, run, model, tmp_path, monkeypa
 @pytest.mark.parametrize("flags", ["", "--causal-dependence --protocol paper", "--theta-value 6 --beta-value 0"])
 def test_the_latents_are_those_of_the_training_whatever_the_protocol_of_the_tasks(predict, run, tmp_path, monkeypatch, flags):
     assert run(f"--seed 1 {flags}")[0] == 0
-    used, built = [], main_numeric.MisalignedLatents
+    used, built = [], MisalignedLatents.__init__
 
-    def noted(*arguments, **options):
-        used.append(built(*arguments, **options))
-        return used[-1]
+    def noted(latents, *arguments, **options):
+        built(latents, *arguments, **options)
+        used.append(latents)
 
-    monkeypatch.setattr(main_numeric, "MisalignedLatents", noted)
+    monkeypatch.setattr(MisalignedLatents, "__init__", noted)
     assert run("--seed 7 --evaluate", base="--no-cuda")[0] == 0
     scores = []
     for protocol in ("code", "paper"):
