@@ -45,17 +45,17 @@ RECIPES = {
         layer_lr="fan-in",  # of what Muon does not take: every layer moves alike, at any width
         init="he",  # PyTorch's default shrinks the signal from layer to layer: most steps leave the plateau that follows
         preconditioner="inputs",  # what is learned last lies in the tail of the layers' inputs
-        batch_size=256, final_batch_size="auto",  # early steps need no precision, late ones do
+        batch_size=512, final_batch_size="auto",  # early steps need no precision, late ones do
         negatives="batch",  # half the encoder passes
     ),
 }  # fmt: skip
 RECIPES["wide"] = RECIPES["fast"] | dict(
     hidden_sizes="paper",
-    optimiser="adam", lr=1e-3,  # Muon's products of wide layers would take most of the time
+    optimiser="adam", lr=1e-3, batch_size=256,  # Muon's products of wide layers would take most of the time
 )  # fmt: skip
 # train_steps "auto", between these (dimensions of the encoding, steps): a single dimension teaches the layers below it
 # little at a time, and many take long to tell apart
-AUTO_STEPS = {"fast": ((1, 8_000), (2, 4_000), (5, 2_500), (10, 5_000)), "wide": ((1, 6_500), (5, 3_500), (10, 7_000))}
+AUTO_STEPS = {"fast": ((1, 5_000), (2, 4_000), (5, 2_600), (10, 4_600)), "wide": ((1, 6_500), (5, 3_500), (10, 7_000))}
 # final_batch_size "auto", pairs and pairs more a dimension: in more dimensions it takes more negatives to find one that is hard
 # to tell from the positive
 AUTO_BATCH = {"fast": (0, 200), "wide": (384, 128)}
