@@ -13,7 +13,7 @@ import probes
 from datasets import EpochOrder
 from encoders import ImageEncoder, TextEncoder, initialise
 from latent_spaces import seeded_generator
-from losses import image_text_contrastive_loss
+from losses import LearnedLogits, image_text_contrastive_loss
 from running.command_line import InputError, integer, number
 from running.directory import save_weights
 from running.experiment import Experiment, names_of
@@ -101,6 +101,7 @@ class ImageTextExperiment(Experiment):
         self.width = self.encoding_size + (0 if args.evaluate else args.spare_dimensions)
         image = ImageEncoder(self.width, self.mean, self.std, args.hidden_size)
         self.modules = {"encoder_img": image.to(device), "encoder_txt": self._text_encoder()}
+        self.objective = LearnedLogits("cosine", args.batch_size).to(device) if args.loss == "sigmoid" else None
         self.rates, self.keep_steps = {"encoder_txt": args.text_lr_factor}, args.checkpoint_steps
         generator = seeded_generator(args.seed, "order")
         pairs, index_device = len(self.pairs.splits["train"]), self.pairs.images.index_device
@@ -182,7 +183,10 @@ class ImageTextExperiment(Experiment):
         with self.encoder_precision():
             h_x = self.modules["encoder_img"](pairs.images_of("train", rows))[:, :visible]
             h_t = self.modules["encoder_txt"](pairs.tokens_of("train", rows))[:, :visible]
-        loss = image_text_contrastive_loss(h_x, h_t, temperature(args, share_done), NEGATIVES[args.protocol], share)
+        if self.objective:
+            loss = self.objective(h_x, h_t, share)
+        else:
+            loss = image_text_contrastive_loss(h_x, h_t, temperature(args, share_done), NEGATIVES[args.protocol], share)
         if args.norm_penalty:
             variances = length_variance(h_x, share.total) + length_variance(h_t, share.total)
             loss = loss + share_done * args.norm_penalty * variances
@@ -277,6 +281,7 @@ class ImageTextExperiment(Experiment):
         height, width = pairs.images.array.shape[1:3]
         sizes = (args.first_batch_size, args.batch_size, args.final_batch_size)
         spare = f" and {args.spare_dimensions} dimensions at first" if args.spare_dimensions and not args.evaluate else ""
+        loss = "sigmoid loss" if self.objective else f"negatives of {NEGATIVES[args.protocol]} modalities"
         return {
             "data": f"{args.datapath}: {train_count} pairs to train, {test_count} to evaluate; images of {height} × {width}, "
             f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words",
@@ -285,8 +290,7 @@ class ImageTextExperiment(Experiment):
             "unbiased": f"I_θ \\ I_ρ = {names_of(bias.unbiased)}: what the theory says is learned",
             "encoders": f"ResNet-18 and text CNN → R^{self.encoding_size}{spare}, {parameters:,} parameters",
             "training": f"{args.recipe} recipe: {args.train_steps} steps of {' to '.join(str(n) for n in sizes if n)} pairs, "
-            f"lr {args.lr:g} {args.lr_schedule}, {args.init} initialisation, negatives of {NEGATIVES[args.protocol]} "
-            f"modalities ({args.protocol} protocol)",
+            f"lr {args.lr:g} {args.lr_schedule}, {args.init} initialisation, {loss} ({args.protocol} protocol)",
         }
 
 

@@ -64,6 +64,19 @@ def textbook_image_text_loss(h_x, h_t, tau=1.0, negatives="both"):
     return nn.functional.cross_entropy(similarities.masked_fill(excluded, -math.inf), partner)
 
 
+def textbook_sigmoid_loss(h_x, h_t, scale, bias, similarity="distance"):
+    """The sigmoid loss of Zhai et al. (2023), by the B × B × D tensor of differences; arguments as below, unchecked.
+
+    L = −(1/B) Σ_ij log σ( z_ij (scale · s_ij + bias) ),   z_ij = 1 for i = j, else −1,   s_ij = −‖h_x,i − h_t,j‖² or their cosine
+    """
+    if similarity == "distance":
+        similarities = -(h_x[:, None] - h_t[None]).square().sum(dim=2)
+    else:
+        similarities = nn.functional.cosine_similarity(h_x[:, None], h_t[None], dim=2)
+    signs = 2 * torch.eye(len(h_x), dtype=h_x.dtype, device=h_x.device) - 1
+    return -nn.functional.logsigmoid(signs * (scale * similarities + bias)).sum() / len(h_x)
+
+
 # The same, in blocks
 
 
@@ -119,6 +132,83 @@ def image_text_contrastive_loss(h_x, h_t, tau=1.0, negatives="both", share=None)
     # half-precision encodings are compared in float32, whatever precision produced them
     h_x, h_t = (h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t))
     return _CosineLoss.apply(h_x, h_t, tau, negatives, share or WholeBatch(len(h_x)))
+
+
+class LearnedLogits(nn.Module):
+    """Scale and bias by which the sigmoid loss makes logits of similarities, both learned; the scale by its logarithm.
+
+    For cosines they begin at 10 and −10, as in Zhai et al. (2023), for distances at 1 and −log B, B being the `pairs` of a batch:
+    one in B combinations is a pair. With 0 the others drive all encodings onto a line first, where they stay.
+    """
+
+    def __init__(self, similarity, pairs):
+        super().__init__()
+        scale, bias = {"distance": (1.0, -math.log(pairs)), "cosine": (10.0, -10.0)}[similarity]
+        self.similarity = similarity
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, h_x, h_t, share=None):
+        """`sigmoid_contrastive_loss` of the encodings, a scalar tensor."""
+        return sigmoid_contrastive_loss(h_x, h_t, self.log_scale.exp(), self.bias, self.similarity, share)
+
+
+def sigmoid_contrastive_loss(h_x, h_t, scale, bias, similarity="distance", share=None):
+    """`textbook_sigmoid_loss`, a scalar tensor: each of the B × B combinations is told to be a pair or not, by itself.
+
+    h_x, h_t: (B, D) float encodings of B pairs. scale, bias: 0-d tensors. similarity: "distance", the negative squared one, or
+    "cosine". share: of a larger batch, as `WholeBatch` has it, of which these are the pairs. Raises ValueError for shapes that
+    do not fit and for another similarity.
+    """
+    if h_x.ndim != 2 or h_x.shape != h_t.shape:
+        raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
+    if similarity not in ("distance", "cosine"):
+        raise ValueError(f"the similarity {similarity!r} is none of: distance, cosine")
+    share = share or WholeBatch(len(h_x))
+    # half-precision encodings are compared in float32, whatever precision produced them
+    h_x, h_t = (h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t))
+    with torch.autocast(h_x.device.type, enabled=False):
+        h_t = share.gather(h_t)
+        left, right = h_x.double(), h_t.double()
+        if similarity == "cosine":
+            left, right = (h / h.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM) for h in (left, right))
+        else:  # the product errs by 1e-16 of the encodings' squared lengths, about a centre that moves nothing
+            centre = right.detach().mean(dim=0)
+            left, right = _augmented(left - centre, right - centre, 1.0)
+        return _SigmoidLoss.apply(left, right, scale, bias, share.total, share.first).to(h_x.dtype)
+
+
+class _SigmoidLoss(torch.autograd.Function):
+    """Σ −log σ / `total` over the rows of `left` (B, K) and those of `right` (M, K), whose products are the similarities.
+
+    The pair of row i is column `first` + i. A block of rows yields its part of the gradients in the same pass.
+    """
+
+    @staticmethod
+    def forward(ctx, left, right, scale, bias, total, first):
+        block_rows = max(1, BLOCK_ELEMENTS[left.device.type] // len(right))
+        loss, grad_scale, grad_bias = (torch.zeros((), dtype=left.dtype, device=left.device) for _ in range(3))
+        grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
+        for start in range(0, len(left), block_rows):
+            block = slice(start, start + block_rows)
+            similarities = left[block] @ right.T
+            signed = scale * similarities + bias  # −z · logit; the slope of −log σ(z · logit) is its sigmoid
+            signed.diagonal(offset=first + start).neg_()
+            loss -= nn.functional.logsigmoid(-signed).sum()
+            slope = signed.sigmoid_()
+            slope.diagonal(offset=first + start).neg_()
+            grad_left[block] = slope @ right
+            grad_right.addmm_(slope.T, left[block])
+            grad_scale += (slope * similarities).sum()
+            grad_bias += slope.sum()
+        ctx.save_for_backward(*(g / total for g in (scale * grad_left, scale * grad_right, grad_scale, grad_bias)))
+        ctx.dtypes = scale.dtype, bias.dtype
+        return loss / total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_left, grad_right, grad_scale, grad_bias = (grad_output * gradient for gradient in ctx.saved_tensors)
+        return grad_left, grad_right, grad_scale.to(ctx.dtypes[0]), grad_bias.to(ctx.dtypes[1]), None, None
 
 
 class _CosineLoss(torch.autograd.Function):

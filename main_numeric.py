@@ -23,7 +23,7 @@ import probes
 from encoders import MLPEncoder, hidden_widths, initialise
 from kernel_ridge import kernel_ridge_r2
 from latent_spaces import MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
-from losses import multimodal_contrastive_loss
+from losses import LearnedLogits, multimodal_contrastive_loss
 from mlp_probes import PROBE_STEPS
 from probes import ABSENT, LEARNED
 from running.directory import has_checkpoint, load_weights, save_weights
@@ -150,6 +150,7 @@ class NumericExperiment(Experiment):
         }
         self.networks = {name: network.to(device) for name, network in networks.items()}
         self.modules = {name: self.networks[name] for name in ("f_x", "f_t")}
+        self.objective = LearnedLogits("distance", args.batch_size).to(device) if args.loss == "sigmoid" else None
         self.generators = {"train": seeded_generator(args.seed, "train", device)}
 
     def draw(self, directory):
@@ -179,11 +180,11 @@ class NumericExperiment(Experiment):
             return z, f_x(x), f_t(t)
 
     def loss(self, share_done):
-        """Eq. 2 of the paper on one fresh batch; with independent negatives a second batch comes in the same pass."""
+        """Eq. 2 of the paper, or the sigmoid loss, on a fresh batch; independent negatives come in the same pass."""
         share, generator = Share(batch_size(self.args, share_done)), self.generators["train"]
-        if self.args.negatives == "batch":
+        if self.objective or self.args.negatives == "batch":
             _, h_x, h_t = self.sample(share.total, generator, share.rows)
-            return multimodal_contrastive_loss(h_x, h_t, share=share)
+            return (self.objective or multimodal_contrastive_loss)(h_x, h_t, share=share)
         _, h_x, h_t = self.sample(2 * share.total, generator, share.rows)
         (h_x, negatives_x), (h_t, negatives_t) = h_x.chunk(2), h_t.chunk(2)
         return multimodal_contrastive_loss(h_x, h_t, negatives_x, negatives_t, share=share)
@@ -241,6 +242,7 @@ class NumericExperiment(Experiment):
         kind = "dependent" if args.causal_dependence else "independent"
         omitted = [i for i in range(n) if i not in latents.selected]
         wrong = f", each with probability {args.change_prob:g}" if latents.perturbed else ""
+        negatives = "sigmoid loss" if self.objective else f"{args.negatives} negatives"
         pairs = f"{args.batch_size}" + (f" to {args.final_batch_size}" if args.final_batch_size else "")
         return {
             "latents": f"{n} {kind} semantics, {m} + {m} modality-specific ({args.protocol} protocol)",
@@ -249,7 +251,7 @@ class NumericExperiment(Experiment):
             "unbiased": f"I_θ \\ I_ρ = {semantics(latents.unbiased)}: what the theory says is learned",
             "encoders": f"R^{self.d_x} and R^{self.d_t} → R^{self.encoding_size}, {parameters:,} parameters",
             "training": f"{args.recipe} recipe: {args.train_steps} steps of {pairs} pairs, lr {args.lr:g} "
-            f"{args.lr_schedule}, {args.init} initialisation, {args.negatives} negatives",
+            f"{args.lr_schedule}, {args.init} initialisation, {negatives}",
         }
 
     def show(self, results, path):

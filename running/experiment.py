@@ -32,9 +32,10 @@ class Experiment:
 
     Of the class: name; recipes, dict name → dict flag → value; weight_files, what a trained model consists of. Of an object:
     args and device; modules, dict name → nn.Module that is trained; networks, these and what is not trained, None for these
-    alone; generators, dict name → torch.Generator or what else has its get_state and set_state: every source of randomness of
-    `loss`, the order of the data too; rates, dict name of a module → factor of its learning rate, 1 where there is none;
-    keep_steps: steps between two calls of keep(directory, step), 0 for none. A subclass gives these methods, the first four of
+    alone; objective, nn.Module of what the loss itself learns, None for nothing; generators, dict name → torch.Generator or what
+    else has its get_state and set_state: every source of randomness of `loss`, the order of the data too; rates, dict name of a
+    module → factor of its learning rate, 1 where there is none; keep_steps: steps between two calls of keep(directory, step), 0
+    for none. A subclass gives these methods, the first four of
     the class; all raise InputError for what a user can mend. In several processes draw, monitor, keep and evaluate are called in
     the first alone.
 
@@ -52,7 +53,7 @@ class Experiment:
     """
 
     name, recipes, weight_files = "", {}, ()
-    networks, rates, keep_steps = None, None, 0
+    networks, objective, rates, keep_steps = None, None, None, 0
 
     @classmethod
     def parser(cls):
@@ -89,8 +90,13 @@ class Experiment:
         """Context of the encoders' forward pass: in the precision of the flags while they are trained, else in fp32."""
         return encoder_precision(self.device, self.args.precision if torch.is_grad_enabled() else "fp32")
 
+    @property
+    def trained(self):
+        """Dict name → nn.Module of all that is trained: the encoders, and what the loss itself learns."""
+        return self.modules | ({"objective": self.objective} if self.objective else {})
+
     def weights(self):
-        """Dict name of a file → state_dict of what was trained."""
+        """Dict name of a file → state_dict of the encoders."""
         return {name: module.state_dict() for name, module in self.modules.items()}
 
     def load(self, directory):
@@ -123,6 +129,8 @@ def add_run_flags(parser):
     parser.section("training", "--recipe sets what follows it at once; a flag that is given wins")
     flag("--protocol", ("code", "paper"), "where the paper's text and its runs differ, follow which", "code")
     flag("--recipe", recipes, "the paper's training, or a faster one", "paper")
+    flag("--loss", ("infonce", "sigmoid"), "a soft-max over negatives, as the paper's, or each combination of a batch by itself, "
+         "pair or not, by a learned scale (Zhai et al., 2023)", "infonce")  # fmt: skip
     flag("--init", ("default", "he"), "encoders' weights: PyTorch's default or He's")
     flag("--lr", number(0, above=True), "Adam's learning rate, its peak under a schedule")
     flag("--optimiser", ("adam", "muon"), "muon takes the filters of convolutions, Adam all else; see optimisation.py")

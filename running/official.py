@@ -51,7 +51,7 @@ def is_official(stored):
 
 def shared_names(parser):
     """Set of the flags in args.json of either: the seed and the setting."""
-    own = {"protocol", "recipe", *parser.recipes["paper"], *parser.freely, *parser.names("again")}
+    own = {"protocol", "recipe", "loss", *parser.recipes["paper"], *parser.freely, *parser.names("again")}
     return set(vars(parser.parse([])[0])) - own
 
 
@@ -66,7 +66,7 @@ def completed(stored, parser):
             "there, so that it cannot be evaluated here; train it anew"
         )
     defaults, _ = parser.parse([])
-    own = {"protocol", "recipe", *parser.recipes[defaults.recipe], *parser.names("again")}
+    own = {"protocol", "recipe", "loss", *parser.recipes[defaults.recipe], *parser.names("again")}
     return {name: getattr(defaults, name) for name in own} | stored
 
 
@@ -80,5 +80,5 @@ def official_args(args, parser):
     if getattr(args, "hidden_sizes", "paper") != "paper":
         built = "the code behind the paper's figures builds no encoders with"
         raise InputError(f"{built} --hidden-sizes {args.hidden_sizes}: it could not evaluate this model")
-    own = {"protocol", "recipe", *parser.freely, *parser.recipes["paper"]} - {"lr", "batch_size", "train_steps"}
+    own = {"protocol", "recipe", "loss", *parser.freely, *parser.recipes["paper"]} - {"lr", "batch_size", "train_steps"}
     return {name: value for name, value in vars(args).items() if name not in own}

@@ -35,15 +35,15 @@ class Progress:
 
 
 def train(experiment, directory):
-    """Train the modules of an Experiment for args.train_steps steps; returns the Progress at the end.
+    """Train what an Experiment trains for args.train_steps steps; returns the Progress at the end.
 
     Continues from the checkpoint if the directory has one, or from the one before if that is damaged. The signals STOP, unless
     they are ignored, write a checkpoint, say how to resume and exit with 128 + the signal's number. Raises InputError if the loss
     is no longer finite, and if the checkpoint is damaged or of another run.
     """
     args, progress = experiment.args, Progress()
-    optimiser = make_optimiser(experiment.modules, args, experiment.rates)
-    for module in experiment.modules.values():
+    optimiser = make_optimiser(experiment.trained, args, experiment.rates)
+    for module in experiment.trained.values():
         module.train()
         ranks.share_batch_norms(module)
     if ranks.from_first(lambda: has_checkpoint(directory)):
@@ -166,7 +166,7 @@ def _checkpoint(progress, experiment, optimiser):
         "run": experiment.identity(),
         "progress": dataclasses.asdict(progress),
         "device": experiment.device.type,
-        "modules": {name: module.state_dict() for name, module in experiment.modules.items()},
+        "modules": {name: module.state_dict() for name, module in experiment.trained.items()},
         "optimiser": optimiser.state_dict(),
         "preconditioner": optimiser.whitening.state_dict() if optimiser.whitening else None,
         "generators": {name: generator.get_state() for name, generator in experiment.generators.items()},
@@ -183,7 +183,7 @@ def _adopt_checkpoint(content, path, experiment, optimiser):
                                  f"args.json says {value}; restore either, or start anew with --overwrite")  # fmt: skip
         progress = Progress(**content["progress"])
         _check_progress(progress, experiment.args.train_steps)
-        for name, module in experiment.modules.items():
+        for name, module in experiment.trained.items():
             load_state(module, content["modules"][name], path)
         _check_alike(content["optimiser"], optimiser.state_dict())
         optimiser.load_state_dict(content["optimiser"])

@@ -5,7 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import image_text_contrastive_loss, multimodal_contrastive_loss, textbook_image_text_loss, textbook_multimodal_loss
+from losses import (
+    image_text_contrastive_loss,
+    multimodal_contrastive_loss,
+    sigmoid_contrastive_loss,
+    textbook_image_text_loss,
+    textbook_multimodal_loss,
+    textbook_sigmoid_loss,
+)
 
 
 def value_and_gradients(loss, tensors, dtype, **options):
@@ -92,19 +99,21 @@ class PartOfBatch:
 
 
 @pytest.mark.parametrize("bounds", [(0, 23), (0, 11, 23), (0, 7, 8, 23)], ids=["one", "two", "three"])
-@pytest.mark.parametrize("kind", ["independent", "batch", "both", "cross"])
+@pytest.mark.parametrize("kind", ["independent", "batch", "both", "cross", "distance", "cosine"])
 def test_the_parts_of_a_batch_add_up_with_their_gradients(kind, bounds, monkeypatch):
     monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 100)  # several blocks in a share
     tensors = encodings((23,) * (4 if kind == "independent" else 2), 4)
     loss = multimodal_contrastive_loss if kind in ("independent", "batch") else image_text_contrastive_loss
     options = {"tau": 0.3} | ({"negatives": kind} if kind in ("both", "cross") else {})
+    if kind in ("distance", "cosine"):
+        loss, options = sigmoid_contrastive_loss, {"scale": torch.tensor(1.7), "bias": torch.tensor(-0.4), "similarity": kind}
 
-    def in_parts(*tensors, tau, **options):
+    def in_parts(*tensors, **options):
         known = [*tensors, *(h / h.norm(dim=1, keepdim=True) for h in tensors)]  # the cosine's encodings have length 1
         shares = [PartOfBatch(23, *bounds[k : k + 2], known) for k in range(len(bounds) - 1)]
         # inside the public function the cosine's gradients are formed at once, over other processes' rows too: test_ranks.py
-        part = loss if loss is multimodal_contrastive_loss else losses._cosine_loss
-        return sum(part(*(h[share.rows] for h in tensors), tau=tau, share=share, **options) for share in shares)
+        part = losses._cosine_loss if loss is image_text_contrastive_loss else loss
+        return sum(part(*(h[share.rows] for h in tensors), share=share, **options) for share in shares)
 
     value, gradients = value_and_gradients(in_parts, tensors, torch.float64, **options)
     expected, expected_gradients = value_and_gradients(loss, tensors, torch.float64, **options)
@@ -248,3 +257,54 @@ def test_image_text_loss_names_wrong_inputs():
         image_text_contrastive_loss(torch.zeros(4, 3), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="none of: both, cross"):
         image_text_contrastive_loss(torch.ones(4, 3), torch.ones(4, 3), negatives="all")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the sigmoid loss
+
+
+def written_out_sigmoid(h_x, h_t, scale, bias, similarity):
+    """Zhai et al. (2023), by loops."""
+    total = h_x.new_zeros(())
+    for i, x in enumerate(h_x):
+        for j, t in enumerate(h_t):
+            alike = -((x - t) ** 2).sum() if similarity == "distance" else x @ t / (x.norm() * t.norm())
+            total = total + torch.log1p(torch.exp(-(1 if i == j else -1) * (scale * alike + bias)))
+    return total / len(h_x)
+
+
+@pytest.mark.parametrize("similarity", ["distance", "cosine"])
+@pytest.mark.parametrize(
+    "pairs, dimensions, scale, bias", [(17, 5, 1.0, -3.0), (2, 3, 0.1, 0.0), (1, 1, 2.0, 1.0), (9, 1, 10.0, -10.0)]
+)
+def test_sigmoid_value_and_gradients_in_float64(similarity, pairs, dimensions, scale, bias, monkeypatch):
+    monkeypatch.setitem(losses.BLOCK_ELEMENTS, "cpu", 30)  # several blocks
+    learned = [torch.tensor(value) for value in (scale, bias)]
+    tensors = [*encodings((pairs, pairs), dimensions), *learned]
+    expected, expected_gradients = value_and_gradients(written_out_sigmoid, tensors, torch.float64, similarity=similarity)
+    for loss in (textbook_sigmoid_loss, sigmoid_contrastive_loss):
+        value, gradients = value_and_gradients(loss, tensors, torch.float64, similarity=similarity)
+        assert abs(value - expected) < 1e-10 * abs(expected)
+        for found, wanted in zip(gradients, expected_gradients, strict=True):
+            assert relative(found, wanted) < 1e-9 or wanted.norm() < 1e-12
+
+
+@pytest.mark.parametrize("similarity", ["distance", "cosine"])
+@pytest.mark.parametrize("scale, offset", [(1.0, 0.0), (30.0, 0.0), (1.0, 1e3)])
+def test_sigmoid_in_float32_is_that_of_float64_also_at_extremes(similarity, scale, offset):
+    tensors = [*encodings((300, 300), 3, scale, offset), torch.tensor(1.5), torch.tensor(-6.0)]
+    expected, expected_gradients = value_and_gradients(textbook_sigmoid_loss, tensors, torch.float64, similarity=similarity)
+    value, gradients = value_and_gradients(sigmoid_contrastive_loss, tensors, torch.float32, similarity=similarity)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    # of encodings far from the origin the cosine's differences are below float32
+    bound = 1e-4 if similarity == "distance" or offset == 0 else 0.3
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        assert relative(found, wanted) < bound
+
+
+def test_sigmoid_loss_names_wrong_inputs():
+    h, one = torch.zeros(3, 2), torch.ones(())
+    with pytest.raises(ValueError, match="must have one shape"):
+        sigmoid_contrastive_loss(h, torch.zeros(2, 2), one, one)
+    with pytest.raises(ValueError, match="none of: distance, cosine"):
+        sigmoid_contrastive_loss(h, h, one, one, "angle")

@@ -433,6 +433,22 @@ def test_a_directory_with_a_damaged_args_json_can_be_overwritten(run, trained):
     assert run("--seed 2 --overwrite")[0] == 0 and sorted(contents(directory)) == FILES
 
 
+def test_the_sigmoid_loss_finds_the_same_block_with_a_scale_that_it_learns(run, tmp_path):
+    setting = "--semantics-n 4 --modality-n 2 --theta-value 11 --beta-value 3 --num-eval-batches 1 --mlp-eval --no-cuda"
+    code, out, err = run(
+        f"--loss sigmoid --recipe fast --batch-size 256 --train-steps 350 --log-steps 350 --seed 1 {setting}", base=""
+    )
+    assert code == 0, err
+    assert "350 steps of 256 to 400 pairs" in out and "sigmoid loss" in out
+    assert "Exactly the unbiased block is learned: the unbiased block {s_0, s_1}" in out
+    learned = torch.load(tmp_path / "models/m/checkpoint.pt", weights_only=True)["modules"]["objective"]
+    assert set(learned) == {"log_scale", "bias"}
+    assert abs(learned["bias"] + np.log(256)) > 0.5 and learned["log_scale"] != 0, "both have moved"
+    assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "models/m").glob("*.pt")) == [
+        "checkpoint.pt", "f_t.pt", "f_x.pt", "g_t.pt", "g_x.pt"]  # fmt: skip
+
+
 @pytest.mark.parametrize("removals", [0, 3, 7])
 def test_a_run_killed_while_it_overwrites_is_the_earlier_one(run, trained, monkeypatch, removals):
     directory, _ = trained

@@ -30,6 +30,8 @@ CASES = {
     "independent": ("numeric", NUMERIC),
     "batch": ("numeric", f"{NUMERIC} --recipe fast --final-batch-size 40 --lr 0.00001"),
     "both": ("mpi3d", f"{IMAGES} --recipe fast --optimiser muon --first-batch-size 17 --spare-dimensions 4"),
+    "sigmoid": ("numeric", f"{NUMERIC} --loss sigmoid"),
+    "sigmoid_images": ("mpi3d", f"{IMAGES} --loss sigmoid --lr 0.000002"),
     "cross": ("mpi3d", f"{IMAGES} --protocol paper"),
 }
 SECONDS = 300  # for what takes ten where nothing else runs
