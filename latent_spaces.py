@@ -1,6 +1,6 @@
 """Latents of misaligned image/text pairs and the mixing networks that turn them into observations.
 
-    s ~ N(0, Σ_s)                                     semantics, shared by image and text
+    s ~ N(0, Σ_s)                                     semantics, shared by image and text; or not Gaussian, with variance Σ_s
     s̃_i = s_i + b_i ε_i   for i ∈ I_ρ ∩ I_θ           perturbation bias ρ: stated wrongly
     z_x = (s, m_x),   z_t = (s̃ restricted to I_θ, m_t)   selection bias θ: left out
     x = g_x(z_x),     t = g_t(z_t)
@@ -103,6 +103,17 @@ def biased_blocks(theta, beta, n):
 
 # latents
 
+MARGINALS = ("gaussian", "laplace", "uniform")
+
+
+def with_marginal(normal, kind):
+    """Standard normal numbers as ones of another distribution of MARGINALS with mean 0 and variance 1, by its quantiles."""
+    if kind == "gaussian":
+        return normal
+    beyond = torch.special.erfc(normal.double().abs() / 2**0.5)  # share of numbers that are larger, of either sign
+    size = 3**0.5 * (1 - beyond) if kind == "uniform" else -beyond.log() / 2**0.5
+    return size.to(normal.dtype).copysign(normal)
+
 
 @dataclass
 class Latents:
@@ -134,12 +145,15 @@ class MisalignedLatents:
     theta, beta: numbers of I_θ and I_ρ (see `subset_from_index`; beta −1 is no perturbation). `seed` fixes the covariances
     alone, the samples come from the generator given to `sample`. protocol "code": modality covariances are the identity
     with independent semantics, and with dependence Σ_ε = Σ_s and Σ_mx = Σ_mt; "paper": all are drawn separately, the
-    modality covariances from a Wishart in both cases. Raises ValueError for numbers that give no unbiased block.
+    modality covariances from a Wishart in both cases. marginal: of independent semantics, one of MARGINALS. Raises ValueError for
+    numbers that give no unbiased block, and for dependent semantics that are not Gaussian.
     """
 
     def __init__(self, semantics_n, modality_n, theta, beta, seed, *, change_prob=0.75, causal_dependence=False,
-                 margin_param=1.0, cond_param=1.0, protocol="code", device="cpu"):  # fmt: skip
-        self.semantics_n, self.modality_n = semantics_n, modality_n
+                 margin_param=1.0, cond_param=1.0, marginal="gaussian", protocol="code", device="cpu"):  # fmt: skip
+        self.semantics_n, self.modality_n, self.marginal = semantics_n, modality_n, marginal
+        if causal_dependence and marginal != "gaussian":
+            raise ValueError(f"{marginal} latents are independent: their dependence is known of Gaussian ones alone")
         self.selected, self.perturbed, self.unbiased = biased_blocks(theta, beta, semantics_n)
         self.change_prob, self.device = change_prob, torch.device(device)
         self.covariances = self._covariances(seed, causal_dependence, margin_param, cond_param, protocol)
@@ -156,7 +170,7 @@ class MisalignedLatents:
         """Those of the flags of a setting, a Namespace, and of a training seed."""
         return cls(args.semantics_n, args.modality_n, args.theta_value, args.beta_value, seed, change_prob=args.change_prob,
                    causal_dependence=args.causal_dependence, margin_param=args.margin_param, cond_param=args.cond_param,
-                   protocol=args.protocol, device=device)  # fmt: skip
+                   marginal=args.latents, protocol=args.protocol, device=device)  # fmt: skip
 
     def _covariances(self, seed, causal_dependence, margin_param, cond_param, protocol):
         """The four covariance matrices as float64 arrays: s, epsilon, m_x, m_t."""
@@ -203,7 +217,8 @@ class MisalignedLatents:
         n, m = self.semantics_n, self.modality_n
         widths = (n, m, m, n) if self.perturbed else (n, m, m)
         normal = torch.randn(size, sum(widths), generator=generator, device=self.device).split(widths, dim=1)
-        s, m_x, m_t = (unit @ self._factors[name].T for unit, name in zip(normal, ("s", "m_x", "m_t"), strict=False))
+        units = (with_marginal(normal[0], self.marginal), *normal[1:3])
+        s, m_x, m_t = (unit @ self._factors[name].T for unit, name in zip(units, ("s", "m_x", "m_t"), strict=True))
         s_tilde = s
         if self.perturbed:
             changed = torch.rand(size, n, generator=generator, device=self.device) < self.change_prob

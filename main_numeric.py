@@ -45,7 +45,7 @@ RECIPES = {
         layer_lr="fan-in",  # of what Muon does not take: every layer moves alike, at any width
         init="he",  # PyTorch's default shrinks the signal from layer to layer: most steps leave the plateau that follows
         preconditioner="inputs",  # what is learned last lies in the tail of the layers' inputs
-        batch_size=512, final_batch_size="auto",  # early steps need no precision, late ones do
+        batch_size=512, final_batch_size="auto",  # late steps need more precision than early ones
         negatives="batch",  # half the encoder passes
     ),
 }  # fmt: skip
@@ -53,11 +53,9 @@ RECIPES["wide"] = RECIPES["fast"] | dict(
     hidden_sizes="paper",
     optimiser="adam", lr=1e-3, batch_size=256,  # Muon's products of wide layers would take most of the time
 )  # fmt: skip
-# train_steps "auto", between these (dimensions of the encoding, steps): a single dimension teaches the layers below it
-# little at a time, and many take long to tell apart
+# train_steps "auto", by (dimensions, steps): a single dimension teaches the layers below little, and many are hard to tell apart
 AUTO_STEPS = {"fast": ((1, 5_000), (2, 4_000), (5, 2_600), (10, 4_600)), "wide": ((1, 6_500), (5, 3_500), (10, 7_000))}
-# final_batch_size "auto", pairs and pairs more a dimension: in more dimensions it takes more negatives to find one that is hard
-# to tell from the positive
+# final_batch_size "auto", pairs and pairs more a dimension: the more there are, the rarer a negative that is hard to tell apart
 AUTO_BATCH = {"fast": (0, 200), "wide": (384, 128)}
 # Flags of the setting: name, kind, help, default.
 SETTING = (
@@ -67,6 +65,7 @@ SETTING = (
     ("--beta-value", integer(-1), "perturbation bias ρ: number of I_ρ, what the text may state wrongly, -1 = none", -1),
     ("--change-prob", number(0, 1), "probability that a perturbable semantic is perturbed", 0.75),
     ("--causal-dependence", bool, "dependent latents: covariances drawn from a Wishart distribution", None),
+    ("--latents", ("gaussian", "laplace", "uniform"), "of independent semantics, all of one variance", "gaussian"),
     ("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0),
     ("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0),
     ("--n-mixing-layer", integer(1), "linear layers of the generative functions g_x, g_t", 3),
@@ -116,6 +115,8 @@ class NumericExperiment(Experiment):
             _, _, unbiased = biased_blocks(args.theta_value, args.beta_value, n)
         except ValueError as error:
             raise InputError(str(error)) from None
+        if args.latents != "gaussian" and args.causal_dependence:
+            raise InputError(f"--latents {args.latents} are independent semantics; leave out --causal-dependence")
         size = args.encoding_size or len(unbiased)
         if args.train_steps == "auto":
             args.train_steps = round(np.interp(size, *zip(*AUTO_STEPS[args.recipe], strict=True)))
@@ -223,8 +224,8 @@ class NumericExperiment(Experiment):
         test_h, test_targets = self.encode(self.args.num_eval_batches, generator)
         encodings = {name: probes.standardise(fit_h[name], test_h[name]) for name in fit_h}
         if self.args.mlp_eval:
-            generator = seeded_generator(seed, "probe", self.device)
             steps = PROBE_STEPS if self.args.probes == "fast" else None
+            generator = seeded_generator(seed, "probe", self.device)
             nonlinear = probes.mlp_r2(encodings, fit_targets, test_targets, generator, steps)
         rows = []
         for name, (fit, test) in encodings.items():
@@ -238,12 +239,12 @@ class NumericExperiment(Experiment):
     def describe(self):
         """What the text leaves out, what it may state wrongly, what should be learned, and how."""
         args, latents, n, m = self.args, self.latents, self.args.semantics_n, self.args.modality_n
-        parameters = sum(parameter.numel() for module in self.modules.values() for parameter in module.parameters())
-        kind = "dependent" if args.causal_dependence else "independent"
+        parameters = sum(weights.numel() for module in self.modules.values() for weights in module.parameters())
+        kind = "dependent" if args.causal_dependence else f"independent {args.latents}".removesuffix(" gaussian")
         omitted = [i for i in range(n) if i not in latents.selected]
         wrong = f", each with probability {args.change_prob:g}" if latents.perturbed else ""
         negatives = "sigmoid loss" if self.objective else f"{args.negatives} negatives"
-        pairs = f"{args.batch_size}" + (f" to {args.final_batch_size}" if args.final_batch_size else "")
+        pairs = " to ".join(str(size) for size in (args.batch_size, args.final_batch_size) if size)
         return {
             "latents": f"{n} {kind} semantics, {m} + {m} modality-specific ({args.protocol} protocol)",
             "selected": f"I_θ = {semantics(latents.selected)}; the text leaves out {semantics(omitted)}",

@@ -37,7 +37,7 @@ from running.staging import STAGED, recorded, settle
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
 LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0, "hidden_sizes": "paper", "probes": "paper",
-               "checkpoint_minutes": 10, "loss": "infonce"}  # fmt: skip
+               "checkpoint_minutes": 10, "loss": "infonce", "latents": "gaussian"}  # fmt: skip
 LATER_DOWNSTREAM = {"probes": "paper"}  # the same of the record of a downstream evaluation
 CHECKPOINT, CHECKPOINT_BEFORE = "checkpoint.pt", "checkpoint_before.pt"
 # What scripts write into a model directory, beside weights.

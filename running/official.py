@@ -16,6 +16,7 @@ from running.command_line import InputError
 
 WRAPPER = "module."
 BEGINNINGS = {"encoder_img": [("resnet.", "0."), ("linear.", "2.")], "encoder_txt": [("convolutions.", "convnet.")]}
+OURS = ("protocol", "recipe", "loss", "latents")  # flags that no recipe sets, of which they know nothing
 
 
 def own_names(network, state):
@@ -51,7 +52,7 @@ def is_official(stored):
 
 def shared_names(parser):
     """Set of the flags in args.json of either: the seed and the setting."""
-    own = {"protocol", "recipe", "loss", *parser.recipes["paper"], *parser.freely, *parser.names("again")}
+    own = {*OURS, *parser.recipes["paper"], *parser.freely, *parser.names("again")}
     return set(vars(parser.parse([])[0])) - own
 
 
@@ -66,8 +67,8 @@ def completed(stored, parser):
             "there, so that it cannot be evaluated here; train it anew"
         )
     defaults, _ = parser.parse([])
-    own = {"protocol", "recipe", "loss", *parser.recipes[defaults.recipe], *parser.names("again")}
-    return {name: getattr(defaults, name) for name in own} | stored
+    own = {*OURS, *parser.recipes[defaults.recipe], *parser.names("again")}
+    return {name: value for name, value in vars(defaults).items() if name in own} | stored
 
 
 def official_args(args, parser):
@@ -77,8 +78,10 @@ def official_args(args, parser):
             "the code behind the paper's figures knows neither --protocol paper nor the covariances that a seed draws here "
             "for --causal-dependence: it could not evaluate this model"
         )
+    if (latents := getattr(args, "latents", "gaussian")) != "gaussian":
+        raise InputError(f"the code behind the paper's figures samples no {latents} latents: it could not evaluate this model")
     if getattr(args, "hidden_sizes", "paper") != "paper":
         built = "the code behind the paper's figures builds no encoders with"
         raise InputError(f"{built} --hidden-sizes {args.hidden_sizes}: it could not evaluate this model")
-    own = {"protocol", "recipe", "loss", *parser.freely, *parser.recipes["paper"]} - {"lr", "batch_size", "train_steps"}
+    own = {*OURS, *parser.freely, *parser.recipes["paper"]} - {"lr", "batch_size", "train_steps"}
     return {name: value for name, value in vars(args).items() if name not in own}

@@ -18,6 +18,7 @@ from latent_spaces import (
     seeded_generator,
     subset_count,
     subset_from_index,
+    with_marginal,
 )
 
 PREFIXES = [0, 10, 55, 175, 385, 637, 847, 967, 1012, 1022]
@@ -225,3 +226,35 @@ def test_mixing_weights_are_unit_columns_of_the_best_thousandth():
 def test_condition_numbers_against_numpy():
     matrices = random_unit_column_matrices(50, 6, np.random.default_rng(0))
     assert np.allclose(condition_numbers(matrices), np.linalg.cond(matrices))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "laplace", "uniform"])
+def test_semantics_have_the_distribution_of_the_flag(kind):
+    from scipy import stats
+
+    latents = MisalignedLatents(3, 2, 6, 0, 1, margin_param=1.5, marginal=kind)
+    sample = latents.sample(100_000, seeded_generator(3, "train"))
+    wide = {"gaussian": stats.norm(scale=1.5), "laplace": stats.laplace(scale=1.5 / 2**0.5),
+            "uniform": stats.uniform(-1.5 * 3**0.5, 3 * 3**0.5)}[kind]  # fmt: skip
+    for i in range(3):
+        assert stats.kstest(sample.s[:, i].double().numpy(), wide.cdf).pvalue > 1e-4
+    assert sample.s.std().item() == pytest.approx(1.5, rel=0.01)
+    assert abs(torch.corrcoef(sample.s.T) - torch.eye(3)).max() < 0.02, "independent"
+    for other in (sample.m_x, sample.m_t, (sample.s_tilde - sample.s)[:, :1][sample.s_tilde[:, 0] != sample.s[:, 0]]):
+        values = other.double().flatten().numpy()
+        assert stats.kstest(values / values.std(), "norm").pvalue > 1e-4, "all else stays Gaussian"
+
+
+def test_marginals_by_quantiles_keep_their_tails_and_the_gaussian_its_bits():
+    from scipy import stats
+
+    normal = torch.tensor([-9.0, -3.0, -0.1, 0.0, 0.1, 3.0, 9.0])
+    assert torch.equal(with_marginal(normal, "gaussian"), normal)
+    for kind, distribution in (("laplace", stats.laplace(scale=2**-0.5)), ("uniform", stats.uniform(-(3**0.5), 2 * 3**0.5))):
+        exact = [distribution.ppf(stats.norm.cdf(u)) if u < 0 else -distribution.ppf(stats.norm.cdf(-u)) for u in normal.tolist()]
+        assert with_marginal(normal, kind).tolist() == pytest.approx(exact, rel=1e-6, abs=1e-7)
+
+
+def test_dependent_semantics_are_gaussian():
+    with pytest.raises(ValueError, match="laplace latents are independent"):
+        MisalignedLatents(3, 2, 6, -1, 1, causal_dependence=True, marginal="laplace")

@@ -531,6 +531,8 @@ def fails(run, flags, words, **options):
         ("--lr nan", "--lr"),
         ("--final-batch-size 1", "--final-batch-size: 1 is too small, expected an integer of at least 2, or 0"),
         ("--margin-param 0", "--margin-param"),
+        ("--latents laplace --causal-dependence", "leave out --causal-dependence"),
+        ("--latents cauchy", "--latents"),
         ("--margin-param 1e-200", "--margin-param"),
         ("--cond-param 1e200", "--cond-param"),
         ("--cond-param -1", "--cond-param"),
