@@ -106,7 +106,7 @@ class ImageTextExperiment(Experiment):
         generator = seeded_generator(args.seed, "order")
         pairs, index_device = len(self.pairs.splits["train"]), self.pairs.images.index_device
         self.order = EpochOrder(pairs, generator, index_device, pinned=device.type == "cuda")
-        self.generators = {"order": self.order}
+        self.generators, self.evaluated = {"order": self.order}, {}
 
     def _text_encoder(self):
         args, pairs = self.args, self.pairs
@@ -246,10 +246,17 @@ class ImageTextExperiment(Experiment):
             factors = [(getattr(self.pairs.splits[split], kind), rows) for split, rows in parts]
             return [{name: values[rows].to(device) for name, values in part.items()} for part, rows in factors]
 
-        if not self.own_text_factors:
-            return {("image", "text"): (encodings, *targets("image_factors"))}
-        kinds = {"image": "image_factors", "text": "text_factors"}
-        return {(name,): ({name: encodings[name]}, *targets(kind)) for name, kind in kinds.items()}
+        if self.own_text_factors:
+            of_each = {name: targets(f"{name}_factors") for name in ("image", "text")}
+            data = {(name,): ({name: encodings[name]}, *both) for name, both in of_each.items()}
+        else:
+            of_each = {"": targets("image_factors")}
+            data = {("image", "text"): (encodings, *of_each[""])}
+        for part, h, place in (("fit", fit, 0), ("test", test, 1)):
+            factors = {f"{name}_{factor}".strip("_"): values
+                       for name, both in of_each.items() for factor, values in both[place].items()}  # fmt: skip
+            self.evaluated[part] = {"h_image": h["image"], "h_text": h["text"]} | factors
+        return data
 
     def evaluate(self, seed):
         """DataFrame of the scores of every factor: ix, modality, factor_name, factor_type, SCORES, NaN where none applies."""

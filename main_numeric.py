@@ -220,8 +220,8 @@ class NumericExperiment(Experiment):
     def evaluate(self, seed):
         """R² of linear and nonlinear probes of both encodings for every factor: the table of results.csv."""
         generator = seeded_generator(seed, "evaluate", self.device)
-        fit_h, fit_targets = self.encode(self.args.num_eval_batches, generator)
-        test_h, test_targets = self.encode(self.args.num_eval_batches, generator)
+        (fit_h, fit_targets), (test_h, test_targets) = (self.encode(self.args.num_eval_batches, generator) for _ in range(2))
+        self.evaluated = {"fit": fit_h | fit_targets, "test": test_h | test_targets}
         encodings = {name: probes.standardise(fit_h[name], test_h[name]) for name in fit_h}
         if self.args.mlp_eval:
             steps = PROBE_STEPS if self.args.probes == "fast" else None

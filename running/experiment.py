@@ -13,13 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from running import directory as store
 from running import ranks
 from running.command_line import InputError, Parser, integer, is_out_of_memory, number, place_of
 from running.devices import describe_device, encoder_precision, keep_freed_memory, limit_memory, select_device, settled_precision
-from running.files import write_csv, write_json
+from running.files import replaced, write_csv, write_json
 from running.lock import occupied
 from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES, smallest_batch
@@ -48,7 +49,8 @@ class Experiment:
         draw(directory)             set all weights from the training seed; what is not trained is kept there, or read from there
         loss(share_done)            the loss of one fresh batch, a scalar tensor; of several processes, this one's part
         monitor()                   (dict column → number, text) for a line of the log, from random numbers of its own
-        evaluate(seed)              DataFrame of what the probes find, by random numbers of that seed
+        evaluate(seed)              DataFrame of what the probes find, by random numbers of that seed; sets `evaluated`, as
+                                    `write_encodings` takes it
         show(results, path)         print that and what follows from it, and draw it into the PNG `path`
     """
 
@@ -125,6 +127,7 @@ def add_run_flags(parser):
          "figures reads it", None, "call")  # fmt: skip
     flag("--log-steps", integer(1), "steps between two lines of progress and checkpoints", 1000, "freely")
     flag("--checkpoint-minutes", number(0, above=True), "a checkpoint comes at least that often", 10.0, "freely")
+    flag("--save-encodings", bool, "keep encodings and factors of the evaluation's samples in encodings.npz", None, "freely")
     flag("--no-cuda", bool, "stay on the CPU", None, "freely")
     parser.section("training", "--recipe sets what follows it at once; a flag that is given wins")
     flag("--protocol", ("code", "paper"), "where the paper's text and its runs differ, follow which", "code")
@@ -306,9 +309,25 @@ def write_evaluation(experiment, directory, folder, seed):
             raise
         raise InputError(_with_less_memory(experiment, directory, seed)) from None
     write_csv(experiment.table(results), folder / "results.csv")
+    if experiment.args.save_encodings:
+        write_encodings(folder / "encodings.npz", experiment.evaluated, seed)
+        print(f"encodings    {directory / 'encodings.npz'}")
     experiment.show(results, folder / "results.png")
     print(f"picture      {directory / 'results.png'}", flush=True)
     return {"eval_seconds": round(time.perf_counter() - started, 1)}
+
+
+def write_encodings(path, evaluated, seed):
+    """Write what was evaluated as an npz: each name of `evaluated` → (N, …), of the samples that fit the probes, then of those
+    that test them; is_test (N,), and the evaluation's seed.
+
+    evaluated: dict "fit", "test" → dict name → (n, …) tensor.
+    """
+    fit, test = evaluated["fit"], evaluated["test"]
+    arrays = {name: torch.cat((fit[name], test[name])).cpu().numpy() for name in fit}
+    fitted, tested = (len(next(iter(part.values()))) for part in (fit, test))
+    with replaced(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays, is_test=np.arange(fitted + tested) >= fitted, seed=seed)
 
 
 def _with_less_memory(experiment, directory, seed):

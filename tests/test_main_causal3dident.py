@@ -146,6 +146,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"bias_id": 6, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
         **{"train_steps": 100001, "log_steps": 1000, "checkpoint_steps": 10000, "evaluate": False, "seed": None},
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
+        **{"loss": "infonce", "save_encodings": False},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
         **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam", "spare_dimensions": 0},
@@ -334,3 +335,13 @@ def test_the_script_explains_itself(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for words in ("its setting k is --bias-id 7 − k", "0 = 3, 3, 4, 5, 5, 6, 7 for 1 … 7 unbiased", "paper 100001, fast"):
         assert words in shown
+
+
+def test_encodings_are_kept_with_the_factors_of_either_modality(run, tmp_path):
+    assert run("--seed 1 --save-encodings")[0] == 0
+    with np.load(tmp_path / "models/m/encodings.npz", allow_pickle=False) as file:
+        kept = dict(file)
+    results = pd.read_csv(tmp_path / "models/m/results.csv")
+    names = {f"{row.modality}_{row.factor_name}" for row in results.itertuples()}
+    assert {name for name in kept if name.split("_")[0] in ("image", "text")} == names
+    assert len({len(values) for name, values in kept.items() if name != "seed"}) == 1

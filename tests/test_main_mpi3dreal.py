@@ -149,6 +149,7 @@ def test_the_defaults_are_the_specified_ones():
         **{"bias_id": 4, "encoding_size": 0, "hidden_size": 100, "tau": 1.0, "lr": 1e-5, "batch_size": 256},
         **{"train_steps": 200001, "log_steps": 1000, "checkpoint_steps": 10000, "evaluate": False, "seed": None},
         **{"workers": 0, "no_cuda": False, "save_all_checkpoints": False, "load_args": False, "protocol": "code"},
+        **{"loss": "infonce", "save_encodings": False},
         **{"init": "default", "lr_schedule": "constant", "precision": "fp32", "preconditioner": "none"},
         **{"layer_lr": "uniform", "text_lr_factor": 1.0, "first_tau": 0, "norm_penalty": 0, "final_batch_size": 0},
         **{"recipe": "paper", "whitening_pairs": 0, "optimiser": "adam", "spare_dimensions": 0},
@@ -396,6 +397,23 @@ def test_evaluation_again_probes_the_same_encodings(run, trained):
     assert all(before[name] == after[name] for name in ("encoder_img.pt", "encoder_txt.pt", "checkpoint.pt", "train_log.csv"))
     assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0
     assert contents(trained)["results.csv"] == before["results.csv"]
+
+
+def test_encodings_are_kept_where_they_are_asked_for(run, trained, mpi3d):
+    assert run("--evaluate --seed 5 --save-encodings", base="--no-cuda")[0] == 0
+    with np.load(trained / "encodings.npz", allow_pickle=False) as file:
+        kept = dict(file)
+    assert set(kept) == {"h_image", "h_text", *MPI3D_GRID, "is_test", "seed"} and kept["seed"] == 5
+    factors = pd.read_csv(mpi3d / "test/image_semantics.csv")
+    assert len(factors) == len(kept["is_test"]) == len(kept["h_image"]) == len(kept["h_text"])
+    for name in MPI3D_GRID:
+        assert (kept[name] == factors[name]).all()
+    scores = pd.read_csv(trained / "results.csv").set_index(["modality", "semantic_name"]).mcc_logreg
+    fit, test = ~kept["is_test"], kept["is_test"]
+    h = [torch.from_numpy(kept["h_image"][part]) for part in (fit, test)]
+    targets = [{"OBJ_COLOR": torch.from_numpy(kept["OBJ_COLOR"][part])} for part in (fit, test)]
+    first, second = probes.standardise(*h)
+    assert probes.logistic_mcc(first, targets[0], second, targets[1])["OBJ_COLOR"] == pytest.approx(scores["image", "OBJ_COLOR"])
 
 
 def test_a_model_of_an_earlier_version_with_fewer_flags_is_evaluated(run, trained):

@@ -433,6 +433,27 @@ def test_a_directory_with_a_damaged_args_json_can_be_overwritten(run, trained):
     assert run("--seed 2 --overwrite")[0] == 0 and sorted(contents(directory)) == FILES
 
 
+def test_encodings_are_kept_where_they_are_asked_for(run, trained):
+    directory, _ = trained
+    assert "encodings.npz" not in contents(directory)
+    assert run("--evaluate --seed 5 --save-encodings", base="--no-cuda")[0] == 0
+    with np.load(directory / "encodings.npz", allow_pickle=False) as file:
+        kept = dict(file)
+    assert set(kept) == {"hz_x", "hz_t", "s_0", "s_1", "s_2", "s_inv", "m_x", "m_t", "is_test", "seed"}
+    assert kept["seed"] == 5 and kept["hz_x"].shape == (2 * kept["is_test"].sum(), 2)
+    results = pd.read_csv(directory / "results.csv").set_index(["encoding", "predicted_factors"]).r2_linear
+    test = kept["is_test"]
+    for encoding in ("hz_x", "hz_t"):
+        h = np.c_[kept[encoding].astype(float), np.ones(len(test))]
+        for factor in ("s_0", "s_2", "m_x"):
+            weights = np.linalg.lstsq(h[~test], kept[factor][~test].astype(float), rcond=None)[0]
+            target = kept[factor][test].astype(float)
+            r2 = 1 - ((target - h[test] @ weights) ** 2).sum(0) / ((target - target.mean(0)) ** 2).sum(0)
+            assert results[encoding, factor] == pytest.approx(r2.mean(), abs=1e-5)
+    assert run("--overwrite --seed 1")[0] == 0
+    assert "encodings.npz" not in contents(directory), "of the model that was given up"
+
+
 def test_the_sigmoid_loss_finds_the_same_block_with_a_scale_that_it_learns(run, tmp_path):
     setting = "--semantics-n 4 --modality-n 2 --theta-value 11 --beta-value 3 --num-eval-batches 1 --mlp-eval --no-cuda"
     code, out, err = run(
