@@ -28,6 +28,7 @@ from grids.models import COMPARED, SCALES, DataSet, Model, ResultFile, Setting, 
 from grids.numeric import CLASSIFY, PREDICT, RESULTS, SEMANTICS, numeric_setting
 from latent_spaces import biased_blocks
 from running.command_line import InputError, run_script
+from running.staging import digest
 
 REPOSITORY = Path(__file__).parent.parent
 NUMERIC = ["fig3", "fig4", "fig7", "fig8", "fig9", "fig10", "table4", "table5"]
@@ -1001,6 +1002,19 @@ def test_a_damaged_model_is_a_failure_and_the_others_are_trained(fake, call):
     assert (starts("good_seed2"), (models / "good_seed1/args.json").read_text()) == (1, "{")
     code, out, _ = call("list good --scale tiny")
     assert code == 2 and re.findall(r"good_seed\d  (\w+)", out) == ["damaged", "damaged", "done"] and "1 done" in out
+
+
+def test_a_digit_that_was_changed_after_the_evaluation_is_noticed(tmp_path):
+    setting = numeric_setting("fast", "independent", 8, 2)
+    write_model(tmp_path, setting, 1, table5_rows("fast", 0.9, 0.1))
+    model, file = Model(setting, 1, tmp_path), RESULTS
+    path = model.directory / file.name
+    args = json.loads((model.directory / "args.json").read_text())
+    (model.directory / "args.json").write_text(json.dumps(args | {"files": {file.name: digest(path)}}))
+    assert len(model.read(file)) > 20
+    path.write_text(path.read_text().replace("0.9", "0.8", 1))
+    with pytest.raises(InputError, match=r"results.csv is damaged: its evaluation wrote another"):
+        model.read(file)
 
 
 def test_whatever_is_text_is_escaped_in_the_report(fake, call, undrawn, monkeypatch):
