@@ -101,7 +101,7 @@ class ImageTextExperiment(Experiment):
         self.width = self.encoding_size + (0 if args.evaluate else args.spare_dimensions)
         image = ImageEncoder(self.width, self.mean, self.std, args.hidden_size)
         self.modules = {"encoder_img": image.to(device), "encoder_txt": self._text_encoder()}
-        self.objective = LearnedLogits("cosine", args.batch_size).to(device) if args.loss == "sigmoid" else None
+        self.objective = LearnedLogits(self.similarity, args.batch_size).to(device) if args.loss == "sigmoid" else None
         self.rates, self.keep_steps = {"encoder_txt": args.text_lr_factor}, args.checkpoint_steps
         generator = seeded_generator(args.seed, "order")
         pairs, index_device = len(self.pairs.splits["train"]), self.pairs.images.index_device

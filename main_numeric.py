@@ -77,7 +77,7 @@ EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 class NumericExperiment(Experiment):
     """One model: latents (s, m_x), (s̃, m_t), frozen mixing networks g_x, g_t, and the encoders f_x, f_t that are trained."""
 
-    name, recipes = "numeric", RECIPES
+    name, recipes, similarity = "numeric", RECIPES, "distance"
     weight_files = ("g_x.pt", "g_t.pt", "f_x.pt", "f_t.pt")
 
     @classmethod
@@ -151,7 +151,7 @@ class NumericExperiment(Experiment):
         }
         self.networks = {name: network.to(device) for name, network in networks.items()}
         self.modules = {name: self.networks[name] for name in ("f_x", "f_t")}
-        self.objective = LearnedLogits("distance", args.batch_size).to(device) if args.loss == "sigmoid" else None
+        self.objective = LearnedLogits(self.similarity, args.batch_size).to(device) if args.loss == "sigmoid" else None
         self.generators = {"train": seeded_generator(args.seed, "train", device)}
 
     def draw(self, directory):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from running import directory as store
@@ -21,6 +22,7 @@ from running import ranks
 from running.command_line import InputError, Parser, integer, is_out_of_memory, number, place_of
 from running.devices import describe_device, encoder_precision, keep_freed_memory, limit_memory, select_device, settled_precision
 from running.files import replaced, write_csv, write_json
+from running.geometry import geometry
 from running.lock import occupied
 from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES, smallest_batch
@@ -31,14 +33,14 @@ from running.training import after_training, train
 class Experiment:
     """What one experiment has of its own. The class is a setting's flags; an object is one model of a setting.
 
-    Of the class: name; recipes, dict name → dict flag → value; weight_files, what a trained model consists of. Of an object:
-    args and device; modules, dict name → nn.Module that is trained; networks, these and what is not trained, None for these
-    alone; objective, nn.Module of what the loss itself learns, None for nothing; generators, dict name → torch.Generator or what
-    else has its get_state and set_state: every source of randomness of `loss`, the order of the data too; rates, dict name of a
-    module → factor of its learning rate, 1 where there is none; keep_steps: steps between two calls of keep(directory, step), 0
-    for none. A subclass gives these methods, the first four of
-    the class; all raise InputError for what a user can mend. In several processes draw, monitor, keep and evaluate are called in
-    the first alone.
+    Of the class: name; recipes, dict name → dict flag → value; similarity, the loss's, "distance" or "cosine"; weight_files,
+    what a trained model consists of. Of an object: args and device; modules, dict name → nn.Module that is trained; networks,
+    these and what is not trained, None for these alone; objective, nn.Module of what the loss itself learns, None for nothing;
+    generators, dict name → torch.Generator or what else has its get_state and set_state: every source of randomness of `loss`,
+    the order of the data too; rates, dict name of a module → factor of its learning rate, 1 where there is none; keep_steps:
+    steps between two calls of keep(directory, step), 0 for none. A subclass gives these methods, the first four of the class;
+    all raise InputError for what a user can mend. In several processes draw, monitor, keep and evaluate are called in the first
+    alone.
 
         add_flags(parser)           add the experiment's own flags to a Parser
         default_id(args)            name of a fresh model directory
@@ -50,11 +52,11 @@ class Experiment:
         loss(share_done)            the loss of one fresh batch, a scalar tensor; of several processes, this one's part
         monitor()                   (dict column → number, text) for a line of the log, from random numbers of its own
         evaluate(seed)              DataFrame of what the probes find, by random numbers of that seed; sets `evaluated`, as
-                                    `write_encodings` takes it
+                                    `write_encodings` takes it, the encodings of images and of texts first
         show(results, path)         print that and what follows from it, and draw it into the PNG `path`
     """
 
-    name, recipes, weight_files = "", {}, ()
+    name, recipes, similarity, weight_files = "", {}, "cosine", ()
     networks, objective, rates, keep_steps = None, None, None, 0
 
     @classmethod
@@ -302,6 +304,8 @@ def write_evaluation(experiment, directory, folder, seed):
     started = time.perf_counter()
     try:
         results = experiment.evaluate(seed)
+        h_x, h_t, *_ = experiment.evaluated["test"].values()
+        place = geometry(h_x, h_t, experiment.similarity)
     except (ValueError, torch.linalg.LinAlgError) as error:  # weights that are not finite, or make encodings explode
         raise InputError(f"the encodings of {directory} cannot be evaluated: {error}; train it anew") from None
     except (MemoryError, RuntimeError) as error:
@@ -309,6 +313,7 @@ def write_evaluation(experiment, directory, folder, seed):
             raise
         raise InputError(_with_less_memory(experiment, directory, seed)) from None
     write_csv(experiment.table(results), folder / "results.csv")
+    write_csv(pd.DataFrame([place]), folder / "geometry.csv")
     if experiment.args.save_encodings:
         write_encodings(folder / "encodings.npz", experiment.evaluated, seed)
         print(f"encodings    {directory / 'encodings.npz'}")

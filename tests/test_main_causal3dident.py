@@ -23,7 +23,16 @@ from running import experiment
 from tests.scripts import Killed, SmallImageEncoder, contents, replace, small_image_text_run
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
-FILES = ["args.json", "checkpoint.pt", "encoder_img.pt", "encoder_txt.pt", "results.csv", "results.png", "train_log.csv"]
+FILES = [
+    "args.json",
+    "checkpoint.pt",
+    "encoder_img.pt",
+    "encoder_txt.pt",
+    "geometry.csv",
+    "results.csv",
+    "results.png",
+    "train_log.csv",
+]
 COLUMNS = ["Unnamed: 0", "ix", "modality", "factor_name", "factor_type", "r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp"]
 DISCRETE = ["object_shape", "object_xpos", "object_ypos"]
 IMAGE = [*DISCRETE, "object_alpharot", "object_betarot", "object_gammarot", "spotlight_pos", "object_color",

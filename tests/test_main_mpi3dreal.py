@@ -31,7 +31,16 @@ from tests.scripts import Killed, SmallImageEncoder, contents, small_image_text_
 
 ROOT = Path(main_mpi3dreal.__file__).parent
 FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
-FILES = ["args.json", "checkpoint.pt", "encoder_img.pt", "encoder_txt.pt", "results.csv", "results.png", "train_log.csv"]
+FILES = [
+    "args.json",
+    "checkpoint.pt",
+    "encoder_img.pt",
+    "encoder_txt.pt",
+    "geometry.csv",
+    "results.csv",
+    "results.png",
+    "train_log.csv",
+]
 
 
 @pytest.fixture

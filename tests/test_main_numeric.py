@@ -23,7 +23,18 @@ from tests.conftest import TINY
 from tests.scripts import Killed, contents, forget_digests
 
 ROOT = Path(main_numeric.__file__).parent
-FILES = ["args.json", "checkpoint.pt", "f_t.pt", "f_x.pt", "g_t.pt", "g_x.pt", "results.csv", "results.png", "train_log.csv"]
+FILES = [
+    "args.json",
+    "checkpoint.pt",
+    "f_t.pt",
+    "f_x.pt",
+    "g_t.pt",
+    "g_x.pt",
+    "geometry.csv",
+    "results.csv",
+    "results.png",
+    "train_log.csv",
+]
 
 
 @pytest.fixture
