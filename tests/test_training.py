@@ -282,7 +282,8 @@ class Toy:
         with torch.no_grad():
             for parameter in self.module.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=self.generator))
-        self.modules, self.generators = {"m": self.module}, {"g": self.generator}
+        self.modules = self.trained = {"m": self.module}
+        self.generators = {"g": self.generator}
 
     def loss(self, share_done):
         return 30 * self.module(torch.randn(8, 4, generator=self.generator)).square().sum()
