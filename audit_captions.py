@@ -135,6 +135,10 @@ def read_factors(path, columns=None):
         is_numeric = numbers.notna().sum() == cells.notna().sum()
         values = numbers.astype(float) if is_numeric else cells
         present = values.dropna()
+        if present.empty:
+            if columns:
+                raise InputError(f"{path}: {name} has no values, expected numbers or words")
+            continue
         if is_numeric and np.isinf(present).any():
             raise InputError(f"{path}: {name} has infinite values, expected numbers or words")
         # 1, 2, 3 …, or the names of files
@@ -144,7 +148,7 @@ def read_factors(path, columns=None):
         if columns or not (name in ("", "caption") or is_label):
             factors[name] = values
     if not factors:
-        raise InputError(f"{path} has no column of factors: each numbers or names the rows")
+        raise InputError(f"{path} has no column of factors: each is empty, or numbers or names the rows")
     return pd.DataFrame(factors)
 
 
@@ -254,8 +258,8 @@ def associations(features, classes):
 def meant_values(words, classes, factors):
     """Dict factor → (N,) class that a caption's words mean, −1 without such words; factors: names of columns of numbers.
 
-    words: (N, V) sparse; classes: dict factor → (N,) of all factors. A word belongs to the factor that it has most information
-    about, as it depends on all others through that one; it means the class that it raises most.
+    words: (N, V) sparse, by columns; classes: dict factor → (N,) of all factors. A word belongs to the factor that it has
+    most information about, as it depends on all others through that one; it means the class that it raises most.
     """
     tests = {factor: associations(words, column) for factor, column in classes.items()}
     most = np.argmax([information for _, information, _ in tests.values()], axis=0)
@@ -289,8 +293,10 @@ def audit(factors, captions, seed=0):
     which the told factors do, and the verdict: told, misstated or left out.
     """
     cut = [words_of(caption) for caption in tqdm(captions, "words", disable=None, leave=False)]
-    is_text = [factors[name].dtype != float for name in factors]
-    in_words, in_numbers = factors.loc[:, is_text], factors.loc[:, [not text for text in is_text]]
+    in_numbers = [name for name in factors if factors[name].dtype == float]
+    # "Red" is "red": values are what captions are compared by, their words
+    in_words = factors.drop(columns=in_numbers).map(lambda value: " ".join(words_of(value)), na_action="ignore")
+    factors = factors.assign(**in_words)
     classes = {name: in_classes(factors[name]) for name in factors}
     vectoriser = CountVectorizer(
         analyzer=lambda words: words + [" ".join(pair) for pair in itertools.pairwise(words)],
@@ -303,7 +309,7 @@ def audit(factors, captions, seed=0):
     stated = named_values(cut, in_words)
     if features is not None:
         single = np.flatnonzero([" " not in name for name in vectoriser.get_feature_names_out()])
-        meant = meant_values(features[:, single], classes, list(in_numbers))
+        meant = meant_values(features[:, single].tocsc(), classes, in_numbers)
     rows = []
     for name in tqdm(factors, "factors", disable=None, leave=False):
         known = factors[name].notna().to_numpy()
@@ -343,7 +349,7 @@ def is_measure(values):
 def far_off(values, meant, says, classes):
     """(N,) whether a measured value lies outside of what its caption's words stand for: the values in and around their class.
 
-    The words that mean one class are taken together; they stand for the classes that they raise by at least half as much.
+    The words that mean one class are taken together; they stand for the classes that they raise by more than a quarter of that.
     """
     wrong, known = np.zeros(len(values), bool), classes >= 0
     frequency = np.bincount(classes[known])

@@ -103,11 +103,11 @@ def biased_blocks(theta, beta, n):
 
 # latents
 
-MARGINALS = ("gaussian", "laplace", "uniform")
+LATENTS = ("gaussian", "laplace", "uniform")  # distributions of independent semantics
 
 
 def with_marginal(normal, kind):
-    """Standard normal numbers as ones of another distribution of MARGINALS with mean 0 and variance 1, by its quantiles."""
+    """Standard normal numbers as ones of another distribution of LATENTS with mean 0 and variance 1, by its quantiles."""
     if kind == "gaussian":
         return normal
     beyond = torch.special.erfc(normal.double().abs() / 2**0.5)  # share of numbers that are larger, of either sign
@@ -145,13 +145,15 @@ class MisalignedLatents:
     theta, beta: numbers of I_θ and I_ρ (see `subset_from_index`; beta −1 is no perturbation). `seed` fixes the covariances
     alone, the samples come from the generator given to `sample`. protocol "code": modality covariances are the identity
     with independent semantics, and with dependence Σ_ε = Σ_s and Σ_mx = Σ_mt; "paper": all are drawn separately, the
-    modality covariances from a Wishart in both cases. marginal: of independent semantics, one of MARGINALS. Raises ValueError for
-    numbers that give no unbiased block, and for dependent semantics that are not Gaussian.
+    modality covariances from a Wishart in both cases. marginal: of independent semantics, one of LATENTS. Raises ValueError for
+    another, for numbers that give no unbiased block, and for dependent semantics that are not Gaussian.
     """
 
     def __init__(self, semantics_n, modality_n, theta, beta, seed, *, change_prob=0.75, causal_dependence=False,
                  margin_param=1.0, cond_param=1.0, marginal="gaussian", protocol="code", device="cpu"):  # fmt: skip
         self.semantics_n, self.modality_n, self.marginal = semantics_n, modality_n, marginal
+        if marginal not in LATENTS:
+            raise ValueError(f"the distribution {marginal!r} is none of: {', '.join(LATENTS)}")
         if causal_dependence and marginal != "gaussian":
             raise ValueError(f"{marginal} latents are independent: their dependence is known of Gaussian ones alone")
         self.selected, self.perturbed, self.unbiased = biased_blocks(theta, beta, semantics_n)

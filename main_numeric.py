@@ -22,7 +22,7 @@ import torch
 import probes
 from encoders import MLPEncoder, hidden_widths, initialise
 from kernel_ridge import kernel_ridge_r2
-from latent_spaces import MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
+from latent_spaces import LATENTS, MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
 from losses import LearnedLogits, multimodal_contrastive_loss
 from mlp_probes import PROBE_STEPS
 from probes import ABSENT, LEARNED
@@ -65,7 +65,7 @@ SETTING = (
     ("--beta-value", integer(-1), "perturbation bias ρ: number of I_ρ, what the text may state wrongly, -1 = none", -1),
     ("--change-prob", number(0, 1), "probability that a perturbable semantic is perturbed", 0.75),
     ("--causal-dependence", bool, "dependent latents: covariances drawn from a Wishart distribution", None),
-    ("--latents", ("gaussian", "laplace", "uniform"), "of independent semantics, all of one variance", "gaussian"),
+    ("--latents", LATENTS, "of independent semantics, all of one variance", "gaussian"),
     ("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0),
     ("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0),
     ("--n-mixing-layer", integer(1), "linear layers of the generative functions g_x, g_t", 3),

@@ -9,6 +9,10 @@ import image_text
 import mlp_probes
 from running.command_line import run_script
 
+# of a trained model of an experiment on images
+IMAGE_TEXT_FILES = ["args.json", "checkpoint.pt", "encoder_img.pt", "encoder_txt.pt", "geometry.csv", "results.csv",
+                    "results.png", "train_log.csv"]  # fmt: skip
+
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program may catch it."""

@@ -13,6 +13,7 @@ import audit_captions
 from audit_captions import associations, audit, conclusion, interval, named_values, read_captions, read_factors, words_of
 from datasets import BIAS_IDS, BIAS_TYPES, mpi3d_bias, mpi3d_grid
 from reading.causal3dident import CAUSAL_SEMANTICS, CAUSAL_SETTINGS, spotlight_fifths
+from running.command_line import InputError
 from tests.scripts import contents, outcome
 
 ROOT = Path(audit_captions.__file__).parent
@@ -132,6 +133,26 @@ def test_a_gap_in_the_annotation_is_no_contradiction():
     captions = [f"a {word or 'red'} ball" for word in colour]
     report = audit(pd.DataFrame({"colour": colour}), captions)
     assert (report.rows[0], report.verdict[0], report.contradicts[0]) == (600, "told", 0)
+
+
+def test_values_are_compared_by_their_words_whatever_their_case_and_marks():
+    colour = np.array(["Red", "red", "dark-green", "Dark green"])[np.arange(1_000) % 4]
+    captions = [f"A {value.upper().replace('-', ' ')} ball." for value in colour]
+    report = audit(pd.DataFrame({"colour": colour}), captions)
+    assert (report.says[0], report.contradicts[0], report.verdict[0]) == (1, 0, "told")
+
+
+def test_a_column_without_values_is_no_factor(tmp_path):
+    (tmp_path / "factors.csv").write_text("colour,size\nred,\nblue,NA\nred,\n")
+    assert list(read_factors(tmp_path / "factors.csv")) == ["colour"]
+    with pytest.raises(InputError, match="size has no values"):
+        read_factors(tmp_path / "factors.csv", ["size"])
+
+
+def test_a_factor_that_never_varies_is_left_out_of_numbers_and_told_in_words():
+    factors = pd.DataFrame({"colour": ["red"] * 300, "size": [2.0] * 300})
+    report = audit(factors, ["a red ball", "one red cup", "red"] * 100)
+    assert list(report.verdict) == ["told", "left out"] and (report.from_captions == 0).all()
 
 
 def test_a_name_that_two_factors_share_belongs_where_its_neighbours_say():

@@ -258,3 +258,5 @@ def test_marginals_by_quantiles_keep_their_tails_and_the_gaussian_its_bits():
 def test_dependent_semantics_are_gaussian():
     with pytest.raises(ValueError, match="laplace latents are independent"):
         MisalignedLatents(3, 2, 6, -1, 1, causal_dependence=True, marginal="laplace")
+    with pytest.raises(ValueError, match="none of: gaussian, laplace, uniform"):
+        MisalignedLatents(3, 2, 6, -1, 1, marginal="cauchy")

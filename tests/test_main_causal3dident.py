@@ -20,19 +20,9 @@ from image_text import ImageTextExperiment
 from main_causal3dident import Causal3dIdentExperiment
 from reading import images as image_reading
 from running import experiment
-from tests.scripts import Killed, SmallImageEncoder, contents, replace, small_image_text_run
+from tests.scripts import IMAGE_TEXT_FILES, Killed, SmallImageEncoder, contents, replace, small_image_text_run
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
-FILES = [
-    "args.json",
-    "checkpoint.pt",
-    "encoder_img.pt",
-    "encoder_txt.pt",
-    "geometry.csv",
-    "results.csv",
-    "results.png",
-    "train_log.csv",
-]
 COLUMNS = ["Unnamed: 0", "ix", "modality", "factor_name", "factor_type", "r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp"]
 DISCRETE = ["object_shape", "object_xpos", "object_ypos"]
 IMAGE = [*DISCRETE, "object_alpharot", "object_betarot", "object_gammarot", "spotlight_pos", "object_color",
@@ -53,7 +43,7 @@ def test_a_run_writes_the_specified_files(run, tmp_path):
     code, out, err = run("--seed 1")
     assert code == 0, err
     directory = tmp_path / "models/m"
-    assert sorted(contents(directory)) == FILES
+    assert sorted(contents(directory)) == IMAGE_TEXT_FILES
     results = pd.read_csv(directory / "results.csv")
     assert list(results.columns) == COLUMNS
     assert results.factor_name.tolist() == IMAGE + TEXT and results.ix.tolist() == [0, 1, 2, *range(4, 11), *range(5)]

@@ -27,20 +27,10 @@ from main_mpi3dreal import Mpi3dExperiment
 from running import experiment
 from running.directory import LATER_FLAGS
 from running.schedules import temperature
-from tests.scripts import Killed, SmallImageEncoder, contents, small_image_text_run
+from tests.scripts import IMAGE_TEXT_FILES, Killed, SmallImageEncoder, contents, small_image_text_run
 
 ROOT = Path(main_mpi3dreal.__file__).parent
 FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
-FILES = [
-    "args.json",
-    "checkpoint.pt",
-    "encoder_img.pt",
-    "encoder_txt.pt",
-    "geometry.csv",
-    "results.csv",
-    "results.png",
-    "train_log.csv",
-]
 
 
 @pytest.fixture
@@ -53,7 +43,7 @@ def test_a_run_writes_the_specified_files(run, tmp_path):
     code, out, err = run("--seed 1")
     assert code == 0, err
     directory = tmp_path / "models/m"
-    assert sorted(contents(directory)) == FILES
+    assert sorted(contents(directory)) == IMAGE_TEXT_FILES
     results = pd.read_csv(directory / "results.csv")
     assert list(results.columns) == ["ix", "modality", "semantic_name", "mcc_logreg", "mcc_mlp"]
     assert list(zip(results.ix, results.semantic_name, strict=True)) == 2 * list(enumerate(MPI3D_GRID))
