@@ -46,7 +46,7 @@ $(BLENDER_INSTALLED): $(CAUSAL3DIDENT)/requirements.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python main_numeric.py --recipe fast --no-cuda --semantics-n 4 --modality-n 2 --theta-value 10 --beta-value 2 \
-		--train-steps 600 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
+		--train-steps 600 --batch-size 256 --final-batch-size 512 --log-steps 200 --num-eval-batches 2 --mlp-eval --seed 0 --model-id demo --overwrite
 
 STANDIN := data/demo-mpi3d
 MPI3D_DEMO := main_mpi3dreal.py --datapath $(STANDIN) --recipe fast --no-cuda --batch-size 32 --train-steps 1500 --norm-penalty 3 --log-steps 100 --seed 0 --overwrite

@@ -8,7 +8,7 @@
 
 --datapath is the folder that the scripts in rendering_data/Causal3DIdent make; its images are decoded once, into a file
 beside them. The paper numbers the perturbations the other way round: its setting k is --bias-id 7 − k.
-The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
+A model directory holds args.json, encoder_img.pt, encoder_txt.pt, checkpoint.pt, train_log.csv, results.csv, .png, geometry.csv.
 """
 
 from running.command_line import run_script

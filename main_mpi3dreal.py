@@ -8,7 +8,7 @@
     python main_mpi3dreal.py --model-id NAME --evaluate --seed 7   # probe a trained model again
 
 --datapath is the folder of the images, with the captions of rendering_data/MPI3D/render_multimodal_mpi3d.py in it.
-The model directory receives args.json, encoder_img.pt, encoder_txt.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
+A model directory holds args.json, encoder_img.pt, encoder_txt.pt, checkpoint.pt, train_log.csv, results.csv, .png, geometry.csv.
 """
 
 from running.command_line import run_script

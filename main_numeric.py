@@ -9,7 +9,7 @@
     python main_numeric.py --model-id NAME --evaluate --seed 7 # evaluate a trained model again
 
 Subsets are numbers: of ten semantics, the prefixes {0}, {0, 1}, …, {0 … 9} are 0, 10, 55, 175, 385, 637, 847, 967, 1012, 1022.
-The model directory receives args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, results.png.
+A model directory holds args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, .png, geometry.csv.
 """
 
 from running.command_line import InputError, integer, layer_sizes, number, run_script
@@ -244,7 +244,7 @@ class NumericExperiment(Experiment):
         omitted = [i for i in range(n) if i not in latents.selected]
         wrong = f", each with probability {args.change_prob:g}" if latents.perturbed else ""
         negatives = "sigmoid loss" if self.objective else f"{args.negatives} negatives"
-        pairs = " to ".join(str(size) for size in (args.batch_size, args.final_batch_size) if size)
+        pairs = " to ".join(str(size) for size in dict.fromkeys((args.batch_size, args.final_batch_size)) if size)
         return {
             "latents": f"{n} {kind} semantics, {m} + {m} modality-specific ({args.protocol} protocol)",
             "selected": f"I_θ = {semantics(latents.selected)}; the text leaves out {semantics(omitted)}",
