@@ -6,6 +6,7 @@ MPI3D-Complex in one folder:
     {train,test}/image_semantics.csv                          the seven factors of each image
     {train,test}/text_semantics_{selection|perturbation}_{0..4}.csv   what its caption speaks of
     {train,test}/text_{selection|perturbation}_{0..4}.txt     its caption, one a line
+    {train,test}/omitted_{selection|perturbation}_{0..4}.csv  1 where it leaves a factor out after all; without it none does
     vocab_{selection|perturbation}_{0..4}.json                w2i: word → number; without it the training captions give it
 
 Causal3DIdent in one folder, its rows in the order of the images' numbers:
@@ -13,6 +14,7 @@ Causal3DIdent in one folder, its rows in the order of the images' numbers:
     images/000000.png …                                       (H, W), all of one size; .jpg is accepted too
     latents_image.csv                                         the factors of each image
     latents_text_{selections|perturbations}_{0..6}.csv        what its caption says
+    omitted_text_{selections|perturbations}_{0..6}.csv        1 where it leaves a factor out after all; without it none does
     text/{selections|perturbations}_{0..6}/text_raw.txt       its caption, one a line
 
 Images stay on disk as a memory map, or move to the GPU once. Captions repeat: each distinct one is tokenised once, and a
@@ -37,14 +39,14 @@ from reading.causal3dident import (
     CAUSAL_TOOLS,
     causal_text_factor,
     check_rendered_latents,
-    checked_factor,
+    read_factors,
     read_latents,
+    read_omitted,
     spotlight_fifths,
 )
 from reading.images import Images, check_stored_images, checked_once, numbered_images, open_image_folder, open_npz_images
 from reading.mpi3d import check_scenes
 from running.command_line import InputError
-from running.files import read_csv
 
 MPI3D_GRID = {"OBJ_COLOR": 4, "OBJ_SHAPE": 4, "OBJ_SIZE": 2, "CAMERA": 3, "BACKGROUND": 3, "H_AXIS": 40, "V_AXIS": 40}
 MPI3D_SEMANTICS = tuple(MPI3D_GRID)[:5]  # what captions speak of; the positions of the axes are the image's own
@@ -61,10 +63,14 @@ FINGERPRINT_IMAGES = 64  # by whose pixels a resumed run knows its images
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """Names of the factors that captions speak of, I_θ, and of those that they may state wrongly, I_ρ."""
+    """Names of the factors that captions speak of, I_θ, and of those that they may state wrongly, I_ρ.
+
+    omitted: share of what the training captions would state that they leave out, at random.
+    """
 
     selected: tuple
     perturbed: tuple
+    omitted: float = 0.0
 
     @property
     def unbiased(self):
@@ -251,13 +257,16 @@ def load_mpi3d(folder, bias_type, bias_id, device="cpu", workers=0):
     loaded = {}
     for split, (path, _) in parts.items():
         image_path, text_path = path.with_name("image_semantics.csv"), path.with_name(f"text_semantics_{name}.csv")
-        image = _read_factors(image_path, grid)
-        text = _read_factors(text_path, {factor: grid[factor] for factor in bias.selected})
+        image = read_factors(image_path, grid)
+        text = read_factors(text_path, {factor: grid[factor] for factor in bias.selected})
         rows = np.ravel_multi_index(tuple(image.values()), tuple(grid.values()))
         counts = {image_path.name: len(rows), text_path.name: len(text["OBJ_COLOR"]), path.name: len(captions[split].index)}
         _check_counts(folder / split, counts)
         _check_factors(text_path, image, text, bias)
-        check_captions(path, captions[split], image | text, bias.selected, others)
+        omitted = read_omitted(path.with_name(f"omitted_{name}.csv"), bias.selected, len(rows))
+        check_captions(path, captions[split], _told(image | text, omitted), bias.selected, others)
+        if split == "train":
+            bias = _with_omissions(bias, omitted)
         loaded[split] = Split(torch.from_numpy(rows), captions[split], _tensors(image), _tensors(text))
     times, again = torch.bincount(torch.cat([split.rows for split in loaded.values()])), "make the captions again"
     if times.sum() != len(images):
@@ -267,15 +276,18 @@ def load_mpi3d(folder, bias_type, bias_id, device="cpu", workers=0):
     return ImageTextPairs(Images(images, device, workers), loaded, vocabulary), bias
 
 
-def _read_factors(path, sizes):
-    """Dict factor → (N,) int64 of a CSV with exactly the factors of `sizes`; InputError for values off the grid."""
-    table = read_csv(path, sizes)
-    lines = range(2, len(table) + 2)
-    return {name: checked_factor(path, name, table[name].to_numpy(), size, lines) for name, size in sizes.items()}
-
-
 def _tensors(values, part=slice(None)):
     return {factor: torch.from_numpy(column[part]) for factor, column in values.items()}
+
+
+def _told(values, omitted):
+    """Dict factor → (N,) of what captions state: −1 in the place of what they leave out; omitted: dict factor → (N,) bool."""
+    return values | {name: np.where(flags, -1, values[name]) for name, flags in omitted.items()}
+
+
+def _with_omissions(bias, omitted):
+    """The bias with the share of `omitted`, a dict factor → (N,) bool of the training captions."""
+    return dataclasses.replace(bias, omitted=np.mean(list(omitted.values())).item())
 
 
 def _check_counts(folder, counts):
@@ -292,7 +304,7 @@ def _check_factors(path, image, text, bias):
         if name not in bias.perturbed and differ.any():
             found = f"{name} differs from the image's in row {int(differ.argmax()) + 1}, and this setting does not perturb it"
         elif name in bias.perturbed and np.ptp(image[name]) and len(differ) >= UNTOUCHED_ROWS and not differ.any():
-            found = f"{name} is the image's in every row, and this setting perturbs it"
+            found = f"{name} is the image's in every row, and this setting perturbs it, at a rate above 0"
         else:
             continue
         raise InputError(f"{path}: {found}: the file is of another setting or split; make it again")
@@ -338,11 +350,14 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
     _check_factors(text_path, image, text, bias)
     told = image | text
     told["spotlight_pos"] = spotlight_fifths(told["spotlight_pos"])  # as captions state it
+    omitted = read_omitted(folder / f"omitted_text_{name}.csv", bias.selected, total)
+    omitted = {causal_text_factor(factor): flags for factor, flags in omitted.items()}
     silent = [name for name in CAUSAL_SEMANTICS[:4] if name not in text]
     loaded = {}
     for split, part in splits.items():
-        values = {name: column[part] for name, column in told.items()}
+        values = {name: column[part] for name, column in _told(told, omitted).items()}
         check_captions(file, captions[split], values, stated, silent, first_line=1 + part.start)
         loaded[split] = Split(torch.arange(total)[part], captions[split], _tensors(image, part), _tensors(text, part))
+    bias = _with_omissions(bias, {factor: flags[splits["train"]] for factor, flags in omitted.items()})
     images = open_image_folder(folder / "images", entries)
     return ImageTextPairs(Images(images, device, workers), loaded, vocabulary), bias

@@ -173,8 +173,9 @@ def _write_cache(path, digest, captions, vocabulary):
 def check_captions(path, captions, values, own, others, first_line=1):
     """Raise InputError unless equal captions state equal values, and none but those.
 
-    captions: of the file `path`; values: dict factor → (N,) integers of the same rows; own: the factors that the captions
-    of the setting speak of; others: those that they leave out; first_line: number of the first caption's line in the file.
+    captions: of the file `path`; values: dict factor → (N,) integers of the same rows, −1 where a caption leaves the factor
+    out; own: the factors that the captions of the setting speak of; others: those that they never do; first_line: number of
+    the first caption's line in the file.
     Captions of another setting or split fail, whatever words they use, as soon as captions repeat.
     """
     index = captions.index.numpy()
@@ -185,7 +186,7 @@ def check_captions(path, captions, values, own, others, first_line=1):
             row = int(differ.argmax())
             raise InputError(
                 f"{path}: line {first_line + row} reads as line {first_line + representative[row]}, and their {name} differ: the "
-                "captions are of another setting or split than the CSV file; make both again"
+                "captions are of another setting or split than the CSV files; make all again"
             )
     for name in others:
         told = values[name] == values[name][representative]

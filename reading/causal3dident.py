@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from running.command_line import InputError
-from running.files import read_json, read_text
+from running.files import read_csv, read_json, read_text
 
 CAUSAL_TOOLS = "rendering_data/Causal3DIdent"
 CAUSAL_BIAS_TYPES, CAUSAL_BIAS_IDS = ("selections", "perturbations"), range(7)
@@ -77,6 +77,26 @@ def read_latents(path, factors, names=()):
             raise InputError(f"{path}, line {lines[cells[name].index('')]}: {name} is missing; make the file again")
         table[name] = np.array(cells[name])
     return table
+
+
+def read_factors(path, sizes):
+    """Dict factor → (N,) int64 of a CSV with exactly the factors of `sizes`; InputError for values that are none of them."""
+    table = read_csv(path, sizes)
+    lines = range(2, len(table) + 2)
+    return {name: checked_factor(path, name, table[name].to_numpy(), size, lines) for name, size in sizes.items()}
+
+
+def read_omitted(path, factors, count):
+    """Dict factor → (count,) bool, whether a caption leaves it out, of a CSV of 0 and 1; none does where there is no file.
+
+    Raises InputError unless the file has exactly these factors and as many rows as there are captions.
+    """
+    if not path.exists():
+        return {name: np.zeros(count, bool) for name in factors}
+    omitted = read_factors(path, dict.fromkeys(factors, 2))
+    if (rows := len(omitted[factors[0]])) != count:
+        raise InputError(f"{path} has {rows} rows and there are {count} captions; make both again")
+    return {name: values == 1 for name, values in omitted.items()}
 
 
 def checked_factor(path, name, cells, size, lines):

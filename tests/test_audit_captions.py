@@ -108,6 +108,22 @@ def test_all_settings_of_causal3dident(causal, setting, values):
         assert "rot" not in blurred
 
 
+# of selection 4 the word "green" serves two factors, which the audit tells apart by their names alone
+@pytest.mark.parametrize(("name", "values"), [("selection_4", "words"), ("selection_2", "numbers")])
+def test_captions_that_omit_factors_speak_of_each_as_often_as_they_tell_it(tmp_path, name, values):
+    MPI3D.render(tmp_path, mpi3d_grid((4, 4, 2, 3, 3, 4, 4), "--grid"), 0.5, 0, omission_prob=0.3)
+    image = pd.read_csv(tmp_path / "train/image_semantics.csv")
+    omitted = pd.read_csv(tmp_path / f"train/omitted_{name}.csv")
+    words = {factor: np.array(MPI3D.WORDS[factor])[image[factor]] for factor in MPI3D.WORDS} if values == "words" else {}
+    captions = (tmp_path / f"train/text_{name}.txt").read_text().splitlines()
+    report = audit(image.astype(float).assign(**words), captions).set_index("factor")
+    for factor in image:
+        assert report.says[factor] == pytest.approx(1 - omitted[factor].mean() if factor in omitted else 0, abs=1e-3)
+        assert report.verdict[factor] == ("told" if factor in omitted else "left out")
+        assert factor not in omitted or (abs(report.says[factor] - 0.7) < 0.04 and report.contradicts[factor] == 0)
+    assert "Told in part only: OBJ_COLOR (" in conclusion(report.reset_index())
+
+
 def test_a_measured_number_that_is_stated_wrongly_in_a_third_of_the_captions():
     rng = np.random.default_rng(0)
     size = rng.random(5_000)

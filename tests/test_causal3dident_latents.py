@@ -177,12 +177,12 @@ def test_the_protocols_differ_in_the_background_of_perturbations_0_alone():
 def parsed(caption):
     """What a caption says: dict of shape, x, y, spotlight and the quoted colours in the order object, spotlight, background."""
     said = {}
-    said["object_shape"] = re.search(r"\b(teapot|hare|dragon|cow|armadillo|horse|head)\b", caption)[1]
-    if place := re.search(r"(?:(top|mid|bottom)-)?(left|center|right) of the (?:image|picture)", caption):
+    said["object_shape"] = re.search(r"\b(teapot|hare|dragon|cow|armadillo|horse|head|thing)\b", caption)[1]
+    if place := re.search(r"(?:(top|mid|bottom|some)-)?(left|center|right|part) of the (?:image|picture)", caption):
         said["object_xpos"] = place[2]
         if place[1]:
             said["object_ypos"] = place[1]
-    light = re.search(r"\b(northwest|northeast|southwest|southeast|center)(?: ?,|\.)", caption)
+    light = re.search(r"\b(northwest|northeast|southwest|southeast|center|place)(?: ?,|\.)", caption)
     if light and re.search("light|illumination", caption):
         said["spotlight_pos"] = light[1]
     factors = ("object_color", "spotlight_color", "background_color")
@@ -257,6 +257,118 @@ def test_either_spelling_wider_tables_and_an_index_are_read(data, run, index):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# omissions
+
+
+@pytest.fixture
+def omitting(tmp_path, run):
+    """The data set `data`, whose captions omit three of ten factors."""
+    folder = tmp_path / "omitting"
+    flags = ("--output-folder", folder, "--n-points", 300, "--seed", 1, "--omission-prob", 0.3)
+    assert run(generate_latents.main, *flags)[0] == 0 and run(generate_text.main, "--output-folder", folder)[0] == 0
+    return folder
+
+
+def test_each_factor_is_omitted_as_often_as_it_should_be_and_by_itself(tables, image):
+    found = generate_latents.sample_tables(N, 0, "code", 0.3)
+    assert set(found) - set(tables) == {f"omitted_text_{setting}.csv" for setting in SETTINGS}
+    first = []
+    for setting in SETTINGS:
+        omitted = found[f"omitted_text_{setting}.csv"]
+        count = int(setting[-1]) + 1 if setting.startswith("selections") else 7
+        assert list(omitted) == ["object_shape", "object_xpos", "object_ypos", "spotlight_pos", *PALETTES][:count]
+        for factor in omitted:
+            assert omitted[factor].isin([0, 1]).all()
+            assert stats.binomtest(int(omitted[factor].sum()), N, 0.3).pvalue > 1e-4
+        assert (omitted.corr() - np.eye(count)).abs().max(axis=None) < NOISE
+        assert image.drop(columns="object_zpos").corrwith(omitted.object_shape).abs().max() < NOISE
+        first.append(omitted.object_shape.rename(setting))
+    assert (pd.concat(first, axis=1).corr() - np.eye(14)).abs().max(axis=None) < NOISE
+
+
+def test_one_seed_gives_the_same_latents_and_more_omissions_at_a_higher_rate():
+    none, low, high, every = (generate_latents.sample_tables(300, 0, "code", rate) for rate in (0, 0.2, 0.7, 1))
+    for name, table in none.items():
+        for other in (low, high, every):
+            pd.testing.assert_frame_equal(table, other[name])
+    for name in low.keys() - none.keys():
+        assert (high[name] >= low[name]).all(axis=None) and (every[name] == 1).all(axis=None)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_caption_misses_the_words_of_what_it_omits_and_has_all_others(data, omitting, setting):
+    without, lines = ((path / f"text/{setting}/text_raw.txt").read_text().splitlines() for path in (data, omitting))
+    omitted = pd.read_csv(omitting / f"omitted_text_{setting}.csv")
+    assert len(without) == len(lines) == len(omitted)
+    for plain, line, row in zip(without, lines, omitted.to_dict("records"), strict=True):
+        neutral = {"object_shape": "thing", "object_xpos": "part", "object_ypos": "some", "spotlight_pos": "place"}
+        expected = {factor: neutral.get(factor, "unspecified") if row[factor] else word for factor, word in parsed(plain).items()}
+        assert parsed(line) == expected
+        pieces = zip(*(re.findall(r'"[^"]+"|\w+|\S', caption) for caption in (plain, line)), strict=True)
+        assert sum(one != other for one, other in pieces) == sum(row.values()), "all else is the same"
+
+
+def test_words_of_omissions_are_no_words_of_values():
+    values = [*itertools.chain(*generate_text.WORDS.values()), *itertools.chain(*PALETTES.values())]
+    assert not set(generate_text.OMITTED.values()) & {word for value in values for word in re.findall(r"\w+", value)}
+
+
+def test_omissions_are_added_and_removed_only_when_told_to(data, run):
+    (data / "images").mkdir()
+    before, flags = contents(data), ("--output-folder", data, "--n-points", 300, "--seed", 1)
+    code, _, err = run(generate_latents.main, *flags, "--omission-prob", 0.3)
+    assert code == 2 and f"{data} holds latents without omissions already; " in err and err.count("\n") == 1
+    assert contents(data) == before
+    code, out, _ = run(generate_latents.main, *flags, "--omission-prob", 0.3, "--overwrite")
+    assert code == 0 and out.endswith("\ntext/ there come from the earlier latents: make them anew\n"), "the images do not"
+    omitting = contents(data)
+    assert {name: omitting[name] for name in before} == before and len(omitting) == len(before) + 14
+    assert run(generate_latents.main, *flags, "--omission-prob", 0.3)[0] == 0  # the same bytes
+    code, _, err = run(generate_latents.main, *flags, "--omission-prob", 0.4)
+    assert code == 2 and "omitted_text_selections_0.csv holds other latents already" in err and err.count("\n") == 1
+    code, _, err = run(generate_latents.main, *flags)
+    assert code == 2 and f"{data} holds latents with omissions already; " in err and err.count("\n") == 1
+    assert contents(data) == omitting
+    assert run(generate_latents.main, *flags, "--overwrite")[0] == 0
+    assert contents(data) == before
+
+
+def test_latents_and_omissions_are_replaced_all_or_none(omitting, run, monkeypatch):
+    before, write = contents(omitting), type(omitting).write_bytes
+
+    def full(path, content):
+        if "perturbations_6" in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(type(omitting), "write_bytes", full)
+    for flags in ((), ("--omission-prob", 0.5)):
+        assert run(generate_latents.main, "--output-folder", omitting, "--n-points", 200, "--overwrite", *flags)[0] != 0
+        assert contents(omitting) == before
+
+
+OMITTED = "omitted_text_perturbations_4.csv"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.head(299), f"{OMITTED} has 299 rows and there are 300 captions"),
+        (lambda table: table.drop(columns="object_color"), f"{OMITTED} is damaged: expected rows without gaps and the columns"),
+        (lambda table: table[table.columns[::-1]], f"{OMITTED} is damaged"),
+        (lambda table: table.assign(object_xpos=2), f"{OMITTED}, line 2: object_xpos is 2, expected an integer in 0 … 1"),
+        (lambda table: table.assign(object_xpos=0.5), f"{OMITTED}, line 2: object_xpos is 0.5, expected an integer in 0 … 1"),
+    ],
+)
+def test_damaged_omissions_are_named_and_no_caption_is_lost(omitting, run, change, words):
+    before, path = contents(omitting / "text"), omitting / OMITTED
+    change(pd.read_csv(path)).to_csv(path, index=False)
+    code, _, err = run(generate_text.main, "--output-folder", omitting)
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert contents(omitting / "text") == before
+
+
+# --------------------------------------------------------------------------------------------------------------
 # seeds, files, bad input
 
 
@@ -290,6 +402,7 @@ def test_other_latents_are_replaced_only_when_told_to(data, run):
         ("--n-points many", "invalid integer value"),
         ("--n-points 10 --seed -1", "-1 is too small"),
         ("--n-points 10 --protocol draft", "invalid choice"),
+        ("--n-points 10 --omission-prob 1.5", "--omission-prob: 1.5 is out of range"),
         ("", "--n-points"),
     ],
 )

@@ -21,7 +21,7 @@ from reading import images as image_reading
 from reading.captions import load_captions, tokenise
 from reading.images import Images, open_npz_images
 from reading.mpi3d import broken_facts, check_scenes
-from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table
+from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table, render
 from rendering_data.MPI3D.render_standin_images import blocks
 from running.command_line import InputError
 from tests.scripts import contents, replace
@@ -148,6 +148,44 @@ def test_a_gpu_has_the_same_batches_whether_the_images_fit_or_not(mpi3d, monkeyp
     rows = torch.arange(60)
     assert torch.equal(there.images_of("train", rows).cpu(), here.images_of("train", rows))
     assert torch.equal(there.tokens_of("train", rows).cpu(), here.tokens_of("train", rows))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# captions that leave factors out at random
+
+
+def omit(folder, rate):
+    """Have the captions of a folder leave factors out."""
+    grid = dict(zip(datasets.MPI3D_GRID, images_and_grid(folder)[1].tolist(), strict=True))
+    render(folder, grid, train_ratio=0.75, seed=0, omission_prob=rate)
+
+
+@pytest.mark.parametrize("bias_type, bias_id", [("selection", 0), ("selection", 4), ("perturbation", 3)])
+def test_omissions_change_the_captions_and_no_target_of_a_probe(mpi3d, bias_type, bias_id):
+    plain, bias = load_mpi3d(mpi3d, bias_type, bias_id)
+    assert bias == mpi3d_bias(bias_type, bias_id) and bias.omitted == 0
+    omit(mpi3d, 0.3)
+    pairs, bias = load_mpi3d(mpi3d, bias_type, bias_id)
+    table = pd.read_csv(mpi3d / f"train/omitted_{bias_type}_{bias_id}.csv")
+    assert bias.omitted == pytest.approx(table.to_numpy().mean()) and 0.2 < bias.omitted < 0.4
+    assert bias.unbiased == mpi3d_bias(bias_type, bias_id).unbiased
+    for split, own in pairs.splits.items():
+        assert torch.equal(own.rows, plain.splits[split].rows)
+        for kind in ("image_factors", "text_factors"):
+            found, expected = getattr(own, kind), getattr(plain.splits[split], kind)
+            assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    words = {number: word for word, number in pairs.vocabulary.items()}
+    lines = (mpi3d / f"train/text_{bias_type}_{bias_id}.txt").read_text().splitlines()
+    for line, tokens in zip(lines, pairs.tokens_of("train", torch.arange(len(lines))).tolist(), strict=True):
+        assert [words[token] for token in tokens][: len(tokenise(line))] == tokenise(line)
+    assert "some-color" in pairs.vocabulary and "some-color" not in plain.vocabulary
+    assert pairs.fingerprint != plain.fingerprint
+
+
+def test_captions_that_leave_everything_out(mpi3d):
+    omit(mpi3d, 1)
+    pairs, bias = load_mpi3d(mpi3d, "selection", 4)
+    assert bias.omitted == 1 and len(pairs.splits["train"].captions.tokens) == 3
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -735,3 +773,67 @@ def test_wrong_files_are_named_and_nothing_is_written(mpi3d, case):
 def lasting(folder):
     """Files and their bytes, but for what is kept for the next start."""
     return {name: content for name, content in contents(folder).items() if not name.startswith("tokens_") and name != RECORD}
+
+
+def upside_down(path):
+    header, *rows = lines_of(path)
+    replace(path, "".join([header, *reversed(rows)]))
+
+
+def without_omissions(folder):
+    for split in ("train", "test"):
+        (folder / split / "omitted_selection_1.csv").unlink()
+
+
+def earlier_captions(folder):
+    """Captions from before there were omissions."""
+    omissions = {path: path.read_bytes() for path in folder.glob("*/omitted_*.csv")}
+    omit(folder, 0)
+    for path, content in omissions.items():
+        path.write_bytes(content)
+
+
+def of_another(name, setting="selection_1"):
+    """Damage: the omissions of a setting are those of another file."""
+
+    def damage(folder):
+        for split in ("train", "test"):
+            replace(folder / split / f"omitted_{setting}.csv", (folder / split / name).read_bytes())
+
+    return damage
+
+
+WRONG_OMISSIONS = {
+    "a row less": (lambda f: without_line(f / "train/omitted_selection_1.csv"),
+                   "train/omitted_selection_1.csv has 287 rows and there are 288 captions; make both again"),
+    "no rows": (lambda f: replace(f / "test/omitted_selection_1.csv", "OBJ_COLOR,OBJ_SHAPE\n"),
+                "test/omitted_selection_1.csv is damaged"),
+    "another value": (edited("train/omitted_selection_1.csv", "\n", "\n2,0\n"),
+                      "omitted_selection_1.csv, line 2: OBJ_COLOR is 2, expected an integer in 0 … 1"),
+    "a word": (edited("train/omitted_selection_1.csv", "\n", "\n0,yes\n"), "line 2: OBJ_SHAPE is yes"),
+    "a gap": (edited("train/omitted_selection_1.csv", "\n", "\n0,\n"), "omitted_selection_1.csv is damaged"),
+    "fewer columns": (of_another("omitted_selection_0.csv"), "omitted_selection_1.csv is damaged: expected .* OBJ_SHAPE"),
+    "more columns": (of_another("omitted_selection_4.csv"), "omitted_selection_1.csv is damaged"),
+    "values": (of_another("text_semantics_selection_1.csv"), "omitted_selection_1.csv, line .* expected an integer in 0 … 1"),
+    "a FIFO": (lambda f: as_fifo(f / "train/omitted_selection_1.csv"), "omitted_selection_1.csv is no regular file"),
+    "lost": (without_omissions, "text_selection_1.txt: line .* reads as line .* differ"),
+    "upside down": (lambda f: upside_down(f / "train/omitted_selection_1.csv"), "reads as line .* differ"),
+    "earlier captions": (earlier_captions, "text_selection_1.txt: line .* reads as line .* differ"),
+    "of another setting": (of_another("omitted_perturbation_0.csv", "perturbation_1"),
+                           "text_perturbation_1.txt: line .* reads as line .* differ", "perturbation_1"),
+    "fewer said": (lambda f: swapped(f, "selection_1", "selection_0"), "line .* reads as line .* differ"),
+    "more said": (lambda f: swapped(f, "selection_0", "selection_1"), "differ|the captions tell OBJ_SHAPE", "selection_0"),
+    "other perturbation": (lambda f: swapped(f, "perturbation_4", "perturbation_2"), "reads as line", "perturbation_4"),
+    "other order": (shuffled, "reads as line"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_OMISSIONS)
+def test_wrong_omissions_are_named_in_one_line(mpi3d, case):
+    damage, message, name = (*WRONG_OMISSIONS[case], "selection_1")[:3]
+    omit(mpi3d, 0.3)
+    damage(mpi3d)
+    bias_type, bias_id = name.split("_")
+    with pytest.raises(InputError, match=message) as caught:
+        load_mpi3d(mpi3d, bias_type, int(bias_id))
+    assert "\n" not in str(caught.value)

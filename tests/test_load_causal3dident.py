@@ -22,7 +22,7 @@ from reading.captions import tokenise
 from reading.causal3dident import CAUSAL_PALETTES, CAUSAL_TEXT, causal_text_factor
 from reading.causal3dident import CAUSAL_SEMANTICS as SELECTED
 from reading.images import decode_image
-from rendering_data.Causal3DIdent import contact_sheet
+from rendering_data.Causal3DIdent import contact_sheet, generate_latents, generate_text
 from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED
 from rendering_data.Causal3DIdent.generate_text import TEMPLATES
 from running.command_line import InputError
@@ -105,6 +105,34 @@ def test_the_other_spelling_is_read_alike(causal3dident):
     after, _ = load_causal3dident(causal3dident, "perturbations", 2)
     for name, values in before.splits["train"].text_factors.items():
         assert torch.equal(after.splits["train"].text_factors[name], values)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# captions that leave factors out at random
+
+
+def omit(folder):
+    """Have the captions of a folder leave out three of ten factors."""
+    flags = ["--output-folder", str(folder)]
+    generate_latents.main([*flags, "--n-points", "200", "--seed", "0", "--omission-prob", "0.3", "--overwrite"])
+    generate_text.main(flags)
+
+
+@pytest.mark.parametrize("bias_type, bias_id", [("selections", 1), ("selections", 5), ("perturbations", 4)])
+def test_omissions_change_the_captions_and_no_target_of_a_probe(causal3dident, bias_type, bias_id):
+    plain, bias = load_causal3dident(causal3dident, bias_type, bias_id)
+    assert bias == causal_bias(bias_type, bias_id) and bias.omitted == 0
+    omit(causal3dident)
+    pairs, bias = load_causal3dident(causal3dident, bias_type, bias_id)
+    table = pd.read_csv(causal3dident / f"omitted_text_{bias_type}_{bias_id}.csv")
+    assert bias.omitted == pytest.approx(table[:160].to_numpy().mean()) and 0.2 < bias.omitted < 0.4
+    assert bias.unbiased == causal_bias(bias_type, bias_id).unbiased
+    for split, own in pairs.splits.items():
+        for kind in ("image_factors", "text_factors"):
+            found, expected = getattr(own, kind), getattr(plain.splits[split], kind)
+            assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert "thing" in pairs.vocabulary and "thing" not in plain.vocabulary
+    assert pairs.fingerprint != plain.fingerprint
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -391,6 +419,39 @@ def test_bad_data_is_named_and_leaves_no_map(causal3dident, damage, words):
         load_causal3dident(causal3dident, "selections", 1)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not maps(causal3dident) and not list(causal3dident.glob(".images.*.npy"))
+
+
+OMITTED = "omitted_text_selections_1.csv"
+
+
+def omissions_of(name):
+    """Damage: the omissions of selections 1 are those of another file."""
+    return lambda folder: replace(folder / OMITTED, (folder / name).read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (edited(OMITTED, lambda table: table[:-1]), f"{OMITTED} has 199 rows and there are 200 captions"),
+        (edited(OMITTED, lambda table: table[:0]), f"{OMITTED} is damaged"),
+        (edited(OMITTED, lambda table: table.drop(columns="object_xpos")), f"{OMITTED} is damaged"),
+        (with_value(OMITTED, "object_xpos", 2), f"{OMITTED}, line 7: object_xpos is 2, expected"),
+        (with_value(OMITTED, "object_xpos", None), f"{OMITTED} is damaged"),
+        (omissions_of("omitted_text_selections_0.csv"), f"{OMITTED} is damaged: expected rows without gaps and the columns"),
+        (omissions_of("omitted_text_selections_3.csv"), f"{OMITTED} is damaged"),
+        (lambda folder: fifo(folder / OMITTED), f"{OMITTED} is no regular file"),
+        (unlink(OMITTED), "text_raw.txt: line"),
+        (edited(OMITTED, lambda table: table[::-1]), "text_raw.txt: line"),
+        (swapped_captions, "text_raw.txt: line"),
+    ],
+)  # fmt: skip
+def test_wrong_omissions_are_named_in_one_line(causal3dident, damage, words):
+    omit(causal3dident)
+    damage(causal3dident)
+    with pytest.raises(InputError) as caught:
+        load_causal3dident(causal3dident, "selections", 1)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not maps(causal3dident)
 
 
 def test_a_perturbed_factor_that_is_always_the_image_s_is_of_another_setting(causal3dident):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import chisquare
+from scipy.stats import binomtest, chisquare
 
 import datasets
 from rendering_data.MPI3D import render_multimodal_mpi3d as captions
@@ -181,6 +181,8 @@ FIRST_CAPTION = "A small size beer-cup in yellow, viewed from center view, in a 
         ("--grid 0 4 2 3 3 4 4", "--grid"),
         ("--grid 2 1 1 1 1 1 1 --train-ratio 0.99", "leaves a split without images"),
         ("--train-ratio 1.5", "--train-ratio"),
+        ("--change-prob -0.1", "--change-prob: -0.1 is out of range, expected a number of at least 0 and at most 1"),
+        ("--omission-prob 1.1", "--omission-prob: 1.1 is out of range"),
         ("--seed -1", "--seed"),
     ],
 )
@@ -198,6 +200,108 @@ def test_captions_are_replaced_only_when_told_to(tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err and contents(tmp_path) == before
     assert exit_code(captions.main, "--output-dir", tmp_path, "--seed", 1, *grid, "--overwrite") == 0
     assert contents(tmp_path) != before
+
+
+@pytest.mark.parametrize("rate", [0, 0.3, 1])
+def test_values_are_replaced_with_the_probability_that_is_given(tmp_path, rate):
+    flags = ("--output-dir", tmp_path, "--seed", 5, "--grid", *SIZES.values(), "--change-prob", rate)
+    assert exit_code(captions.main, *flags) == 0
+    image = pd.read_csv(tmp_path / "train/image_semantics.csv")
+    for name, perturbed in PERTURBED.items():
+        text = pd.read_csv(tmp_path / f"train/text_semantics_{name}.csv")
+        for factor in text:
+            expected = rate * (1 - 1 / SIZES[factor]) if factor in perturbed else 0
+            differ = int((image[factor] != text[factor]).sum())
+            assert binomtest(differ, len(text), expected).pvalue > 1e-4, (name, factor)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# omissions
+
+SMALL = ("--grid", 4, 4, 2, 3, 3, 1, 1)
+NEUTRAL = {
+    "OBJ_COLOR": "some-color",
+    "OBJ_SHAPE": "thing",
+    "OBJ_SIZE": "some size",
+    "CAMERA": "some view",
+    "BACKGROUND": "in some background",
+}
+
+
+@pytest.fixture(scope="module", params=[0.3, 0.8, 1])
+def omitting(tmp_path_factory, request):
+    """(rate, folder of the same seed as `folder`)."""
+    place = tmp_path_factory.mktemp("omitting")
+    flags = ("--output-dir", place, "--seed", 5, "--grid", *SIZES.values(), "--omission-prob", request.param)
+    assert exit_code(captions.main, *flags) == 0
+    return request.param, place
+
+
+def omitted_of(place, name):
+    return pd.concat([pd.read_csv(place / split / f"omitted_{name}.csv") for split in ("train", "test")])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_factor_is_omitted_as_often_as_it_should_be_and_by_itself(omitting, tables, name):
+    rate, place = omitting
+    omitted, told = omitted_of(place, name), pd.concat([tables[split][name] for split in tables])
+    assert list(omitted) == list(told) and len(omitted) == len(told)
+    for factor in omitted:
+        assert omitted[factor].isin([0, 1]).all()
+        assert binomtest(int(omitted[factor].sum()), COUNT, rate).pvalue > 1e-4
+        counts = np.bincount(told[factor][omitted[factor] == 1], minlength=SIZES[factor])
+        all_counts = np.bincount(told[factor], minlength=SIZES[factor])
+        assert chisquare(counts, all_counts * counts.sum() / COUNT).pvalue > 1e-4, "whatever the value"
+    if rate < 1:
+        for one, other in itertools.combinations(omitted, 2):
+            assert abs(np.corrcoef(omitted[one], omitted[other])[0, 1]) < 0.03
+
+
+def test_each_setting_has_omissions_of_its_own(omitting):
+    rate, place = omitting
+    colours = [omitted_of(place, name).OBJ_COLOR.to_numpy() for name in NAMES]
+    for one, other in itertools.combinations(colours, 2):
+        assert rate == 1 or abs(np.corrcoef(one, other)[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_caption_misses_the_words_of_what_it_omits_and_has_all_others(folder, omitting, name):
+    """One seed gives the same captions but for what they omit: a neutral word stands in its place."""
+    _, place = omitting
+    omitted = pd.read_csv(place / "test" / f"omitted_{name}.csv")
+    without, lines = ((path / "test" / f"text_{name}.txt").read_text().splitlines() for path in (folder, place))
+    assert len(lines) == len(omitted) == len(without)
+    for row, line, plain in zip(omitted.to_dict("records"), lines, without, strict=True):
+        for factor, left_out in row.items():
+            if left_out:
+                plain, count = re.subn("|".join(map(whole, WORDS[factor])), NEUTRAL[factor], plain)
+                assert count == 1
+        assert line == plain
+
+
+def test_omissions_leave_the_values_and_what_a_lower_rate_omits(tmp_path):
+    for rate in (0, 0.3, 0.6):
+        assert exit_code(captions.main, "--output-dir", tmp_path / str(rate), *SMALL, "--omission-prob", rate) == 0
+    none, low, high = (contents(tmp_path / str(rate)) for rate in (0, 0.3, 0.6))
+    values = [name for name in none if "semantics" in name]
+    assert len(values) == 22 and all(none[name] == low[name] == high[name] for name in values)
+    for name in NAMES:
+        assert (omitted_of(tmp_path / "0.6", name) >= omitted_of(tmp_path / "0.3", name)).all(axis=None)
+
+
+def test_words_of_omissions_are_no_words_of_values():
+    words = {word for values in WORDS.values() for value in values for word in re.findall(r"[\w-]+", value)}
+    shared = {"in", "background", "size", "view"}  # what all values of a factor are called
+    neutral = [set(re.findall(r"[\w-]+", phrase)) - shared for phrase in NEUTRAL.values()]
+    assert all(neutral) and not set.union(*neutral) & words
+
+
+def test_a_rendering_without_omissions_removes_those_of_an_earlier_one(tmp_path):
+    assert exit_code(captions.main, "--output-dir", tmp_path / "a", *SMALL, "--omission-prob", 0.5) == 0
+    assert len(contents(tmp_path / "a")) == 2 * 31 + 10
+    assert exit_code(captions.main, "--output-dir", tmp_path / "a", *SMALL, "--overwrite") == 0
+    assert exit_code(captions.main, "--output-dir", tmp_path / "b", *SMALL) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
     python rendering_data/Causal3DIdent/generate_latents.py --output-folder data/Causal3DIDent --n-points 100000 --seed 0
 
     latents_image.csv                                    what is in the image
-    latents_text_{selections|perturbations}_{0..6}.csv   what the caption says of it, and nothing that it leaves out
+    latents_text_{selections|perturbations}_{0..6}.csv   what the caption says of it, and nothing that its setting leaves out
+    omitted_text_{selections|perturbations}_{0..6}.csv   with --omission-prob: 1 where the caption leaves a factor out after all
 
     spotlight_pos ──> spotlight_color ──> background_color        object_xpos ──> object_color <── object_ypos
           └──────────────────────────────────^
@@ -11,7 +12,8 @@
 A selection setting speaks of the first of seven factors and states them rightly. A perturbation setting speaks of all of them
 and states the first factors of PERTURBED as if another image had been drawn. --protocol code: where the background is
 not perturbed (perturbations 0), its colour is named from the object's hue, as in the runs behind the paper's figures;
-paper: from its own.
+paper: from its own. With --omission-prob a caption leaves out some of the factors that its setting tells, each by itself;
+its latents still hold them, and one seed gives the same latents with and without.
 
 Then: generate_text.py writes the captions, generate_images.py the images.
 """
@@ -21,7 +23,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from running.command_line import InputError, Parser, integer, run_script
+from running.command_line import InputError, Parser, integer, number, run_script
 
 # isort: split
 import numpy as np
@@ -88,16 +90,18 @@ def caption_latents(text, stated, color_indices, rng):
     return pd.DataFrame(caption).rename(columns=RUNS_SPELLING)
 
 
-def sample_tables(size, seed, protocol):
-    """Dict of file name to DataFrame: latents_image.csv, and the captions' latents of the fourteen settings.
+def sample_tables(size, seed, protocol, omission_prob=0.0):
+    """Dict of file name to DataFrame: latents_image.csv, the captions' latents of the fourteen settings, and their omissions.
 
-    Each table has random numbers of its own, so that a setting's does not depend on the others.
+    Each table has random numbers of its own, so that a setting's does not depend on the others. The omissions, 1 where a
+    caption leaves a factor out, with probability `omission_prob`, are there if that is above 0.
     """
-    streams = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(1 + len(CAUSAL_SETTINGS))]
+    count = len(CAUSAL_SETTINGS)
+    streams = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(1 + 2 * count)]
     image = image_latents(size, streams[0])
     image_colors = {factor: nearest_colors(image[factor].to_numpy(), palette) for factor, palette in PALETTES.items()}
     tables = {"latents_image.csv": image}
-    for setting, rng in zip(CAUSAL_SETTINGS, streams[1:], strict=True):
+    for setting, rng, omission_rng in zip(CAUSAL_SETTINGS, streams[1 : 1 + count], streams[1 + count :], strict=True):
         text, colors, stated = image, dict(image_colors), CAUSAL_SEMANTICS
         bias_type, bias_id = setting.split("_")
         if bias_type == "selections":
@@ -110,33 +114,46 @@ def sample_tables(size, seed, protocol):
             for factor, source in named_from.items():
                 colors[factor] = nearest_colors(text[source].to_numpy(), PALETTES[factor])
         tables[f"latents_text_{setting}.csv"] = caption_latents(text, stated, colors, rng)
+        if omission_prob:
+            omitted = omission_rng.random((size, len(stated))) < omission_prob
+            tables[f"omitted_text_{setting}.csv"] = pd.DataFrame(omitted.astype(int), columns=stated)
     return tables
 
 
 def main(argv=None):
-    """Write the fifteen tables, all or none of them; returns the exit code."""
+    """Write the tables, all or none of them; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     parser.add_argument("--n-points", type=integer(1), required=True, help="samples")
     parser.add_argument("--seed", type=integer(0), default=0, help="of every random number (%(default)s)")
     protocol = "background colour in the captions of perturbations 0: from the object's hue (code), its own (paper) (%(default)s)"
     parser.add_argument("--protocol", choices=("code", "paper"), default="code", help=protocol)
+    omission = "probability that a caption leaves out a factor which its setting tells, each by itself (%(default)s)"
+    parser.add_argument("--omission-prob", type=number(0, 1), default=0.0, help=omission)
     overwrite = "replace other latents in DIR; captions and images have to be made anew then"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     args, _ = parser.parse(argv)
-    files = {}
-    for name, table in sample_tables(args.n_points, args.seed, args.protocol).items():
-        files[args.output_folder / name] = table.to_csv(index=False, lineterminator="\n").encode()
-    args.output_folder.mkdir(parents=True, exist_ok=True)
-    others = [file for file, content in files.items() if file.exists() and regular_file(file).read_bytes() != content]
+    folder, files = args.output_folder, {}
+    for name, table in sample_tables(args.n_points, args.seed, args.protocol, args.omission_prob).items():
+        files[folder / name] = table.to_csv(index=False, lineterminator="\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    image, omitted = folder / "latents_image.csv", [folder / f"omitted_text_{setting}.csv" for setting in CAUSAL_SETTINGS]
+    differing = [file for file, content in files.items() if file.exists() and regular_file(file).read_bytes() != content]
+    others = [f"{file} holds other latents" for file in differing]
+    # the image's latents come to their place last: beside them no omissions are missing
+    if image.exists() and any(file.exists() != (file in files) for file in omitted):
+        others.append(f"{folder} holds latents {'without' if args.omission_prob else 'with'} omissions")
     if others and not args.overwrite:
-        raise InputError(f"{others[0]} holds other latents already; choose another folder, or --overwrite replaces them")
+        raise InputError(f"{others[0]} already; choose another folder, or --overwrite replaces them")
     with contextlib.ExitStack() as stack:
         for file, content in files.items():
             stack.enter_context(replaced(file)).write_bytes(content)
+        for file in set(omitted) - files.keys():
+            file.unlink(missing_ok=True)
     made = f"latents of {args.n_points:,} images and of their captions in {len(CAUSAL_SETTINGS)} settings"
-    print(f"{args.output_folder}: {made}, seed {args.seed}, {args.protocol} protocol")
-    if stale := [f"{name}/" for name in ("text", "images") if others and (args.output_folder / name).exists()]:
+    print(f"{folder}: {made}, seed {args.seed}, {args.protocol} protocol")
+    changed = {"text": others, "images": image in differing}
+    if stale := [f"{name}/" for name in changed if changed[name] and (folder / name).exists()]:
         print(f"{' and '.join(stale)} there come from the earlier latents: make them anew")
     return 0
 

@@ -4,7 +4,8 @@
 
 Reads latents_text_{selections|perturbations}_{0..6}.csv, which generate_latents.py or the paper's own code wrote, and writes
 text/{selections|perturbations}_{0..6}/text_raw.txt, all of them or none. The captions of selection setting k speak of its
-first k + 1 factors, those of the perturbation settings of all seven. Both protocols share these templates.
+first k + 1 factors, those of the perturbation settings of all seven. Where omitted_text_{setting}.csv says that a caption leaves
+one of them out, it has a word in its place that says so. Both protocols share these templates.
 """
 
 import contextlib
@@ -17,7 +18,15 @@ from running.command_line import InputError, Parser, integer, run_script
 # isort: split
 import numpy as np
 
-from reading.causal3dident import CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, SHAPES, read_latents, spotlight_fifths
+from reading.causal3dident import (
+    CAUSAL_SEMANTICS,
+    CAUSAL_SETTINGS,
+    CAUSAL_TEXT,
+    SHAPES,
+    read_latents,
+    read_omitted,
+    spotlight_fifths,
+)
 from running.files import replaced
 
 # Words for the values of shape, X and Y position, and position of the spotlight, in fifths of [0, 1].
@@ -27,6 +36,8 @@ WORDS = {
     "Y": ("top", "mid", "bottom"),
     "P": ("northwest", "northeast", "center", "southwest", "southeast"),
 }
+# What a caption has in the place of a factor that it leaves out.
+OMITTED = {"S": "thing", "X": "part", "Y": "some", "P": "place", **dict.fromkeys("CLB", "unspecified")}
 # Templates by the number of factors in the caption, then by text_phrasing. S, X, Y, P are WORDS, and C, L, B names of the
 # object's, the spotlight's and the background's colour.
 TEMPLATES = {
@@ -87,10 +98,11 @@ TEMPLATES = {
 }
 
 
-def captions(latents, n_factors):
+def captions(latents, n_factors, omitted=None):
     """List of N captions that speak of the first `n_factors` of CAUSAL_SEMANTICS.
 
-    latents: dict of these, and text_phrasing → (N,): classes, [0, 1] for spotlight_pos, the names of colours.
+    latents: dict of these, and text_phrasing → (N,): classes, [0, 1] for spotlight_pos, the names of colours; omitted: dict
+    factor → (N,) bool, whether a caption leaves it out, or None if all captions state all factors.
     """
     words = {}
     for letter, factor in zip("SXYPCLB", CAUSAL_SEMANTICS[:n_factors], strict=False):
@@ -99,6 +111,8 @@ def captions(latents, n_factors):
             words[letter] = np.array(WORDS[letter])[numbers]
         else:
             words[letter] = latents[f"{factor}_name"]
+        if omitted:
+            words[letter] = np.where(omitted[factor], OMITTED[letter], words[letter])
     rows = zip(latents["text_phrasing"], *(column.tolist() for column in words.values()), strict=True)
     return [TEMPLATES[n_factors][phrasing].format(**dict(zip(words, row, strict=True))) for phrasing, *row in rows]
 
@@ -119,7 +133,8 @@ def main(argv=None):
         factors = {name: CAUSAL_TEXT[name] for name in (*stated[: len(WORDS)], "text_phrasing")}
         names = [f"{name}_name" for name in stated[len(WORDS) :]]
         latents = read_latents(args.output_folder / f"latents_text_{setting}.csv", factors, names)
-        texts[setting] = captions(latents, len(stated))
+        omitted = read_omitted(args.output_folder / f"omitted_text_{setting}.csv", stated, len(latents["text_phrasing"]))
+        texts[setting] = captions(latents, len(stated), omitted)
     count = len(texts["selections_0"])
     if unequal := [setting for setting, lines in texts.items() if len(lines) != count]:
         found = f"latents_text_{unequal[0]}.csv has {len(texts[unequal[0]])} rows, those of selections_0 {count}"

@@ -2,11 +2,16 @@
 
     python rendering_data/MPI3D/render_multimodal_mpi3d.py                     # the whole data set, in seconds
     python rendering_data/MPI3D/render_multimodal_mpi3d.py --output-dir data/standin --seed 1
+    python rendering_data/MPI3D/render_multimodal_mpi3d.py --output-dir data/masked --omission-prob 0.3
 
 Selection k = 0 … 4 speaks of the first k + 1 of colour, shape, size, camera and background. Perturbation k speaks of all
-five, and replaces the last k of them, each with probability 0.9, by values drawn uniformly. The folder receives train/ and
-test/ with image_semantics.csv, text_semantics_{setting}.csv and text_{setting}.txt, and vocab_{setting}.json beside them.
-One seed gives one split and the same bytes, whatever images lie in the folder; their grid is taken from them.
+five, and replaces the last k of them, each with probability --change-prob, by values drawn uniformly. With --omission-prob
+captions leave out some of the factors that they would tell, each for itself, and say so: "some view".
+
+The folder receives train/ and test/ with image_semantics.csv, text_semantics_{setting}.csv and text_{setting}.txt, and
+vocab_{setting}.json beside them. With omissions, omitted_{setting}.csv says by 0 and 1 which of the values in
+text_semantics_{setting}.csv a caption leaves out. One seed gives one split and the same bytes, whatever images lie in the
+folder, and with another --omission-prob the same captions but for what they leave out; the grid is that of the images.
 """
 
 import itertools
@@ -25,7 +30,7 @@ from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, mpi3d_bias, m
 from reading.captions import number_words, tokenise
 from running.files import write_bytes, write_json
 
-REPLACED = 0.9  # probability that a perturbable value is drawn anew; it may come out the same
+REPLACED = 0.9  # probability that a perturbable value is drawn anew, unless a flag says another; it may come out the same
 
 WORDS = {
     "OBJ_COLOR": ("yellow", "green", "olive", "red"),
@@ -34,6 +39,13 @@ WORDS = {
     "CAMERA": ("top view", "center view", "bottom view"),
     "BACKGROUND": ("in a purple background", "in a sea-green background", "in a salmon background"),
 }
+OMITTED = {
+    "OBJ_COLOR": "some-color",
+    "OBJ_SHAPE": "thing",
+    "OBJ_SIZE": "some size",
+    "CAMERA": "some view",
+    "BACKGROUND": "in some background",
+}  # what a caption has in the place of a factor that it leaves out
 TEMPLATES = (
     ("An object colored {OBJ_COLOR}.", "It has a {OBJ_COLOR} appearance.", "Something with {OBJ_COLOR}."),
     (
@@ -59,14 +71,17 @@ TEMPLATES = (
 )  # the templates of captions that speak of 1, 2, … 5 factors
 
 
-def perturb(values, size, rng):
-    """(N,) values of which each is replaced with probability REPLACED by one drawn uniformly from 0 … size − 1."""
-    return np.where(rng.random(len(values)) < REPLACED, rng.integers(0, size, len(values)), values)
+def perturb(values, size, change_prob, rng):
+    """(N,) values of which each is replaced with probability `change_prob` by one drawn uniformly from 0 … size − 1."""
+    return np.where(rng.random(len(values)) < change_prob, rng.integers(0, size, len(values)), values)
 
 
 def caption_table(factors, sizes):
-    """Every caption that speaks of `factors`: a list in row-major order of (values of the factors, template)."""
-    words = [WORDS[factor][: sizes[factor]] for factor in factors]
+    """Every caption that speaks of `factors`: a list in row-major order of (values of the factors, template).
+
+    The value after a factor's last, sizes[factor], is that of captions that leave it out.
+    """
+    words = [(*WORDS[factor][: sizes[factor]], OMITTED[factor]) for factor in factors]
     return [
         template.format(**dict(zip(factors, combination, strict=True)))
         for combination in itertools.product(*words)
@@ -80,32 +95,45 @@ def write_lines(path, table, rows, header=""):
     write_bytes(path, (header + "".join(lines[rows])).encode())
 
 
-def write_values(path, sizes, rows):
-    """Write the CSV of the points `rows` of a grid, a dict factor → number of values, numbered in row-major order."""
+def write_values(path, sizes, values):
+    """Write the CSV of N points of a grid; sizes: dict factor → number of values; values: (number of factors, N) integers."""
     points = itertools.product(*map(range, sizes.values()))
+    rows = np.ravel_multi_index(values, tuple(sizes.values()))
     write_lines(path, [",".join(map(str, point)) for point in points], rows, ",".join(sizes) + "\n")
 
 
-def render(folder, sizes, train_ratio, seed):
-    """Write all files of all settings; sizes: dict factor → number of values. Returns the numbers of train and test rows."""
+def render(folder, sizes, train_ratio, seed, change_prob=REPLACED, omission_prob=0.0):
+    """Write all files of all settings; sizes: dict factor → number of values. Returns the numbers of train and test rows.
+
+    Omissions have random numbers of their own, so that all else does not depend on them.
+    """
     count = math.prod(sizes.values())
     order = np.random.default_rng([seed, 0]).permutation(count)
     train_count = round(train_ratio * count)
     splits = {"train": slice(0, train_count), "test": slice(train_count, count)}
-    image = dict(zip(sizes, np.unravel_index(order, tuple(sizes.values())), strict=True))
+    points = np.stack(np.unravel_index(order, tuple(sizes.values())))
+    image = dict(zip(sizes, points, strict=True))
     for split, part in splits.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
-        write_values(folder / split / "image_semantics.csv", sizes, order[part])
+        write_values(folder / split / "image_semantics.csv", sizes, points[:, part])
     for stream, (bias_type, bias_id) in enumerate(itertools.product(BIAS_TYPES, BIAS_IDS), start=1):
         rng = np.random.default_rng([seed, stream])
         bias, name = mpi3d_bias(bias_type, bias_id), f"{bias_type}_{bias_id}"
         stated = {factor: sizes[factor] for factor in bias.selected}
-        text = image | {factor: perturb(image[factor], sizes[factor], rng) for factor in bias.perturbed}
-        values = np.ravel_multi_index([text[factor] for factor in stated], tuple(stated.values()))
+        text = image | {factor: perturb(image[factor], sizes[factor], change_prob, rng) for factor in bias.perturbed}
+        values = np.stack([text[factor] for factor in stated])
+        omitted = np.random.default_rng([seed, stream, 1]).random(values.shape) < omission_prob
+        told = np.where(omitted, [[size] for size in stated.values()], values)
         captions = caption_table(stated, sizes)
-        caption = values * len(TEMPLATES[0]) + rng.integers(0, len(TEMPLATES[0]), count)
+        caption = np.ravel_multi_index(told, [size + 1 for size in stated.values()])
+        caption = caption * len(TEMPLATES[0]) + rng.integers(0, len(TEMPLATES[0]), count)
         for split, part in splits.items():
-            write_values(folder / split / f"text_semantics_{name}.csv", stated, values[part])
+            write_values(folder / split / f"text_semantics_{name}.csv", stated, values[:, part])
+            omitted_file = folder / split / f"omitted_{name}.csv"
+            if omission_prob:
+                write_values(omitted_file, dict.fromkeys(stated, 2), omitted[:, part].astype(int))
+            else:
+                omitted_file.unlink(missing_ok=True)
             write_lines(folder / split / f"text_{name}.txt", captions, caption[part])
         distinct, first = np.unique(caption[splits["train"]], return_index=True)
         words = number_words(tokenise(captions[row]) for row in distinct[np.argsort(first)])
@@ -120,6 +148,10 @@ def main(argv=None):
     parser.add_argument("--output-dir", default="data/MPI3d_real_complex", help="folder of the data set (%(default)s)")
     parser.add_argument("--seed", type=integer(0), default=0, help="of the split and the captions (%(default)s)")
     parser.add_argument("--train-ratio", type=number(0, 1, above=True), default=0.9, help="share of train (%(default)s)")
+    change = "probability that a perturbed value is drawn anew; in place of 0, train on perturbation 0 (%(default)s)"
+    parser.add_argument("--change-prob", type=number(0, 1), default=REPLACED, help=change)
+    omission = "probability that a caption leaves out a factor which its setting tells, each by itself (%(default)s)"
+    parser.add_argument("--omission-prob", type=number(0, 1), default=0.0, help=omission)
     default = "those of the images in the folder, else " + " ".join(map(str, MPI3D_GRID.values()))
     grid = f"values of {', '.join(MPI3D_GRID)}; none given: {default}"
     parser.add_argument("--grid", type=integer(1), nargs=7, metavar="SIZE", help=grid)
@@ -138,7 +170,7 @@ def main(argv=None):
         raise InputError(f"--train-ratio {args.train_ratio:g} of {count} images leaves a split without images")
     if not args.overwrite and (folder / "train").exists():
         raise InputError(f"{folder / 'train'} exists already; --overwrite replaces the captions in it")
-    train, test = render(folder, sizes, args.train_ratio, args.seed)
+    train, test = render(folder, sizes, args.train_ratio, args.seed, args.change_prob, args.omission_prob)
     settings = len(BIAS_TYPES) * len(BIAS_IDS)
     print(f"{settings} settings of {train} training and {test} test captions in {folder}, seed {args.seed}")
     return 0
