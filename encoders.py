@@ -141,3 +141,9 @@ def initialise(module, init, generator):
             else:
                 layer.bias.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
     return module
+
+
+def initialise_all(modules, init, generator, device):
+    """`initialise` each of some modules, in order, from a generator on the CPU, and leave them on `device`."""
+    for module in modules:
+        initialise(module.cpu(), init, generator).to(device)

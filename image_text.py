@@ -4,6 +4,7 @@ A script names its data set, sizes, columns and recipes in a subclass of ImageTe
 """
 
 import contextlib
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -11,12 +12,13 @@ import torch
 
 import probes
 from datasets import EpochOrder
-from encoders import ImageEncoder, TextEncoder, initialise
+from encoders import ImageEncoder, TextEncoder, initialise_all
 from latent_spaces import seeded_generator
-from losses import LearnedLogits, image_text_contrastive_loss
+from losses import LabelLoss, LearnedLogits, image_text_contrastive_loss
 from running.command_line import InputError, integer, number
-from running.directory import save_weights
+from running.directory import save_weights, stored_args
 from running.experiment import Experiment, names_of
+from running.files import read_csv
 from running.ranks import Share, summed
 from running.schedules import FIRST_BATCHES_UNTIL, SPARE_UNTIL, batch_size, temperature, visible_dimensions
 
@@ -35,12 +37,14 @@ class ImageTextExperiment(Experiment):
     A subclass has, beside what every Experiment has: bias_types, bias_ids of the settings, smallest (in words, the encoding
     that is taken for --encoding-size 0), datapath, bias_help, mean and std of the pixels' channels, perturbing (in words, how
     captions err), own_text_factors (whether text encodings are probed for what captions state, not for what images show),
-    columns (pairs of a column of results.csv and one of `evaluate`), and bias(bias_type, bias_id), the Bias of a setting;
-    default_encoding_size(unbiased), dimensions for that number of semantics; factors(bias, modality), what encodings are probed
-    for; open(folder, bias_type, bias_id, device, workers), the (ImageTextPairs, Bias) of a folder.
+    columns (pairs of a column of results.csv and one of `evaluate`), spelling (dict factor → its name there), and
+    bias(bias_type, bias_id), the Bias of a setting; default_encoding_size(unbiased), dimensions for that number of semantics;
+    factors(bias, modality), what encodings are probed for; open(folder, bias_type, bias_id, device, workers), the
+    (ImageTextPairs, Bias) of a folder.
     """
 
     weight_files = ("encoder_img.pt", "encoder_txt.pt")
+    spelling = types.MappingProxyType({})
     columns = tuple((name, name) for name in ("ix", "modality", "factor_name", "factor_type", *SCORES))
 
     @classmethod
@@ -52,6 +56,8 @@ class ImageTextExperiment(Experiment):
         flag("--save-all-checkpoints", bool, "keep each of them, as encoder_img_STEP.pt and encoder_txt_STEP.pt", None,
              "freely")  # fmt: skip
         flag("--datapath", str, "folder of the data set", cls.datapath, "again")
+        flag("--ceiling", str, "a model of --supervised: its scores come into references.csv, and small into the picture",
+             "", "freely")  # fmt: skip
         flag("--workers", integer(0), "threads that read each batch from disk, for a slow disk; 0 = the training's own", 0,
              "freely")  # fmt: skip
         parser.section("encoders and loss")
@@ -69,6 +75,7 @@ class ImageTextExperiment(Experiment):
              "that many pairs have mean 0 and covariance I in either modality; 0 = leave them as drawn")  # fmt: skip
         flag("--norm-penalty", number(0), "what the relative variance of the encodings' lengths, which the loss does not see, "
              "adds to it at the end, and a share of it before, as of the steps")  # fmt: skip
+        flag("--supervised", bool, "train on the factors' labels, not by contrast; --encoding-size 0 is --hidden-size then")
         parser.section("setting: what the caption says of the image")
         flag("--bias-type", cls.bias_types, "captions leave factors out, or state them wrongly", cls.bias_types[0])
         flag("--bias-id", int, cls.bias_help, cls.bias_ids[-1])
@@ -76,7 +83,7 @@ class ImageTextExperiment(Experiment):
     @classmethod
     def default_id(cls, args):
         """mpi3d_selection_0 and the like."""
-        return f"{cls.name}_{args.bias_type}_{args.bias_id}"
+        return f"{cls.name}_{args.bias_type}_{args.bias_id}" + ("_supervised" if args.supervised else "")
 
     @classmethod
     def settle(cls, args):
@@ -84,6 +91,8 @@ class ImageTextExperiment(Experiment):
         ids = cls.bias_ids
         if args.bias_id not in ids:
             raise InputError(f"--bias-id {args.bias_id} is out of range: settings are {ids[0]} … {ids[-1]}")
+        if args.supervised and args.loss != "infonce":
+            raise InputError(f"--supervised has a loss of its own; leave out --loss {args.loss}")
 
     @classmethod
     def result_rows(cls, args):
@@ -97,16 +106,28 @@ class ImageTextExperiment(Experiment):
         self.args, self.device = args, device
         self.pairs, self.setting = self.open(args.datapath, args.bias_type, args.bias_id, device, args.workers)
         self._check_counts()
-        self.encoding_size = args.encoding_size or self.default_encoding_size(len(self.setting.unbiased))
-        self.width = self.encoding_size + (0 if args.evaluate else args.spare_dimensions)
+        self.ceiling = self.read_ceiling(Path(args.ceiling)) if args.ceiling else None
+        default_size = args.hidden_size if args.supervised else self.default_encoding_size(len(self.setting.unbiased))
+        self.encoding_size = args.encoding_size or default_size
+        self.width = self.encoding_size + (0 if args.evaluate or args.supervised else args.spare_dimensions)
         image = ImageEncoder(self.width, self.mean, self.std, args.hidden_size)
         self.modules = {"encoder_img": image.to(device), "encoder_txt": self._text_encoder()}
         self.objective = LearnedLogits(self.similarity, args.batch_size).to(device) if args.loss == "sigmoid" else None
+        if args.supervised:
+            self.labels = {name: {factor: values.to(self.pairs.images.index_device) for factor, values in labels.items()}
+                           for name, labels in self.labels_of("train").items()}  # fmt: skip
+            heads = {name: LabelLoss(self.encoding_size, labels) for name, labels in self.labels.items()}
+            self.objective = torch.nn.ModuleDict(heads).to(device)
         self.rates, self.keep_steps = {"encoder_txt": args.text_lr_factor}, args.checkpoint_steps
         generator = seeded_generator(args.seed, "order")
         pairs, index_device = len(self.pairs.splits["train"]), self.pairs.images.index_device
         self.order = EpochOrder(pairs, generator, index_device, pinned=device.type == "cuda")
         self.generators, self.evaluated = {"order": self.order}, {}
+
+    def labels_of(self, split):
+        """Dict image, text → dict factor → (N,) values of a split that encodings of that modality are probed for."""
+        own = self.pairs.splits[split]
+        return {"image": own.image_factors, "text": own.text_factors if self.own_text_factors else own.image_factors}
 
     def _text_encoder(self):
         args, pairs = self.args, self.pairs
@@ -151,11 +172,10 @@ class ImageTextExperiment(Experiment):
                 "its data set with --datapath, or make it again with its seed"
             )
 
-    def draw(self, directory):
+    def draw_encoders(self):
         """Both encoders' weights, and with --whitening-pairs their last layers."""
         args, pairs, generator = self.args, self.pairs, seeded_generator(self.args.seed, "init")
-        for encoder in self.modules.values():
-            initialise(encoder.cpu(), args.init, generator).to(self.device)
+        initialise_all(self.modules.values(), args.init, generator, self.device)
         if args.whitening_pairs:
             rows = torch.randperm(len(pairs.splits["train"]), generator=generator)[: args.whitening_pairs]
             rows = rows.to(pairs.images.index_device)
@@ -183,6 +203,10 @@ class ImageTextExperiment(Experiment):
         with self.encoder_precision():
             h_x = self.modules["encoder_img"](pairs.images_of("train", rows))[:, :visible]
             h_t = self.modules["encoder_txt"](pairs.tokens_of("train", rows))[:, :visible]
+        if args.supervised:
+            labels = {name: {factor: values[rows].to(self.device) for factor, values in part.items()}
+                      for name, part in self.labels.items()}  # fmt: skip
+            return sum(self.objective[name](h, labels[name], share.total) for name, h in (("image", h_x), ("text", h_t)))
         if self.objective:
             loss = self.objective(h_x, h_t, share)
         else:
@@ -276,7 +300,15 @@ class ImageTextExperiment(Experiment):
     def table(self, results):
         """The columns of results.csv under their names there."""
         names, own = map(list, zip(*self.columns, strict=True))
-        return results[own].set_axis(names, axis=1)
+        return results[own].set_axis(names, axis=1).replace(self.spelling)
+
+    def read_ceiling(self, folder):
+        """DataFrame as of `evaluate` from results.csv of a finished model of --supervised; InputError if it is none."""
+        stored = stored_args(folder)
+        if not (stored.get("supervised") and stored.get("finished")):
+            raise InputError(f"{folder} is no finished model of --supervised; train one, or leave out --ceiling")
+        table = read_csv(folder / "results.csv", [name for name, _ in self.columns], gaps=True, ended=True)
+        return table.rename(columns=dict(self.columns)).replace({theirs: own for own, theirs in self.spelling.items()})
 
     def describe(self):
         """What captions leave out, what they state wrongly, what should be learned, and how."""
@@ -287,12 +319,15 @@ class ImageTextExperiment(Experiment):
         left_out = [name for name in pairs.splits["train"].image_factors if name not in bias.selected]
         height, width = pairs.images.array.shape[1:3]
         sizes = (args.first_batch_size, args.batch_size, args.final_batch_size)
-        spare = f" and {args.spare_dimensions} dimensions at first" if args.spare_dimensions and not args.evaluate else ""
-        loss = "sigmoid loss" if self.objective else f"negatives of {NEGATIVES[args.protocol]} modalities"
+        spare = f" and {args.spare_dimensions} dimensions at first" if self.width > self.encoding_size else ""
+        at_random = f", and {bias.omitted:.1%} of I_θ at random" if bias.omitted else ""
+        loss = f"negatives of {NEGATIVES[args.protocol]} modalities"
+        if self.objective:
+            loss = "labels of all factors" if args.supervised else "sigmoid loss"
         return {
             "data": f"{args.datapath}: {train_count} pairs to train, {test_count} to evaluate; images of {height} × {width}, "
             f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words",
-            "selected": f"I_θ = {names_of(bias.selected)}; captions leave out {names_of(left_out)}",
+            "selected": f"I_θ = {names_of(bias.selected)}; captions leave out {names_of(left_out)}{at_random}",
             "perturbed": f"I_ρ = {names_of(bias.perturbed)}" + (f", {self.perturbing}" if bias.perturbed else ""),
             "unbiased": f"I_θ \\ I_ρ = {names_of(bias.unbiased)}: what the theory says is learned",
             "encoders": f"ResNet-18 and text CNN → R^{self.encoding_size}{spare}, {parameters:,} parameters",

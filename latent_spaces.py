@@ -2,7 +2,7 @@
 
     s ~ N(0, Σ_s)                                     semantics, shared by image and text; or not Gaussian, with variance Σ_s
     s̃_i = s_i + b_i ε_i   for i ∈ I_ρ ∩ I_θ           perturbation bias ρ: stated wrongly
-    z_x = (s, m_x),   z_t = (s̃ restricted to I_θ, m_t)   selection bias θ: left out
+    z_x = (s, m_x),   z_t = (s̃ restricted to I_θ, m_t)   selection bias θ: left out; or each of I_θ at random, as a mask tells
     x = g_x(z_x),     t = g_t(z_t)
 
 The theory: contrastive learning on (x, t) identifies the unbiased block s_{I_θ \\ I_ρ} and nothing else.
@@ -119,7 +119,8 @@ def with_marginal(normal, kind):
 class Latents:
     """One batch of latents, each tensor float32 on the sampler's device.
 
-    s, s_tilde: (B, semantics_n); m_x, m_t: (B, modality_n); selected: the indices I_θ that the text speaks of, (|I_θ|,) int64.
+    s, s_tilde: (B, semantics_n); m_x, m_t: (B, modality_n); selected: the indices I_θ that the text speaks of, (|I_θ|,) int64;
+    mask: (B, |I_θ|), 1 where the text tells a selected semantic and 0 where it omits it, or (B, 0) if it never does.
     """
 
     s: torch.Tensor
@@ -127,6 +128,7 @@ class Latents:
     m_x: torch.Tensor
     m_t: torch.Tensor
     selected: torch.Tensor
+    mask: torch.Tensor
 
     @cached_property
     def z_x(self):
@@ -135,8 +137,9 @@ class Latents:
 
     @cached_property
     def z_t(self):
-        """(B, |I_θ| + modality_n): latents of the text."""
-        return torch.cat((self.s_tilde.index_select(1, self.selected), self.m_t), dim=1)
+        """(B, |I_θ| + modality_n): latents of the text, 0 for what it omits."""
+        stated = self.s_tilde.index_select(1, self.selected)
+        return torch.cat((stated * self.mask if self.mask.numel() else stated, self.m_t), dim=1)
 
 
 class MisalignedLatents:
@@ -145,13 +148,15 @@ class MisalignedLatents:
     theta, beta: numbers of I_θ and I_ρ (see `subset_from_index`; beta −1 is no perturbation). `seed` fixes the covariances
     alone, the samples come from the generator given to `sample`. protocol "code": modality covariances are the identity
     with independent semantics, and with dependence Σ_ε = Σ_s and Σ_mx = Σ_mt; "paper": all are drawn separately, the
-    modality covariances from a Wishart in both cases. marginal: of independent semantics, one of LATENTS. Raises ValueError for
-    another, for numbers that give no unbiased block, and for dependent semantics that are not Gaussian.
+    modality covariances from a Wishart in both cases. marginal: of independent semantics, one of LATENTS. omission_prob: that a
+    text omits a selected semantic, each by itself. Raises ValueError for another marginal, for numbers that give no unbiased
+    block, and for dependent semantics that are not Gaussian.
     """
 
     def __init__(self, semantics_n, modality_n, theta, beta, seed, *, change_prob=0.75, causal_dependence=False,
-                 margin_param=1.0, cond_param=1.0, marginal="gaussian", protocol="code", device="cpu"):  # fmt: skip
-        self.semantics_n, self.modality_n, self.marginal = semantics_n, modality_n, marginal
+                 margin_param=1.0, cond_param=1.0, marginal="gaussian", omission_prob=0.0, protocol="code",
+                 device="cpu"):  # fmt: skip
+        self.semantics_n, self.modality_n, self.marginal, self.omission_prob = semantics_n, modality_n, marginal, omission_prob
         if marginal not in LATENTS:
             raise ValueError(f"the distribution {marginal!r} is none of: {', '.join(LATENTS)}")
         if causal_dependence and marginal != "gaussian":
@@ -172,7 +177,12 @@ class MisalignedLatents:
         """Those of the flags of a setting, a Namespace, and of a training seed."""
         return cls(args.semantics_n, args.modality_n, args.theta_value, args.beta_value, seed, change_prob=args.change_prob,
                    causal_dependence=args.causal_dependence, margin_param=args.margin_param, cond_param=args.cond_param,
-                   marginal=args.latents, protocol=args.protocol, device=device)  # fmt: skip
+                   marginal=args.latents, omission_prob=args.omission_prob, protocol=args.protocol, device=device)  # fmt: skip
+
+    @property
+    def mask_size(self):
+        """Numbers that tell a text's encoder what the text omits: |I_θ|, or 0."""
+        return len(self.selected) if self.omission_prob else 0
 
     def _covariances(self, seed, causal_dependence, margin_param, cond_param, protocol):
         """The four covariance matrices as float64 arrays: s, epsilon, m_x, m_t."""
@@ -225,7 +235,8 @@ class MisalignedLatents:
         if self.perturbed:
             changed = torch.rand(size, n, generator=generator, device=self.device) < self.change_prob
             s_tilde = s + self._perturbs * changed * (normal[3] @ self._factors["epsilon"].T)
-        return Latents(s, s_tilde, m_x, m_t, self._selected)
+        told = torch.rand(size, self.mask_size, generator=generator, device=self.device) >= self.omission_prob
+        return Latents(s, s_tilde, m_x, m_t, self._selected, told.float())
 
 
 # mixing

@@ -178,6 +178,36 @@ def sigmoid_contrastive_loss(h_x, h_t, scale, bias, similarity="distance", share
         return _SigmoidLoss.apply(left, right, scale, bias, share.total, share.first).to(h_x.dtype)
 
 
+class LabelLoss(nn.Module):
+    """What a linear map of encodings has to tell of the factors themselves, in place of a contrastive loss; the map is learned.
+
+    The sum over factors of the cross-entropy of a soft-max where they are classes, and of the squared error in units of the
+    variance where they are numbers.
+    """
+
+    def __init__(self, encoding_size, factors):
+        """Maps, all 0 at first, for factors, a dict name → (N,) values: int64 classes 0, 1, …, or floats."""
+        super().__init__()
+        self.classes = {name: int(values.max()) + 1 for name, values in factors.items() if not values.is_floating_point()}
+        self.heads = nn.ModuleDict({name: nn.Linear(encoding_size, self.classes.get(name, 1)) for name in factors})
+        moments = {name: (values.double().mean().item(), values.double().std(correction=0).item()) for name, values in
+                   factors.items() if name not in self.classes}  # fmt: skip
+        self.moments = {name: (mean, deviation or 1.0) for name, (mean, deviation) in moments.items()}
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, h, labels, total):
+        """The loss, a scalar tensor, of (B, D) encodings, of a batch of `total`; labels: dict name → their (B,) values."""
+        h, loss = h.float(), 0.0
+        for name, head in self.heads.items():
+            if name in self.classes:
+                loss = loss + nn.functional.cross_entropy(head(h), labels[name], reduction="sum")
+            else:
+                mean, deviation = self.moments[name]
+                loss = loss + (head(h)[:, 0] - (labels[name] - mean) / deviation).square().sum()
+        return loss / total
+
+
 class _SigmoidLoss(torch.autograd.Function):
     """Σ −log σ / `total` over the rows of `left` (B, K) and those of `right` (M, K), whose products are the similarities.
 

@@ -51,7 +51,7 @@ class Causal3dIdentExperiment(ImageTextExperiment):
     smallest = f"{', '.join(map(str, ENCODING_SIZES))} for 1 … {len(ENCODING_SIZES)} unbiased semantics"
     default_encoding_size = staticmethod(lambda unbiased: ENCODING_SIZES[unbiased - 1])
     mean, std, open = datasets.CAUSAL_MEAN, datasets.CAUSAL_STD, staticmethod(datasets.load_causal3dident)
-    perturbing, own_text_factors = "drawn anew for the caption", True
+    perturbing, own_text_factors, spelling = "drawn anew for the caption", True, RUNS_SPELLING
 
     @classmethod
     def factors(cls, bias, modality):
@@ -61,9 +61,9 @@ class Causal3dIdentExperiment(ImageTextExperiment):
     def table(self, results):
         """As the runs wrote it: with an index, in their spelling, and the image's factors counted with z position, number 3."""
         ix = results.ix + ((results.modality == "image") & (results.ix > 2))
-        return super().table(results.assign(ix=ix).replace(RUNS_SPELLING)).reset_index(names="")
+        return super().table(results.assign(ix=ix)).reset_index(names="")
 
-    def show(self, results, path):
+    def show(self, results, path, references):
         """Print both tables and the verdict, and draw them: R² of continuous factors, MCC of discrete ones."""
         unbiased = {*self.setting.unbiased, *map(causal_text_factor, self.setting.unbiased)}
         for title, scores in (tables := score_tables(results)).items():
@@ -72,10 +72,10 @@ class Causal3dIdentExperiment(ImageTextExperiment):
             printed.insert(0, "score", types.map({"continuous": "R²", "discrete": "MCC"}))
             printed.index = [f"{name} *" if name in unbiased else name for name in printed.index]
             print(title, printed.to_string(), sep="\n")
-        print("(* unbiased)")
+        said = [] if self.args.supervised else [verdict(results, self.setting)]
+        print("(* unbiased)", *said, sep="\n")
         title = f"{self.args.bias_type}, setting {self.args.bias_id}: R² of continuous factors, MCC of discrete ones"
-        plot_factor_scores(tables, path, title, unbiased)
-        print(verdict(results, self.setting))
+        plot_factor_scores(tables, path, title, unbiased, {name: score_tables(scores) for name, scores in references.items()})
 
 
 def score_tables(results):

@@ -64,19 +64,27 @@ class Mpi3dExperiment(ImageTextExperiment):
         """All seven."""
         return list(MPI3D_GRID)
 
-    def show(self, results, path):
+    def show(self, results, path, references):
         """Print the table and the verdict, and draw both heatmaps."""
-        unbiased, tables = self.setting.unbiased, {}
-        for score, title in (("mcc_logreg", "linear"), ("mcc_mlp", "nonlinear")):
-            table = results.pivot(index="modality", columns="factor_name", values=score)
-            tables[f"{title} MCC"] = table[list(MPI3D_GRID)].loc[list(MODALITIES)]
+        unbiased, tables = self.setting.unbiased, score_tables(results)
         printed = pd.concat({title: scores.T for title, scores in tables.items()}, axis=1)
         printed.index = [f"{name} *" if name in unbiased else name for name in printed.index]
         printed.columns.names = [None, None]
         print(printed.clip(lower=0).round(3).to_string(), "(* unbiased)", sep="\n")
         title = f"{self.args.bias_type} bias, setting {self.args.bias_id}"
-        plot_factor_scores(tables, path, title, set(unbiased))
-        print(verdict(results, self.setting))
+        references = {name: score_tables(scores) for name, scores in references.items()}
+        plot_factor_scores(tables, path, title, set(unbiased), references)
+        if not self.args.supervised:
+            print(verdict(results, self.setting))
+
+
+def score_tables(results):
+    """Dict title → DataFrame (image, text × factors) of linear and of nonlinear MCC."""
+    tables = {}
+    for score, title in (("mcc_logreg", "linear"), ("mcc_mlp", "nonlinear")):
+        table = results.pivot(index="modality", columns="factor_name", values=score)
+        tables[f"{title} MCC"] = table[list(MPI3D_GRID)].loc[list(MODALITIES)]
+    return tables
 
 
 def verdict(results, bias):

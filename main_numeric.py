@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 import probes
-from encoders import MLPEncoder, hidden_widths, initialise
+from encoders import MLPEncoder, hidden_widths, initialise_all
 from kernel_ridge import kernel_ridge_r2
 from latent_spaces import LATENTS, MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
 from losses import LearnedLogits, multimodal_contrastive_loss
@@ -66,6 +66,7 @@ SETTING = (
     ("--change-prob", number(0, 1), "probability that a perturbable semantic is perturbed", 0.75),
     ("--causal-dependence", bool, "dependent latents: covariances drawn from a Wishart distribution", None),
     ("--latents", LATENTS, "of independent semantics, all of one variance", "gaussian"),
+    ("--omission-prob", number(0, 1), "probability that a text omits a selected semantic, as a mask tells its encoder", 0.0),
     ("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0),
     ("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0),
     ("--n-mixing-layer", integer(1), "linear layers of the generative functions g_x, g_t", 3),
@@ -91,8 +92,7 @@ class NumericExperiment(Experiment):
         for name, kind, text, default in SETTING:
             flag(name, kind, text, default)
         parser.section("evaluation")
-        flag("--num-eval-batches", integer(1), f"batches of {EVAL_BATCH} samples to fit the probes, and as many to test", 5,
-             "again")  # fmt: skip
+        flag("--num-eval-batches", integer(1), f"batches of {EVAL_BATCH} samples to fit probes, and as many to test", 5, "again")
         flag("--mlp-eval", bool, "nonlinear probe: an MLP (the paper's), not kernel ridge regression", None, "again")
         flag("--probes", ("paper", "fast"), "MLP probes: trained as the paper's, or in far fewer steps to like scores",
              "paper", "again")  # fmt: skip
@@ -108,9 +108,8 @@ class NumericExperiment(Experiment):
         n = args.semantics_n
         for flag, value, lowest in (("--theta-value", args.theta_value, 0), ("--beta-value", args.beta_value, -1)):
             if not lowest <= value < subset_count(n):
-                raise InputError(
-                    f"{flag} {value} is out of range: {n} semantics have the subsets {lowest} … {subset_count(n) - 1}"
-                )
+                raise InputError(f"{flag} {value} is out of range: {n} semantics have the subsets {lowest} … "
+                                 f"{subset_count(n) - 1}")  # fmt: skip
         try:
             _, _, unbiased = biased_blocks(args.theta_value, args.beta_value, n)
         except ValueError as error:
@@ -147,7 +146,7 @@ class NumericExperiment(Experiment):
             "g_x": MixingNetwork(self.d_x, args.n_mixing_layer),
             "g_t": MixingNetwork(self.d_t, args.n_mixing_layer),
             "f_x": MLPEncoder(self.d_x, self.encoding_size, args.hidden_sizes),
-            "f_t": MLPEncoder(self.d_t, self.encoding_size, args.hidden_sizes),
+            "f_t": MLPEncoder(self.d_t + self.latents.mask_size, self.encoding_size, args.hidden_sizes),
         }
         self.networks = {name: network.to(device) for name, network in networks.items()}
         self.modules = {name: self.networks[name] for name in ("f_x", "f_t")}
@@ -163,20 +162,17 @@ class NumericExperiment(Experiment):
             else:
                 rng = np.random.default_rng(seed_sequence(self.args.seed, "mixing", substream))
                 save_weights(self.networks[name].draw(rng).state_dict(), file)
-        generator = seeded_generator(self.args.seed, "init")
-        for encoder in self.modules.values():
-            initialise(encoder.cpu(), self.args.init, generator).to(self.device)
+        self.draw_encoders()
 
-    def load(self, directory):
-        """All four networks of a trained model."""
-        for name, network in self.networks.items():
-            load_weights(network, directory / f"{name}.pt")
+    def draw_encoders(self):
+        """Both encoders' weights."""
+        initialise_all(self.modules.values(), self.args.init, seeded_generator(self.args.seed, "init"), self.device)
 
     def sample(self, count, generator, own=lambda rows: rows):
         """`count` fresh Latents z, and the encodings (h_x, h_t) of the observations of those that own((count, d)) leaves."""
         z = self.latents.sample(count, generator)
         g_x, g_t, f_x, f_t = (self.networks[name] for name in ("g_x", "g_t", "f_x", "f_t"))
-        x, t = g_x(own(z.z_x)), g_t(own(z.z_t))
+        x, t = g_x(own(z.z_x)), torch.cat((g_t(own(z.z_t)), own(z.mask)), dim=1)
         with self.encoder_precision():
             return z, f_x(x), f_t(t)
 
@@ -243,11 +239,12 @@ class NumericExperiment(Experiment):
         kind = "dependent" if args.causal_dependence else f"independent {args.latents}".removesuffix(" gaussian")
         omitted = [i for i in range(n) if i not in latents.selected]
         wrong = f", each with probability {args.change_prob:g}" if latents.perturbed else ""
+        at_random = f", and each of I_θ with probability {args.omission_prob:g}" if args.omission_prob else ""
         negatives = "sigmoid loss" if self.objective else f"{args.negatives} negatives"
         pairs = " to ".join(str(size) for size in dict.fromkeys((args.batch_size, args.final_batch_size)) if size)
         return {
             "latents": f"{n} {kind} semantics, {m} + {m} modality-specific ({args.protocol} protocol)",
-            "selected": f"I_θ = {semantics(latents.selected)}; the text leaves out {semantics(omitted)}",
+            "selected": f"I_θ = {semantics(latents.selected)}; the text leaves out {semantics(omitted)}{at_random}",
             "perturbed": f"I_ρ ∩ I_θ = {semantics(latents.perturbed)}{wrong}",
             "unbiased": f"I_θ \\ I_ρ = {semantics(latents.unbiased)}: what the theory says is learned",
             "encoders": f"R^{self.d_x} and R^{self.d_t} → R^{self.encoding_size}, {parameters:,} parameters",
@@ -255,19 +252,22 @@ class NumericExperiment(Experiment):
             f"{args.lr_schedule}, {args.init} initialisation, {negatives}",
         }
 
-    def show(self, results, path):
+    def show(self, results, path, references):
         """Print the table and the verdict, and draw both heatmaps."""
-        latents = self.latents
+        latents, tables = self.latents, score_tables(results)
         unbiased = {f"s_{i}" for i in latents.unbiased} | {"s_inv"}
-        table = results.set_index(["predicted_factors", "encoding"]).unstack()
-        table = table.reindex(results.predicted_factors.unique())
-        tables = {f"{title} R²": table[f"r2_{title}"].T.loc[["hz_x", "hz_t"]] for title in ("linear", "nonlinear")}
         printed = pd.concat({title: scores.T for title, scores in tables.items()}, axis=1)
         printed.index = [f"{name} *" if name in unbiased else name for name in printed.index]
         print(printed.clip(lower=0).round(3).to_string(index_names=False), "(* unbiased)", sep="\n")
         title = f"selected {semantics(latents.selected)}, perturbed {semantics(latents.perturbed)}"
-        plot_factor_scores(tables, path, title, unbiased)
+        plot_factor_scores(tables, path, title, unbiased, {name: score_tables(scores) for name, scores in references.items()})
         print(verdict(results, latents, self.args.causal_dependence))
+
+
+def score_tables(results):
+    """Dict title → DataFrame (hz_x, hz_t × factors) of linear and of nonlinear R²."""
+    table = results.set_index(["predicted_factors", "encoding"]).unstack().reindex(results.predicted_factors.unique())
+    return {f"{title} R²": table[f"r2_{title}"].T.loc[["hz_x", "hz_t"]] for title in ("linear", "nonlinear")}
 
 
 def semantics(indices):
@@ -277,13 +277,13 @@ def semantics(indices):
 
 def verdict(results, latents, causal_dependence):
     """One sentence: whether exactly the unbiased block was learned."""
+    if latents.omission_prob:  # what a text omits is in no encoding of it
+        results = results[results.encoding == "hz_x"]
     inside = results.predicted_factors.isin({f"s_{i}" for i in latents.unbiased} | {"s_inv"})
     # a perturbed s̃_i is s_i plus noise that no encoder can know of: biased like s_i itself
     lowest, highest = results[inside].r2_nonlinear.min(), max([0.0, *results[~inside].r2_nonlinear])
-    found = (
-        f"the unbiased block {semantics(latents.unbiased)} has nonlinear R² of at least {lowest:.2f}, "
-        f"everything else at most {highest:.2f}"
-    )
+    found = (f"the unbiased block {semantics(latents.unbiased)} has nonlinear R² of at least {lowest:.2f}, everything else at "
+             f"most {highest:.2f}")  # fmt: skip
     if lowest >= LEARNED and highest <= ABSENT:
         return f"Exactly the unbiased block is learned: {found}."
     if lowest >= LEARNED and causal_dependence:

@@ -37,12 +37,13 @@ from running.staging import STAGED, recorded, settle
 
 # Flags that args.json of earlier versions does not name, and what these versions did.
 LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0, "hidden_sizes": "paper", "probes": "paper",
-               "checkpoint_minutes": 10, "loss": "infonce", "latents": "gaussian", "save_encodings": False}  # fmt: skip
+               "checkpoint_minutes": 10, "loss": "infonce", "latents": "gaussian", "save_encodings": False,
+               "omission_prob": 0.0, "floor": False, "ceiling": "", "supervised": False}  # fmt: skip
 LATER_DOWNSTREAM = {"probes": "paper"}  # the same of the record of a downstream evaluation
 CHECKPOINT, CHECKPOINT_BEFORE = "checkpoint.pt", "checkpoint_before.pt"
 # What scripts write into a model directory, beside weights.
 OWN_FILES = (r"args\.json|checkpoint(_before)?\.pt|train_log\.csv|results(_seed\d+)?\.(csv|png)|encodings\.npz|geometry\.csv|"
-             r"results_(predict|classify)\.csv|downstream\.png")  # fmt: skip
+             r"references\.csv|results_(predict|classify)\.csv|downstream\.png")  # fmt: skip
 # Of what else is in args.json.
 KINDS = {"seed": int, "eval_seed": int, "finished": bool, "machines": list, "downstream": dict, "files": dict, "weights": dict}
 

@@ -8,6 +8,7 @@ first look at its directory to the end no other process works there.
 """
 
 import contextlib
+import copy
 import math
 import sys
 import time
@@ -36,11 +37,11 @@ class Experiment:
     Of the class: name; recipes, dict name → dict flag → value; similarity, the loss's, "distance" or "cosine"; weight_files,
     what a trained model consists of. Of an object: args and device; modules, dict name → nn.Module that is trained; networks,
     these and what is not trained, None for these alone; objective, nn.Module of what the loss itself learns, None for nothing;
-    generators, dict name → torch.Generator or what else has its get_state and set_state: every source of randomness of `loss`,
-    the order of the data too; rates, dict name of a module → factor of its learning rate, 1 where there is none; keep_steps:
-    steps between two calls of keep(directory, step), 0 for none. A subclass gives these methods, the first four of the class;
-    all raise InputError for what a user can mend. In several processes draw, monitor, keep and evaluate are called in the first
-    alone.
+    ceiling, what `evaluate` found of a model that was told the factors, None for nothing; generators, dict name →
+    torch.Generator or what else has its get_state and set_state: every source of randomness of `loss`, the order of the data
+    too; rates, dict name of a module → factor of its learning rate, 1 where there is none; keep_steps: steps between two calls
+    of keep(directory, step), 0 for none. A subclass gives these methods, the first four of the class; all raise InputError for
+    what a user can mend. In several processes draw, monitor, keep and evaluate are called in the first alone.
 
         add_flags(parser)           add the experiment's own flags to a Parser
         default_id(args)            name of a fresh model directory
@@ -48,16 +49,18 @@ class Experiment:
         result_rows(args)           list of dicts column → value: what tells the rows apart that results.csv must have
         __init__(args, device)      open the data or set up the latents, and build the modules
         describe()                  dict title → text: the setting in words
-        draw(directory)             set all weights from the training seed; what is not trained is kept there, or read from there
+        draw_encoders()             set the weights of the encoders from the training seed
+        draw(directory)             the same, and of what is not trained, which is kept there, or read from there
         loss(share_done)            the loss of one fresh batch, a scalar tensor; of several processes, this one's part
         monitor()                   (dict column → number, text) for a line of the log, from random numbers of its own
         evaluate(seed)              DataFrame of what the probes find, by random numbers of that seed; sets `evaluated`, as
                                     `write_encodings` takes it, the encodings of images and of texts first
-        show(results, path)         print that and what follows from it, and draw it into the PNG `path`
+        show(results, path, references)  print that and what follows from it, and draw it into the PNG `path`; beside it the
+                                    references, dict "floor", "ceiling" → DataFrame, of either, both or none
     """
 
     name, recipes, similarity, weight_files = "", {}, "cosine", ()
-    networks, objective, rates, keep_steps = None, None, None, 0
+    networks, objective, rates, keep_steps, ceiling = None, None, None, 0, None
 
     @classmethod
     def parser(cls):
@@ -105,8 +108,12 @@ class Experiment:
 
     def load(self, directory):
         """Read the weights of a trained model; InputError that names a file that is missing, damaged or of another setting."""
-        for name, module in self.modules.items():
+        for name, module in (self.networks or self.modules).items():
             store.load_weights(module, directory / f"{name}.pt")
+
+    def draw(self, directory):
+        """Draw the encoders, where nothing else has weights."""
+        self.draw_encoders()
 
     def table(self, results):
         """What results.csv holds of the DataFrame of `evaluate`."""
@@ -130,6 +137,8 @@ def add_run_flags(parser):
     flag("--log-steps", integer(1), "steps between two lines of progress and checkpoints", 1000, "freely")
     flag("--checkpoint-minutes", number(0, above=True), "a checkpoint comes at least that often", 10.0, "freely")
     flag("--save-encodings", bool, "keep encodings and factors of the evaluation's samples in encodings.npz", None, "freely")
+    flag("--floor", bool, "probe the encoders as they were before the training too: references.csv, and small in the picture",
+         None, "freely")  # fmt: skip
     flag("--no-cuda", bool, "stay on the CPU", None, "freely")
     parser.section("training", "--recipe sets what follows it at once; a flag that is given wins")
     flag("--protocol", ("code", "paper"), "where the paper's text and its runs differ, follow which", "code")
@@ -317,7 +326,10 @@ def write_evaluation(experiment, directory, folder, seed):
     if experiment.args.save_encodings:
         write_encodings(folder / "encodings.npz", experiment.evaluated, seed)
         print(f"encodings    {directory / 'encodings.npz'}")
-    experiment.show(results, folder / "results.png")
+    if references := reference_scores(experiment, seed):
+        tables = {name: experiment.table(scores) for name, scores in references.items()}
+        write_csv(pd.concat(tables, names=["reference", ""]).reset_index("reference"), folder / "references.csv")
+    experiment.show(results, folder / "results.png", references)
     print(f"picture      {directory / 'results.png'}", flush=True)
     return {"eval_seconds": round(time.perf_counter() - started, 1)}
 
@@ -333,6 +345,31 @@ def write_encodings(path, evaluated, seed):
     fitted, tested = (len(next(iter(part.values()))) for part in (fit, test))
     with replaced(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, is_test=np.arange(fitted + tested) >= fitted, seed=seed)
+
+
+def reference_scores(experiment, seed):
+    """What scores could have been: dict "floor" → DataFrame as of `evaluate`, with --floor, "ceiling" → one, if there is one."""
+    references = {}
+    if experiment.args.floor:
+        with untrained(experiment):
+            references["floor"] = experiment.evaluate(seed)
+    return references | ({} if experiment.ceiling is None else {"ceiling": experiment.ceiling})
+
+
+@contextlib.contextmanager
+def untrained(experiment):
+    """Context in which the encoders are as they were before the training."""
+    trained = {name: copy.deepcopy(module.state_dict()) for name, module in experiment.modules.items()}
+    for module in experiment.modules.values():
+        for layer in module.modules():
+            if hasattr(layer, "reset_running_stats"):
+                layer.reset_running_stats()
+    experiment.draw_encoders()
+    try:
+        yield
+    finally:
+        for name, state in trained.items():
+            experiment.modules[name].load_state_dict(state)
 
 
 def _with_less_memory(experiment, directory, seed):

@@ -16,7 +16,7 @@ from running.command_line import InputError
 
 WRAPPER = "module."
 BEGINNINGS = {"encoder_img": [("resnet.", "0."), ("linear.", "2.")], "encoder_txt": [("convolutions.", "convnet.")]}
-OURS = ("protocol", "recipe", "loss", "latents")  # flags that no recipe sets, of which they know nothing
+OURS = ("protocol", "recipe", "loss", "latents", "omission_prob", "supervised")  # set by no recipe, unknown there
 
 
 def own_names(network, state):
@@ -80,6 +80,8 @@ def official_args(args, parser):
         )
     if (latents := getattr(args, "latents", "gaussian")) != "gaussian":
         raise InputError(f"the code behind the paper's figures samples no {latents} latents: it could not evaluate this model")
+    if getattr(args, "omission_prob", 0):
+        raise InputError("the code behind the paper's figures knows no --omission-prob: it could not evaluate this model")
     if getattr(args, "hidden_sizes", "paper") != "paper":
         built = "the code behind the paper's figures builds no encoders with"
         raise InputError(f"{built} --hidden-sizes {args.hidden_sizes}: it could not evaluate this model")

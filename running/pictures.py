@@ -15,6 +15,7 @@ from running.command_line import InputError
 from running.files import replaced
 
 # Texts in cells stay out of the layout: they lie within the axes, and measuring them takes most of the time.
+REFERENCES = {"floor": "untrained encoders", "ceiling": "encoders trained on the factors' labels"}
 IN_CELL = {"ha": "center", "va": "center", "in_layout": False}
 
 
@@ -64,9 +65,16 @@ def draw_cells(axes, table, fontsize, text, is_dark):
     axes.spines[:].set_visible(False)
 
 
-def score_heatmap(axes, scores, highlighted=(), decimals=2):
-    """Draw a DataFrame of scores, clipped to [0, 1], into `axes` with its values in the cells; frame the highlighted columns."""
+def score_heatmap(axes, scores, highlighted=(), decimals=2, references=()):
+    """Draw a DataFrame of scores, clipped to [0, 1], into `axes` with its values in the cells; frame the highlighted columns.
+
+    references: DataFrames of the same shape or larger, whose values stand small below.
+    """
     scores = scores.astype(float).clip(0, 1)
+    small = [table.reindex_like(scores).clip(0, 1) for table in references]
+    for (row, column), value in np.ndenumerate(scores.to_numpy() if small else [[]]):
+        below = " | ".join(f"{table.iat[row, column]:z.{decimals}f}" for table in small).replace("nan", "–")
+        axes.text(column, row + 0.36, below, fontsize=5.5, color="white" if value > 0.6 else "black", **IN_CELL)
     axes.imshow(scores, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
     axes.set_xticks(np.arange(len(scores.columns) - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(len(scores.index) - 1) + 0.5, minor=True)
@@ -85,12 +93,18 @@ def difference_heatmap(axes, differences):
     draw_cells(axes, differences, 7, lambda value: f"{value:+z.2f}", lambda value: abs(value) > 0.3)
 
 
-def plot_factor_scores(tables, path, title, highlighted=()):
-    """Write one picture with a heatmap for each of `tables`, a dict subtitle → DataFrame (encodings × factors)."""
+def plot_factor_scores(tables, path, title, highlighted=(), references=None):
+    """Write one picture with a heatmap for each of `tables`, a dict subtitle → DataFrame (encodings × factors).
+
+    references: dict "floor", "ceiling" → the same of other encoders, whose scores stand small below the encoders' own.
+    """
+    references = references or {}
+    if references:
+        title += f"\n(small: {' | '.join(REFERENCES[name] for name in references)})"
     rows, columns = next(iter(tables.values())).shape
     figure, grid = subplots(len(tables), 1, 1.5 + 0.52 * columns, 0.9 + len(tables) * (0.9 + 0.38 * rows))
     for axes, (subtitle, scores) in zip(grid[:, 0], tables.items(), strict=True):
-        score_heatmap(axes, scores, highlighted)
+        score_heatmap(axes, scores, highlighted, references=[other[subtitle] for other in references.values()])
         axes.set_title(subtitle, fontsize=10, loc="left")
     save_figure(figure, path, title)
 
@@ -139,23 +153,34 @@ def plot_side_by_side(ours, others, differences, notes, decimals, path, title, o
 
 
 def plot_score_curves(panels, deviations, paper, path, title):
-    """Write curves of mean scores with bands of one standard deviation, and the paper's dashed; placed as heatmaps are.
+    """`plot_curves` of scores, up to 1, and from 0 unless one lies below, with the paper's dashed; `paper` may be empty."""
 
-    panels, deviations, paper: dicts (row, column) → DataFrame with a curve in each row; `paper` may be empty.
+    def add(panel, axes, colours):
+        for curve, colour in colours.items():
+            if paper:
+                axes.plot(axes.get_lines()[0].get_xdata(), paper[panel].loc[curve], color=colour, linestyle="--", linewidth=1)
+        if paper:
+            axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="paper")
+        axes.set_ylim(min(-0.03, axes.get_ylim()[0]), 1.03)
+
+    plot_curves(panels, deviations, path, title, add)
+
+
+def plot_curves(panels, deviations, path, title, add=lambda panel, axes, colours: None):
+    """Write curves of means with bands of one standard deviation; placed as heatmaps are.
+
+    panels, deviations: dicts (row, column) → DataFrame with a curve in each row; add(panel, axes, colours): what else is drawn
+    there, colours being a dict from a curve to its own.
     """
     figure, panel_axes = panel_subplots(panels, 5.2, 3.2, sharey="row")
     for panel, axes in panel_axes.items():
-        places = range(len(panels[panel].columns))
+        places, colours = range(len(panels[panel].columns)), {}
         for curve, values in panels[panel].iterrows():
-            colour = axes.plot(places, values, marker="o", markersize=3, label=curve)[0].get_color()
+            colours[curve] = axes.plot(places, values, marker="o", markersize=3, label=curve)[0].get_color()
             spread = deviations[panel].loc[curve].fillna(0)
-            axes.fill_between(places, values - spread, values + spread, color=colour, alpha=0.2, linewidth=0)
-            if paper:
-                axes.plot(places, paper[panel].loc[curve], color=colour, linestyle="--", linewidth=1)
-        if paper:
-            axes.plot([], [], color="gray", linestyle="--", linewidth=1, label="paper")
+            axes.fill_between(places, values - spread, values + spread, color=colours[curve], alpha=0.2, linewidth=0)
+        add(panel, axes, colours)
         axes.set_xticks(places, panels[panel].columns)
-        axes.set_ylim(min(-0.03, axes.get_ylim()[0]), 1.03)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

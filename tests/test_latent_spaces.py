@@ -260,3 +260,21 @@ def test_dependent_semantics_are_gaussian():
         MisalignedLatents(3, 2, 6, -1, 1, causal_dependence=True, marginal="laplace")
     with pytest.raises(ValueError, match="none of: gaussian, laplace, uniform"):
         MisalignedLatents(3, 2, 6, -1, 1, marginal="cauchy")
+
+
+@pytest.mark.parametrize("probability", [0.3, 1.0])
+def test_texts_omit_each_selected_semantic_at_random_and_a_mask_says_which(probability):
+    theta, beta = index_from_subset((0, 2, 3), 4), index_from_subset((3,), 4)
+    latents = MisalignedLatents(4, 2, theta, beta, 1, omission_prob=probability)
+    size = 40_000
+    z = latents.sample(size, seeded_generator(3, "train"))
+    assert latents.mask_size == 3 and z.mask.shape == (size, 3) and set(z.mask.unique().tolist()) <= {0.0, 1.0}
+    deviation = (probability * (1 - probability) / size) ** 0.5
+    assert (1 - z.mask.mean(dim=0)).tolist() == pytest.approx([probability] * 3, abs=4 * deviation)
+    assert abs(torch.cov(z.mask.T) - torch.eye(3) * probability * (1 - probability)).max() < 0.01, "each by itself"
+    stated = torch.where(z.mask == 1, z.s_tilde[:, [0, 2, 3]], 0.0)
+    assert torch.equal(z.z_t, torch.cat((stated, z.m_t), dim=1)), "0 for what is omitted, all else untouched"
+    told = MisalignedLatents(4, 2, theta, beta, 1).sample(size, seeded_generator(3, "train"))
+    assert told.mask.shape == (size, 0)
+    for name in ("s", "s_tilde", "m_x", "m_t"):
+        assert torch.equal(getattr(z, name), getattr(told, name)), "the same samples, omitted or not"

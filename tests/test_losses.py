@@ -1,11 +1,15 @@
 """The loss against its formula written out in float64."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from losses import (
+    LabelLoss,
     image_text_contrastive_loss,
     multimodal_contrastive_loss,
     sigmoid_contrastive_loss,
@@ -308,3 +312,32 @@ def test_sigmoid_loss_names_wrong_inputs():
         sigmoid_contrastive_loss(h, torch.zeros(2, 2), one, one)
     with pytest.raises(ValueError, match="none of: distance, cosine"):
         sigmoid_contrastive_loss(h, h, one, one, "angle")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# labels
+
+
+def test_the_loss_of_labels_against_numpy_and_scikit_learn():
+    from sklearn.metrics import log_loss
+
+    h = encodings((40,), 5)[0].float()
+    labels = {"class": torch.arange(40) % 3, "number": 7 + 2 * torch.randn(40, generator=torch.Generator().manual_seed(0))}
+    loss = LabelLoss(5, labels)
+    assert loss(h, labels, 40).item() == pytest.approx(math.log(3) + 1, rel=1e-5), "at first nothing is told"
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.normal_(generator=generator)
+    logits, number = (h.double() @ head.weight.double().T + head.bias.double() for head in loss.heads.values())
+    classes = log_loss(labels["class"], logits.softmax(dim=1).detach().numpy())
+    wanted = labels["number"].double().numpy()
+    squared = np.mean((number[:, 0].detach().numpy() - (wanted - wanted.mean()) / wanted.std()) ** 2)
+    assert loss(h, labels, 40).item() == pytest.approx(classes + squared, rel=1e-5)
+    parts = [loss(h[part], {name: values[part] for name, values in labels.items()}, 40) for part in (slice(15), slice(15, 40))]
+    assert sum(parts).item() == pytest.approx(classes + squared, rel=1e-5), "the parts of a batch add up"
+
+
+def test_a_constant_label_costs_nothing_and_breaks_nothing():
+    labels = {"class": torch.zeros(6, dtype=torch.int64), "number": torch.full((6,), 3.0)}
+    assert LabelLoss(2, labels)(torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), labels, 6).item() == 0

@@ -308,6 +308,7 @@ def outcome(directory):
         "--recipe fast --bias-type perturbation --train-steps 40",
         "--final-batch-size 40",
         "--optimiser muon --spare-dimensions 4 --first-batch-size 20",
+        "--supervised --optimiser muon",
     ],
 )
 def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch, flags):
@@ -577,3 +578,43 @@ def test_the_script_explains_itself():
     assert done.returncode == 0
     for words in ("setting: what the caption says of the image", "--save-all-checkpoints", "(paper 1e-05, fast"):
         assert words in " ".join(done.stdout.split())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what scores could have been
+
+
+def test_supervised_encoders_learn_every_factor_that_images_show(run, tmp_path):
+    """The block of captions says nothing: what they leave out is learned too."""
+    flags = "--supervised --seed 1 --train-steps 120 --lr 0.006 --init he --bias-id 0"
+    code, out, err = run(flags, model="told")
+    assert code == 0, err
+    assert "text CNN → R^100" in out and "labels of all factors" in out and "pattern of the theory" not in out
+    assert sorted(contents(tmp_path / "models/told")) == IMAGE_TEXT_FILES
+    scores = pd.read_csv(tmp_path / "models/told/results.csv").set_index(["modality", "semantic_name"]).mcc_logreg
+    assert scores["image"][["OBJ_SHAPE", "BACKGROUND", "CAMERA"]].min() > 0.7, scores["image"]
+    assert scores["text", "OBJ_COLOR"] > 0.95 and scores["text"].drop("OBJ_COLOR").max() < 0.4, "the caption tells no more"
+
+
+def test_floor_and_ceiling_stand_beside_the_scores(run, trained, tmp_path):
+    assert run("--supervised --seed 3", model="told")[0] == 0
+    ceiling = tmp_path / "models/told"
+    before = contents(trained)
+    code, _, err = run(f"--evaluate --seed 7 --floor --ceiling {ceiling}", base="--no-cuda")
+    assert code == 0, err
+    table = pd.read_csv(trained / "references.csv")
+    assert list(table.columns) == ["reference", "ix", "modality", "semantic_name", "mcc_logreg", "mcc_mlp"]
+    of_told = table[table.reference == "ceiling"].drop(columns="reference").reset_index(drop=True)
+    pd.testing.assert_frame_equal(of_told, pd.read_csv(ceiling / "results.csv"))
+    assert len(table[table.reference == "floor"]) == 14
+    assert contents(trained)["encoder_img.pt"] == before["encoder_img.pt"]
+
+
+def test_a_ceiling_that_is_none_is_named_before_anything_is_computed(run, trained, tmp_path):
+    before = contents(trained)
+    for folder, words in ((trained, "is no finished model of --supervised"), (tmp_path / "none", "args.json")):
+        code, _, err = run(f"--evaluate --seed 7 --ceiling {folder}", base="--no-cuda")
+        assert code == 2 and err.count("\n") == 1 and words in err, err
+    code, _, err = run("--supervised --loss sigmoid", model="both")
+    assert code == 2 and "--supervised has a loss of its own" in err and not (tmp_path / "models/both").exists()
+    assert contents(trained) == before

@@ -744,3 +744,41 @@ def test_help_groups_the_flags_and_needs_nothing():
         "(paper 6144, fast",
     ):
         assert words in done.stdout
+
+
+def test_what_texts_omit_at_random_is_learned_by_the_image_encoder_and_known_of_the_text_by_a_mask(run, tmp_path):
+    setting = "--semantics-n 3 --modality-n 1 --theta-value 3 --num-eval-batches 16 --mlp-eval --no-cuda"
+    code, out, err = run(f"--recipe fast --batch-size 256 --train-steps 300 --omission-prob 0.25 --seed 1 {setting}", base="")
+    assert code == 0, err
+    assert "I_θ = {s_0, s_1}; the text leaves out {s_2}, and each of I_θ with probability 0.25" in out
+    directory = tmp_path / "models/m"
+    weights = torch.load(directory / "f_t.pt", weights_only=True)
+    assert next(iter(weights.values())).shape[1] == 2 + 1 + 2, "selected, modality-specific, mask"
+    scores = pd.read_csv(directory / "results.csv").set_index(["encoding", "predicted_factors"]).r2_nonlinear
+    image, text = scores["hz_x"], scores["hz_t"]
+    assert image[["s_0", "s_1"]].min() > 0.8 and image[["s_2", "m_x"]].max() < 0.05
+    assert 0.5 < text[["s_0", "s_1"]].min() <= text[["s_0", "s_1"]].max() < 0.78, "at most what the text still tells, 0.75"
+    again = run("--evaluate --seed 2", base="--no-cuda")
+    assert again[0] == 0 and pd.read_csv(directory / "results.csv").r2_linear.notna().all()
+
+
+def test_the_floor_is_what_the_probes_find_of_the_encoders_as_they_were_drawn(run, trained, tmp_path):
+    directory, _ = trained
+    before = contents(directory)
+    assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0
+    plain = contents(directory)
+    code, _, err = run("--evaluate --seed 5 --floor --save-encodings", base="--no-cuda")
+    assert code == 0, err
+    after = contents(directory)
+    assert after["results.csv"] == plain["results.csv"] and after["f_x.pt"] == before["f_x.pt"], "the model's own scores stay"
+    floor = pd.read_csv(directory / "references.csv")
+    assert set(floor.reference) == {"floor"}
+    # one step at a rate of next to nothing leaves the encoders as they were drawn
+    assert run("--seed 1 --train-steps 1 --lr 1e-30", model="drawn")[0] == 0
+    assert run("--evaluate --seed 5", base="--no-cuda", model="drawn")[0] == 0
+    drawn = pd.read_csv(tmp_path / "models/drawn/results.csv")
+    assert floor.drop(columns="reference").equals(drawn) and not drawn.equals(pd.read_csv(directory / "results.csv"))
+    with np.load(directory / "encodings.npz") as kept:
+        assert kept["seed"] == 5
+        geometry = pd.read_csv(directory / "geometry.csv")
+    assert plain["geometry.csv"] == after["geometry.csv"] and len(geometry) == 1, "of the trained encoders"

@@ -167,7 +167,7 @@ def test_an_exported_model_is_theirs_and_comes_back_with_its_bits(run, tmp_path)
     assert code == 2 and "exists already" in err
 
 
-@pytest.mark.parametrize("flags", ["--causal-dependence", "--protocol paper"])
+@pytest.mark.parametrize("flags", ["--causal-dependence", "--protocol paper", "--omission-prob 0.3"])
 def test_what_their_code_could_not_evaluate_is_not_exported(run, tmp_path, flags):
     assert run(f"--seed 1 {flags}")[0] == 0
     code, _, err = run(f"--export-official {tmp_path / 'out'}", base="--no-cuda")

@@ -48,6 +48,14 @@ def test_scores_have_the_decimals_asked_for_and_missing_ones_no_text(axes):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["s_0", "s_1", "m_x"]
 
 
+def test_references_stand_small_below_the_scores(axes):
+    floor, ceiling = SCORES * 0 + 0.1, SCORES.drop(columns="m_x") * 0 + 0.97
+    score_heatmap(axes, SCORES, references=[floor, ceiling])
+    below = {text.get_position(): text.get_text() for text in axes.texts if text.get_fontsize() < 6}
+    assert below[(0, 0.36)] == "0.10 | 0.97" and below[(2, 0.36)] == "0.10 | –"
+    assert len(axes.texts) == 5 + len(below)
+
+
 def test_differences_are_signed_and_legible_on_dark_cells(axes):
     difference_heatmap(axes, pd.DataFrame([[-0.61, -0.001, 0.02, np.nan]], columns=list("abcd")))
     texts = [(text.get_text(), text.get_color()) for text in axes.texts]

@@ -32,6 +32,7 @@ CASES = {
     "both": ("mpi3d", f"{IMAGES} --recipe fast --optimiser muon --first-batch-size 17 --spare-dimensions 4"),
     "sigmoid": ("numeric", f"{NUMERIC} --loss sigmoid"),
     "sigmoid_images": ("mpi3d", f"{IMAGES} --loss sigmoid --lr 0.000002"),
+    "supervised": ("mpi3d", f"{IMAGES} --supervised"),
     "cross": ("mpi3d", f"{IMAGES} --protocol paper"),
 }
 SECONDS = 300  # for what takes ten where nothing else runs
