@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from grids.figures import chosen_figures
+from grids.geometry import write_geometry
 from grids.models import COMPARED, ROOT, SCALES, Model
 from probes import ABSENT, LEARNED
 from running.command_line import InputError
@@ -270,11 +271,11 @@ def write_report(args):
         lines.append(f"{scale} scale: {counts_in_words(summary, scale)}.")
         write_csv(summary, folder / "summary.csv")
         write_csv(durations(figures, scale, results), folder / "models.csv")
-        pictures = {}
+        pictures, located = {}, set()
         for figure, table in tables.items():
             if table.seeds.any():
                 write_csv(table.drop(columns=HIDDEN).round(4), folder / f"{figure.name}.csv")
-                pictures[figure] = draw(figure, table, scale, folder)
+                pictures[figure] = draw(figure, table, scale, folder) + write_geometry(figure, scale, results, folder, located)
         sections.append(scale_section(scale, tables, summary, pictures))
     if not lines and not damaged:
         names = ", ".join(figure.name for figure in figures)

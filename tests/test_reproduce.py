@@ -24,6 +24,7 @@ import reproduce
 from grids import causal3dident, figures, jobs, models, mpi3d, numeric, report
 from grids.cells import Cell, Figure
 from grids.figures import FIGURES, chosen_figures, needed_models
+from grids.geometry import GEOMETRY
 from grids.models import COMPARED, SCALES, DataSet, Model, ResultFile, Setting, expected_args, trained_args
 from grids.numeric import CLASSIFY, PREDICT, RESULTS, SEMANTICS, numeric_setting
 from latent_spaces import biased_blocks
@@ -789,6 +790,30 @@ def test_dependent_cells_are_held_against_what_the_block_tells_of_a_seed_s_facto
     summary = pd.read_csv(tmp_path / "report/fast/summary.csv").iloc[0]
     assert (summary["within_0.03_of_theory"], summary.from_theory) == (len(table), 0)
     assert (tmp_path / "report/fast/table5_beside_theory.png").exists()
+
+
+def test_the_geometry_of_a_figure_s_models_is_drawn_against_the_bias(call, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("grids.geometry.plot_curves", lambda panels, deviations, path, title: (
+        drawn.update({path.name: panels}), path.write_bytes(b"drawn")))  # fmt: skip
+    monkeypatch.setattr("grids.report.draw", lambda *_: [])
+    for selected, seed in ((1, 1), (1, 2), (3, 1)):
+        setting = numeric_setting("tiny", "independent", selected)
+        rows = [(*row.values(), 0.5, 0.5) for row in setting.experiment.result_rows(trained_args(setting))]
+        write_model(tmp_path / "models", setting, seed, rows)
+        place = tmp_path / "models" / setting.folder / f"{setting.name}_seed{seed}"
+        numbers = {name: 0.1 * (i + selected + seed) for i, name in enumerate(GEOMETRY.scores)}
+        pd.DataFrame([numbers]).to_csv(place / "geometry.csv", index=False)
+    code, _, err = call(f"report fig3 fig8 --models {tmp_path}/models --output {tmp_path}/report")
+    assert code == 0, err
+    assert list(drawn) == ["fig3_geometry.png"], "Figure 8 has the same models"
+    table = pd.read_csv(tmp_path / "report/tiny/fig3_geometry.csv").query("side == 'independent semantics'")
+    gap = table[table.metric == "modality gap"].set_index("setting")
+    assert gap["mean"].dropna().to_dict() == pytest.approx({"{1}": 0.25, "[3]": 0.4})
+    assert gap["std"]["{1}"] == pytest.approx(0.1 / 2**0.5, abs=1e-4) and gap.seeds.tolist() == [2, 0, 1, 0]
+    recall = drawn["fig3_geometry.png"]["recall@1", "independent semantics"]
+    assert recall.index.tolist() == ["images", "texts"] and recall.columns.tolist() == ["{1}", "[2]", "[3]", "[4]"]
+    assert recall.loc["texts", "[3]"] == pytest.approx(0.1 * (GEOMETRY.scores.index("recall_t") + 4))
 
 
 def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn, fast_models, tmp_path):
