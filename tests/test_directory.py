@@ -334,8 +334,11 @@ def test_an_evaluation_is_there_whole_or_not_at_all(run, trained, predict, monke
         experiment.evaluated = {"test": {"hz_x": torch.eye(3), "hz_t": torch.eye(3)}}
         return pd.DataFrame({"r2_linear": [seed]})
 
+    def shown(experiment, results, path, references):
+        path.write_bytes(str(results.r2_linear[0]).encode())
+
     monkeypatch.setattr(NumericExperiment, "evaluate", scored)
-    monkeypatch.setattr(NumericExperiment, "show", lambda _, results, path: path.write_bytes(str(results.r2_linear[0]).encode()))
+    monkeypatch.setattr(NumericExperiment, "show", shown)
     monkeypatch.setattr(downstream, "encode", lambda experiment, batches, generator, *_: generator.initial_seed())
     monkeypatch.setattr(downstream, "score_tasks", lambda fit, *_: ({"y1": fit}, {"iid": fit, "ood": fit}))
     assert evaluate(7)[0] == 0

@@ -166,11 +166,17 @@ def test_the_bytes_of_a_seed_stay_what_they_are(tmp_path):
     """A change of them would change every data set that a seed stands for."""
     assert exit_code(captions.main, "--output-dir", tmp_path, "--seed", 0, "--grid", 4, 4, 2, 3, 3, 1, 1) == 0
     assert (tmp_path / "test/image_semantics.csv").read_text().splitlines()[:3] == FIRST_ROWS
-    assert (tmp_path / "test/text_perturbation_4.txt").read_text().splitlines()[0] == FIRST_CAPTION
+    assert (tmp_path / "test/text_perturbation_4.txt").read_text().splitlines()[:5] == FIRST_CAPTIONS
 
 
 FIRST_ROWS = ["OBJ_COLOR,OBJ_SHAPE,OBJ_SIZE,CAMERA,BACKGROUND,H_AXIS,V_AXIS", "0,3,0,2,2,0,0", "1,0,1,1,2,0,0"]
-FIRST_CAPTION = "A small size beer-cup in yellow, viewed from center view, in a salmon background."
+FIRST_CAPTIONS = [
+    "A small size beer-cup in yellow, viewed from center view, in a salmon background.",
+    "A small size coffee-cup, green, placed in a sea-green background, observed from bottom view.",
+    "From top view, you see a green, large size croissant, in a salmon background.",
+    "A small size tennis-ball, green, placed in a purple background, observed from center view.",
+    "A large size tennis-ball in red, viewed from top view, in a sea-green background.",
+]
 
 
 @pytest.mark.parametrize(
