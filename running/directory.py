@@ -42,8 +42,8 @@ LATER_FLAGS = {"optimiser": "adam", "spare_dimensions": 0, "first_batch_size": 0
 LATER_DOWNSTREAM = {"probes": "paper"}  # the same of the record of a downstream evaluation
 CHECKPOINT, CHECKPOINT_BEFORE = "checkpoint.pt", "checkpoint_before.pt"
 # What scripts write into a model directory, beside weights.
-OWN_FILES = (r"args\.json|checkpoint(_before)?\.pt|train_log\.csv|results(_seed\d+)?\.(csv|png)|encodings\.(npz|png)|geometry\.csv|"
-             r"references\.csv|results_(predict|classify)\.csv|downstream\.png")  # fmt: skip
+OWN_FILES = (r"args\.json|checkpoint(_before)?\.pt|train_log\.csv|results(_seed\d+)?\.(csv|png)|encodings\.(npz|png)|"
+             r"geometry\.csv|references\.csv|results_(predict|classify)\.csv|downstream\.png")  # fmt: skip
 # Of what else is in args.json.
 KINDS = {"seed": int, "eval_seed": int, "finished": bool, "machines": list, "downstream": dict, "files": dict, "weights": dict}
 

@@ -151,20 +151,20 @@ def test_a_gpu_has_the_same_batches_whether_the_images_fit_or_not(mpi3d, monkeyp
 
 
 # --------------------------------------------------------------------------------------------------------------
-# captions that leave factors out at random
+# captions that misstate factors more rarely, or leave them out at random
 
 
-def omit(folder, rate):
-    """Have the captions of a folder leave factors out."""
+def caption_again(folder, **probabilities):
+    """Captions of the same seed, with other probabilities."""
     grid = dict(zip(datasets.MPI3D_GRID, images_and_grid(folder)[1].tolist(), strict=True))
-    render(folder, grid, train_ratio=0.75, seed=0, omission_prob=rate)
+    render(folder, grid, train_ratio=0.75, seed=0, **probabilities)
 
 
 @pytest.mark.parametrize("bias_type, bias_id", [("selection", 0), ("selection", 4), ("perturbation", 3)])
 def test_omissions_change_the_captions_and_no_target_of_a_probe(mpi3d, bias_type, bias_id):
     plain, bias = load_mpi3d(mpi3d, bias_type, bias_id)
     assert bias == mpi3d_bias(bias_type, bias_id) and bias.omitted == 0
-    omit(mpi3d, 0.3)
+    caption_again(mpi3d, omission_prob=0.3)
     pairs, bias = load_mpi3d(mpi3d, bias_type, bias_id)
     table = pd.read_csv(mpi3d / f"train/omitted_{bias_type}_{bias_id}.csv")
     assert bias.omitted == pytest.approx(table.to_numpy().mean()) and 0.2 < bias.omitted < 0.4
@@ -182,8 +182,18 @@ def test_omissions_change_the_captions_and_no_target_of_a_probe(mpi3d, bias_type
     assert pairs.fingerprint != plain.fingerprint
 
 
+def test_captions_that_misstate_rarely_are_loaded_and_those_that_never_do_are_told_from_them(mpi3d):
+    caption_again(mpi3d, change_prob=0.2)
+    pairs, _ = load_mpi3d(mpi3d, "perturbation", 2)
+    train = pairs.splits["train"]
+    assert 0.05 < (train.image_factors["BACKGROUND"] != train.text_factors["BACKGROUND"]).double().mean() < 0.25
+    caption_again(mpi3d, change_prob=0)
+    with pytest.raises(InputError, match="CAMERA is the image's in every row, and this setting perturbs it, at a rate above 0: "):
+        load_mpi3d(mpi3d, "perturbation", 2)
+
+
 def test_captions_that_leave_everything_out(mpi3d):
-    omit(mpi3d, 1)
+    caption_again(mpi3d, omission_prob=1)
     pairs, bias = load_mpi3d(mpi3d, "selection", 4)
     assert bias.omitted == 1 and len(pairs.splits["train"].captions.tokens) == 3
 
@@ -788,7 +798,7 @@ def without_omissions(folder):
 def earlier_captions(folder):
     """Captions from before there were omissions."""
     omissions = {path: path.read_bytes() for path in folder.glob("*/omitted_*.csv")}
-    omit(folder, 0)
+    caption_again(folder)
     for path, content in omissions.items():
         path.write_bytes(content)
 
@@ -831,7 +841,7 @@ WRONG_OMISSIONS = {
 @pytest.mark.parametrize("case", WRONG_OMISSIONS)
 def test_wrong_omissions_are_named_in_one_line(mpi3d, case):
     damage, message, name = (*WRONG_OMISSIONS[case], "selection_1")[:3]
-    omit(mpi3d, 0.3)
+    caption_again(mpi3d, omission_prob=0.3)
     damage(mpi3d)
     bias_type, bias_id = name.split("_")
     with pytest.raises(InputError, match=message) as caught:

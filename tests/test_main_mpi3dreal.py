@@ -173,7 +173,7 @@ def test_the_size_of_the_encodings(flags, size):
     ["--tau 0.5", "--encoding-size 2", "--protocol paper", "--init he", "--lr 0.02", "--batch-size 13", "--bias-id 2",
      "--bias-type perturbation", "--precision bf16", "--lr-schedule onecycle", "--final-batch-size 20", "--layer-lr fan-in",
      "--train-steps 6", "--seed 2", "--text-lr-factor 0.5", "--first-tau 0.1", "--norm-penalty 0.5",
-     "--whitening-pairs 16", "--spare-dimensions 4", "--optimiser muon", "--first-batch-size 20"],
+     "--whitening-pairs 16", "--spare-dimensions 4", "--optimiser muon", "--first-batch-size 20", "--supervised"],
 )  # fmt: skip
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
@@ -308,7 +308,7 @@ def outcome(directory):
         "--recipe fast --bias-type perturbation --train-steps 40",
         "--final-batch-size 40",
         "--optimiser muon --spare-dimensions 4 --first-batch-size 20",
-        "--supervised --optimiser muon",
+        "--supervised --encoding-size 3",
     ],
 )
 def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch, flags):
@@ -586,18 +586,25 @@ def test_the_script_explains_itself():
 
 def test_supervised_encoders_learn_every_factor_that_images_show(run, tmp_path):
     """The block of captions says nothing: what they leave out is learned too."""
-    flags = "--supervised --seed 1 --train-steps 120 --lr 0.006 --init he --bias-id 0"
+    flags = "--supervised --seed 1 --train-steps 120 --lr 0.006 --init he --bias-id 0 --encoding-size 12"
     code, out, err = run(flags, model="told")
     assert code == 0, err
-    assert "text CNN → R^100" in out and "labels of all factors" in out and "pattern of the theory" not in out
+    assert "labels of all factors" in out and "pattern of the theory" not in out
     assert sorted(contents(tmp_path / "models/told")) == IMAGE_TEXT_FILES
     scores = pd.read_csv(tmp_path / "models/told/results.csv").set_index(["modality", "semantic_name"]).mcc_logreg
     assert scores["image"][["OBJ_SHAPE", "BACKGROUND", "CAMERA"]].min() > 0.7, scores["image"]
     assert scores["text", "OBJ_COLOR"] > 0.95 and scores["text"].drop("OBJ_COLOR").max() < 0.4, "the caption tells no more"
 
 
+def test_supervised_encodings_have_the_size_of_the_resnet_s_outputs_and_no_spare_dimensions(mpi3d):
+    flags = f"--datapath {mpi3d} --seed 1 --supervised --hidden-size 17 --spare-dimensions 4"
+    args, _ = Mpi3dExperiment.parse_flags(flags.split())
+    model = Mpi3dExperiment(args, torch.device("cpu"))
+    assert model.encoding_size == 17 == model.modules["encoder_txt"].linear.out_features
+
+
 def test_floor_and_ceiling_stand_beside_the_scores(run, trained, tmp_path):
-    assert run("--supervised --seed 3", model="told")[0] == 0
+    assert run("--supervised --seed 3 --encoding-size 3", model="told")[0] == 0
     ceiling = tmp_path / "models/told"
     before = contents(trained)
     code, _, err = run(f"--evaluate --seed 7 --floor --ceiling {ceiling}", base="--no-cuda")

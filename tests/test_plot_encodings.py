@@ -305,7 +305,7 @@ def test_the_least_of_samples(drawn):
 
 def test_the_picture_is_written_whole_and_again_the_same(kept, call):
     arrays = {name: values for name, values in random_arrays().items() if name not in ("s_1", "noise", "kind")}
-    folder = kept(arrays | {"costs in $": np.arange(COUNT) % 2, "$": np.arange(COUNT) % 3})
+    folder = kept(arrays | {"$^$": np.arange(COUNT) % 2})
     before = contents(folder)
     code, out, err = call()
     assert code == 0, err
