@@ -308,7 +308,8 @@ class ImageTextExperiment(Experiment):
         if not (stored.get("supervised") and stored.get("finished")):
             raise InputError(f"{folder} is no finished model of --supervised; train one, or leave out --ceiling")
         table = read_csv(folder / "results.csv", [name for name, _ in self.columns], gaps=True, ended=True)
-        return table.rename(columns=dict(self.columns)).replace({theirs: own for own, theirs in self.spelling.items()})
+        table = table.rename(columns=dict(self.columns)).replace({theirs: own for own, theirs in self.spelling.items()})
+        return table.assign(ix=table.groupby("modality").cumcount())
 
     def describe(self):
         """What captions leave out, what they state wrongly, what should be learned, and how."""

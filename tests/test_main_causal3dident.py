@@ -344,3 +344,23 @@ def test_encodings_are_kept_with_the_factors_of_either_modality(run, tmp_path):
     names = {f"{row.modality}_{row.factor_name}" for row in results.itertuples()}
     assert {name for name in kept if name.split("_")[0] in ("image", "text")} == names
     assert len({len(values) for name, values in kept.items() if name != "seed"}) == 1
+
+
+def test_numbers_and_classes_have_a_floor_and_a_ceiling_under_their_own_names(run, tmp_path, monkeypatch):
+    """Where all seven factors are told, the spotlight's colour has the runs' spelling in results.csv alone."""
+    told = "--supervised --bias-id 6 --encoding-size 4 --seed 3 --train-steps 6"
+    assert run(told, model="told")[0] == 0
+    drawn = {}
+    monkeypatch.setattr(main_causal3dident, "plot_factor_scores", lambda tables, path, title, unbiased, references: (
+        drawn.update(tables=tables, references=references), path.write_bytes(b"drawn")))  # fmt: skip
+    code, _, err = run(f"--bias-id 6 --seed 1 --train-steps 6 --floor --ceiling {tmp_path / 'models/told'}")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "models/m/references.csv")
+    expected = pd.read_csv(tmp_path / "models/told/results.csv").drop(columns=COLUMNS[0])
+    ceiling = table[table.reference == "ceiling"].reset_index(drop=True)[COLUMNS[1:]]
+    pd.testing.assert_frame_equal(ceiling, expected)
+    assert set(drawn["references"]) == {"floor", "ceiling"}
+    for references in drawn["references"].values():
+        for title, scores in drawn["tables"].items():
+            assert references[title].reindex_like(scores).notna().all(axis=None), title
+    assert "spotlight_color_index" in drawn["references"]["ceiling"]["text encoding"]
