@@ -11,6 +11,7 @@ The exit code is 2 if a section failed or something measured is outside its boun
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import io
 import json
@@ -131,7 +132,7 @@ def correct(options, data):
 
 def moved(z, device):
     """Latents on another device."""
-    return type(z)(*(getattr(z, name).to(device) for name in ("s", "s_tilde", "m_x", "m_t", "selected")))
+    return type(z)(*(getattr(z, field.name).to(device) for field in dataclasses.fields(z)))
 
 
 def resume(options, data):

@@ -17,16 +17,11 @@ def measure(*flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def test_what_a_cpu_can_runs_and_what_needs_a_gpu_is_skipped(tmp_path):
-    done = measure("--only", "resume", "graph", "--output", tmp_path / "gpu.md")
+def test_what_needs_a_gpu_is_skipped(tmp_path):
+    done = measure("--only", "graph", "--output", tmp_path / "gpu.md")
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "gpu.md").read_text()
-    for words in (
-        "| killed and resumed against never stopped | the same bits | yes |",
-        "| graph | skipped: CUDA graphs need a GPU | |",
-    ):
-        assert words in table, table
-    assert "FAILED" not in table and "**no**" not in table
+    assert "| graph | skipped: CUDA graphs need a GPU | |" in table and "FAILED" not in table
 
 
 def test_a_section_that_fails_is_named_and_the_next_one_goes_on(tmp_path, monkeypatch):
