@@ -383,6 +383,31 @@ def test_one_seed_gives_the_same_bytes_and_another_seed_others(data, tmp_path, r
     assert all(content != contents(data)[name] for name, content in other.items())
 
 
+def test_the_captions_of_a_seed_stay_what_they_are(tmp_path, run):
+    """A change of them would change every data set that a seed stands for."""
+    assert run(generate_latents.main, "--output-folder", tmp_path, "--n-points", 3, "--seed", 0)[0] == 0
+    assert run(generate_text.main, "--output-folder", tmp_path)[0] == 0
+    for setting, expected in FIRST_CAPTIONS.items():
+        assert (tmp_path / f"text/{setting}/text_raw.txt").read_text().splitlines() == expected
+
+
+FIRST_CAPTIONS = {
+    "selections_3": [
+        "A horse is visible, positioned at the top-left of the image, with a spotlight shining from the northwest.",
+        "At the top-right of the picture is a head, standing out under a light coming from the center.",
+        "The bottom-right of the image shows a teapot, highlighted by a light source positioned at the southwest.",
+    ],
+    "perturbations_6": [
+        'A "tab:cyan" horse is at the bottom-center of the image, illuminated by a "lawngreen" spotlight from the northeast, '
+        'against a "xkcd:turquoise green" background.',
+        'At the mid-left of the image, there is a "tab:cyan" object in the form of a head, standing out under a "deeppink" '
+        'spotlight from the northeast, against a "xkcd:azure" background.',
+        'At the mid-center of the image, there is a "tab:green" object in the form of a teapot, standing out under a "red" '
+        'spotlight from the southeast, against a "xkcd:blue/purple" background.',
+    ],
+}
+
+
 def test_other_latents_are_replaced_only_when_told_to(data, run):
     before, flags = contents(data), ("--output-folder", data, "--n-points", 200)
     assert run(generate_latents.main, "--output-folder", data, "--n-points", 300, "--seed", 1)[0] == 0  # the same bytes

@@ -298,7 +298,7 @@ def test_omissions_leave_the_values_and_what_a_lower_rate_omits(tmp_path):
 def test_words_of_omissions_are_no_words_of_values():
     words = {word for values in WORDS.values() for value in values for word in re.findall(r"[\w-]+", value)}
     shared = {"in", "background", "size", "view"}  # what all values of a factor are called
-    neutral = [set(re.findall(r"[\w-]+", phrase)) - shared for phrase in NEUTRAL.values()]
+    neutral = [set(re.findall(r"[\w-]+", phrase)) - shared for phrase in captions.OMITTED.values()]
     assert all(neutral) and not set.union(*neutral) & words
 
 
