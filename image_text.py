@@ -21,6 +21,7 @@ from running.experiment import Experiment, names_of
 from running.files import read_csv
 from running.ranks import Share, summed
 from running.schedules import FIRST_BATCHES_UNTIL, SPARE_UNTIL, batch_size, temperature, visible_dimensions
+from running.staging import digest, recorded
 
 NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
 PROBE_STEPS = {"code": None, "paper": 10_000}  # of the MLP probes; None: until their loss stalls
@@ -307,7 +308,10 @@ class ImageTextExperiment(Experiment):
         stored = stored_args(folder)
         if not (stored.get("supervised") and stored.get("finished")):
             raise InputError(f"{folder} is no finished model of --supervised; train one, or leave out --ceiling")
-        table = read_csv(folder / "results.csv", [name for name, _ in self.columns], gaps=True, ended=True)
+        path = folder / "results.csv"
+        table = read_csv(path, [name for name, _ in self.columns], gaps=True, ended=True)
+        if recorded(folder, "files").get(path.name) != digest(path):
+            raise InputError(f"{path} is damaged: its evaluation wrote another; evaluate {folder} again, or leave out --ceiling")
         table = table.rename(columns=dict(self.columns)).replace({theirs: own for own, theirs in self.spelling.items()})
         return table.assign(ix=table.groupby("modality").cumcount())
 

@@ -137,8 +137,7 @@ def add_run_flags(parser):
     flag("--log-steps", integer(1), "steps between two lines of progress and checkpoints", 1000, "freely")
     flag("--checkpoint-minutes", number(0, above=True), "a checkpoint comes at least that often", 10.0, "freely")
     flag("--save-encodings", bool, "keep encodings and factors of the evaluation's samples in encodings.npz", None, "freely")
-    flag("--floor", bool, "probe the encoders as they were before the training too: references.csv, and small in the picture",
-         None, "freely")  # fmt: skip
+    flag("--floor", bool, "probe untrained encoders too: references.csv, and small in the picture", None, "freely")
     flag("--no-cuda", bool, "stay on the CPU", None, "freely")
     parser.section("training", "--recipe sets what follows it at once; a flag that is given wins")
     flag("--protocol", ("code", "paper"), "where the paper's text and its runs differ, follow which", "code")
@@ -313,8 +312,10 @@ def write_evaluation(experiment, directory, folder, seed):
     started = time.perf_counter()
     try:
         results = experiment.evaluate(seed)
-        h_x, h_t, *_ = experiment.evaluated["test"].values()
+        evaluated = dict(experiment.evaluated)  # what the references leave alone
+        h_x, h_t, *_ = evaluated["test"].values()
         place = geometry(h_x, h_t, experiment.similarity)
+        references = reference_scores(experiment, seed)
     except (ValueError, torch.linalg.LinAlgError) as error:  # weights that are not finite, or make encodings explode
         raise InputError(f"the encodings of {directory} cannot be evaluated: {error}; train it anew") from None
     except (MemoryError, RuntimeError) as error:
@@ -324,9 +325,9 @@ def write_evaluation(experiment, directory, folder, seed):
     write_csv(experiment.table(results), folder / "results.csv")
     write_csv(pd.DataFrame([place]), folder / "geometry.csv")
     if experiment.args.save_encodings:
-        write_encodings(folder / "encodings.npz", experiment.evaluated, seed)
+        write_encodings(folder / "encodings.npz", evaluated, seed)
         print(f"encodings    {directory / 'encodings.npz'}")
-    if references := reference_scores(experiment, seed):
+    if references:
         tables = {name: experiment.table(scores) for name, scores in references.items()}
         write_csv(pd.concat(tables, names=["reference", ""]).reset_index("reference"), folder / "references.csv")
     experiment.show(results, folder / "results.png", references)
@@ -358,14 +359,14 @@ def reference_scores(experiment, seed):
 
 @contextlib.contextmanager
 def untrained(experiment):
-    """Context in which the encoders are as they were before the training."""
+    """Context in which the encoders are drawn from the training seed, and not trained."""
     trained = {name: copy.deepcopy(module.state_dict()) for name, module in experiment.modules.items()}
     for module in experiment.modules.values():
         for layer in module.modules():
             if hasattr(layer, "reset_running_stats"):
                 layer.reset_running_stats()
-    experiment.draw_encoders()
     try:
+        experiment.draw_encoders()
         yield
     finally:
         for name, state in trained.items():

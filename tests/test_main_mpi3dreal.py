@@ -607,8 +607,13 @@ def test_floor_and_ceiling_stand_beside_the_scores(run, trained, tmp_path):
     assert run("--supervised --seed 3 --encoding-size 3", model="told")[0] == 0
     ceiling = tmp_path / "models/told"
     before = contents(trained)
-    code, _, err = run(f"--evaluate --seed 7 --floor --ceiling {ceiling}", base="--no-cuda")
+    assert run("--evaluate --seed 7 --save-encodings", base="--no-cuda")[0] == 0
+    with np.load(trained / "encodings.npz") as file:
+        own = dict(file)
+    code, _, err = run(f"--evaluate --seed 7 --save-encodings --floor --ceiling {ceiling}", base="--no-cuda")
     assert code == 0, err
+    with np.load(trained / "encodings.npz") as file:
+        assert all(np.array_equal(own[name], file[name]) for name in own), "of the trained encoders"
     table = pd.read_csv(trained / "references.csv")
     assert list(table.columns) == ["reference", "ix", "modality", "semantic_name", "mcc_logreg", "mcc_mlp"]
     of_told = table[table.reference == "ceiling"].drop(columns="reference").reset_index(drop=True)
@@ -622,6 +627,13 @@ def test_a_ceiling_that_is_none_is_named_before_anything_is_computed(run, traine
     for folder, words in ((trained, "is no finished model of --supervised"), (tmp_path / "none", "args.json")):
         code, _, err = run(f"--evaluate --seed 7 --ceiling {folder}", base="--no-cuda")
         assert code == 2 and err.count("\n") == 1 and words in err, err
+    told = tmp_path / "models/told"
+    assert run("--supervised --seed 3 --encoding-size 3", model="told")[0] == 0
+    whole = (told / "results.csv").read_text()
+    for damaged in (whole.replace("OBJ_SHAPE", "SHAPE"), whole[: len(whole) // 2], whole.replace("mcc_mlp", "r2_krreg")):
+        (told / "results.csv").write_text(damaged)
+        code, _, err = run(f"--evaluate --seed 7 --ceiling {told}", base="--no-cuda")
+        assert code == 2 and err.count("\n") == 1 and str(told / "results.csv") in err, err
     code, _, err = run("--supervised --loss sigmoid", model="both")
     assert code == 2 and "--supervised has a loss of its own" in err and not (tmp_path / "models/both").exists()
     assert contents(trained) == before

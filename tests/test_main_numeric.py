@@ -765,7 +765,7 @@ def test_what_texts_omit_at_random_is_learned_by_the_image_encoder_and_known_of_
 def test_the_floor_is_what_the_probes_find_of_the_encoders_as_they_were_drawn(run, trained, tmp_path):
     directory, _ = trained
     before = contents(directory)
-    assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0
+    assert run("--evaluate --seed 5 --save-encodings", base="--no-cuda")[0] == 0
     plain = contents(directory)
     code, _, err = run("--evaluate --seed 5 --floor --save-encodings", base="--no-cuda")
     assert code == 0, err
@@ -778,7 +778,20 @@ def test_the_floor_is_what_the_probes_find_of_the_encoders_as_they_were_drawn(ru
     assert run("--evaluate --seed 5", base="--no-cuda", model="drawn")[0] == 0
     drawn = pd.read_csv(tmp_path / "models/drawn/results.csv")
     assert floor.drop(columns="reference").equals(drawn) and not drawn.equals(pd.read_csv(directory / "results.csv"))
-    with np.load(directory / "encodings.npz") as kept:
-        assert kept["seed"] == 5
-        geometry = pd.read_csv(directory / "geometry.csv")
-    assert plain["geometry.csv"] == after["geometry.csv"] and len(geometry) == 1, "of the trained encoders"
+    (directory / "before.npz").write_bytes(plain["encodings.npz"])
+    with np.load(directory / "encodings.npz") as kept, np.load(directory / "before.npz") as trained_ones:
+        assert all(np.array_equal(kept[name], trained_ones[name]) for name in trained_ones.files), "of the trained encoders"
+    assert plain["geometry.csv"] == after["geometry.csv"]
+
+
+def test_a_floor_that_cannot_be_evaluated_is_one_line_and_leaves_the_results(run, trained, monkeypatch):
+    directory, _ = trained
+    before = contents(directory)
+
+    def failing(model):
+        raise MemoryError
+
+    monkeypatch.setattr(NumericExperiment, "draw_encoders", failing)
+    code, _, err = run("--evaluate --seed 5 --floor", base="--no-cuda")
+    assert code == 2 and err.count("\n") == 1 and "too little memory for the evaluation" in err, err
+    assert contents(directory) == before
