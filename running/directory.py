@@ -173,6 +173,8 @@ def stored_args(directory):
         value = stored.get(name, kind())
         if type(value) is not kind or (kind is int and value < 0):
             raise InputError(f"{file} is damaged: its {name!r} is {value!r}")
+    if "results.csv" in stored.get("files", {}) and "eval_seed" not in stored:
+        raise InputError(f"{file} is damaged: it has the results of an evaluation and not its 'eval_seed'")
     return stored
 
 

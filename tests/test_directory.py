@@ -185,6 +185,17 @@ def test_args_json_with_a_record_of_another_kind(run, trained, predict):  # noqa
         assert code == 2 and err.count("\n") == 1 and "args.json is damaged" in err and contents(directory) == before
 
 
+def test_results_of_an_unknown_evaluation_are_not_replaced(run, trained):  # noqa: F811
+    """A flipped bit in the name of its seed: under which name would a further evaluation keep them?"""
+    directory, _ = trained
+    file = directory / "args.json"
+    file.write_text(file.read_text().replace('"eval_seed"', '"ev!l_seed"'))
+    before = contents(directory)
+    fails(run, "--evaluate --seed 5", "args.json is damaged: it has the results of an evaluation and not its 'eval_seed'",
+          base="--no-cuda")  # fmt: skip
+    assert contents(directory) == before
+
+
 # --------------------------------------------------------------------------------------------------------------
 # checkpoints
 

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from running.pictures import save_figure
+from running.staging import settle
 from torture.children import Fault, run
 from torture.trials import Task, empty
 
@@ -185,8 +187,14 @@ def make_data(folder):
 
 
 def one_of_both(folder, before, after):
-    """Complaint about a model directory whose results and picture are not all of before the call, or all of after it."""
-    found = outcome(folder)
+    """Complaint about a model directory whose results and picture are not all of before the call, or all of after it.
+
+    As whoever reads the model sees them: a process killed between two renames leaves the rest to its next reader.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        seen = Path(shutil.copytree(folder, Path(temporary) / "seen"))
+        settle(seen / MODEL)
+        found = outcome(seen)
     results = {name for name in before | after if "/results" in name or "/downstream" in name}
     part = {name: found.get(name) for name in results}
     if part not in ({name: state.get(name) for name in results} for state in (before, after)):
