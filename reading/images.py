@@ -185,17 +185,21 @@ def open_image_folder(folder, entries=None):
     digest = hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
     decoded = folder.with_name(f"{folder.name}.{digest}.npy")
     damaged_or_missing = contextlib.suppress(FileNotFoundError, InputError)
+    images = None
     with damaged_or_missing:
-        return _map_npy(decoded)
-    with locked(folder.with_name(f".{folder.name}.lock")):  # jobs that start together: one decodes, the others wait
-        with damaged_or_missing:
-            return _map_npy(decoded)
-        with _made_once(decoded, "the images are decoded") as temporary, open(temporary, "wb") as file:
-            _decode_images([Path(entry.path) for entry in entries], file, decoded)
+        images = _map_npy(decoded)
+    if images is None:
+        with locked(folder.with_name(f".{folder.name}.lock")):  # jobs that start together: one decodes, the others wait
+            with damaged_or_missing:
+                return _map_npy(decoded)
+            with _made_once(decoded, "the images are decoded") as temporary, open(temporary, "wb") as file:
+                _decode_images([Path(entry.path) for entry in entries], file, decoded)
+        images = _map_npy(decoded)
     for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
-        if other != decoded:
-            other.unlink()
-    return _map_npy(decoded)
+        if other != decoded:  # also one that a process killed at this place has left
+            with contextlib.suppress(OSError):  # of no consequence but for the space, and tried again
+                other.unlink()
+    return images
 
 
 def numbered_images(folder):

@@ -1,6 +1,7 @@
 """Causal3DIdent as tensors, against a plain reading of its files; its images decoded once; whatever is wrong with it."""
 
 import concurrent.futures
+import errno
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import os
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -156,6 +158,18 @@ def test_images_are_decoded_once_for_all_settings_with_a_message(causal3dident, 
         pairs, _ = load_causal3dident(causal3dident, bias_type, 3)
         assert np.array_equal(pairs.images_of("train", torch.arange(3)), expected)
     assert capsys.readouterr().out == "" and maps(causal3dident) == [name]
+
+
+def test_images_decoded_before_a_change_are_removed_when_that_is_possible(causal3dident, monkeypatch):
+    """Also by a later job, where the one that decoded them anew was killed, or could not remove a file."""
+    expected = first_pixels(causal3dident)
+    (name,) = maps(causal3dident)
+    older = causal3dident / "images.0123456789abcdef.npy"
+    older.write_bytes(b"gigabytes")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error", str(path))))
+        assert np.array_equal(first_pixels(causal3dident), expected) and older.exists()
+    assert np.array_equal(first_pixels(causal3dident), expected) and maps(causal3dident) == [name]
 
 
 def test_of_jobs_that_start_together_one_decodes_and_the_others_wait(causal3dident, monkeypatch):

@@ -124,16 +124,15 @@ def content(file):
 
 
 def outcome(folder):
-    """Dict path → content of all files below a folder, but for locks and logs.
+    """Dict path → content of all files below a folder, but for locks, logs, and captions' tokens, which are kept if they can be.
 
     What is made of data says by their files' times, in its name or within, what it was made of: that is left out.
     """
     found = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         path = file.relative_to(folder)
-        if not file.name.endswith((".lock", ".checked")) and "logs" not in path.parts:
-            short = re.sub(r"^(images)\.[0-9a-f]+(\.npy)$", r"\1\2", file.name)
-            found[str(path if str(path.with_name(short)) in found else path.with_name(short))] = content(file)
+        if not re.fullmatch(r".+\.(lock|checked)|tokens.*\.npz", file.name) and "logs" not in path.parts:
+            found[str(path.with_name(re.sub(r"^(images)\.[0-9a-f]+(\.npy)$", r"\1\2", file.name)))] = content(file)
     return found
 
 
