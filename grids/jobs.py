@@ -135,7 +135,10 @@ def run_here(work, options, ended):
         own = ",".join(itertools.islice(turn, per_job))
         # of the number that may run at a time, not of those left: a run that is resumed alone ends with the same bits
         slots.append(threads(options.cpus_per_job or cores // jobs, per_job) | {"CUDA_VISIBLE_DEVICES": own})
-    previous = signal.signal(signal.SIGTERM, lambda *_: told.append(signal.SIGTERM))  # as Ctrl-C, but never within submit
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # nohup's: the queue goes on without its terminal
+            signal.signal(number, lambda number, _: told.append(number))  # as Ctrl-C, but never within submit
     try:
         while waiting or running:
             if told:
@@ -162,7 +165,8 @@ def run_here(work, options, ended):
             time.sleep(1)
         raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 POLL_SECONDS = 5  # between two looks into SLURM's queue

@@ -418,12 +418,12 @@ def started(words, path):
     return process
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_stop_has_its_models_checkpointed_and_resumes(fake, call, signum):
     fake(slow="--steps 60")
     process = started("run slow --scale tiny --seeds 1", "models/fake-tiny/slow_seed1/begun")
-    # Ctrl-C reaches every process of the terminal
-    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+    # Ctrl-C and a terminal that is closed reach every process of it
+    (os.kill if signum == signal.SIGTERM else os.killpg)(process.pid, signum)
     assert "the same command goes on" in process.communicate(timeout=30)[1].decode() and process.returncode == 130
     checkpoint = Path("models/fake-tiny/slow_seed1/checkpoint")
     step = int(checkpoint.read_text())
