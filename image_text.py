@@ -53,13 +53,13 @@ class ImageTextExperiment(Experiment):
         """What --recipe sets beside the shared flags, the data, and the setting."""
         flag = parser.flag
         parser.section("checkpoints and data")
-        flag("--checkpoint-steps", integer(1), "steps between two savings of the encoders alone", 10_000, "freely")
+        flag("--checkpoint-steps", integer(1, 10**12), "steps between two savings of the encoders alone", 10_000, "freely")
         flag("--save-all-checkpoints", bool, "keep each of them, as encoder_img_STEP.pt and encoder_txt_STEP.pt", None,
              "freely")  # fmt: skip
         flag("--datapath", str, "folder of the data set", cls.datapath, "again")
         flag("--ceiling", str, "a model of --supervised: its scores come into references.csv, and small into the picture",
              "", "freely")  # fmt: skip
-        flag("--workers", integer(0), "threads that read each batch from disk, for a slow disk; 0 = the training's own", 0,
+        flag("--workers", integer(0, 1000), "threads that read each batch from disk, for a slow disk; 0 = the training's own", 0,
              "freely")  # fmt: skip
         parser.section("encoders and loss")
         flag("--encoding-size", integer(0), f"dimensions D of the encodings, 0 = {cls.smallest}", 0)
@@ -67,8 +67,9 @@ class ImageTextExperiment(Experiment):
         flag("--tau", number(0, above=True), "temperature", 1.0)
         flag("--first-tau", number(0), "temperature of the first steps, from which it goes in a straight line to --tau, that "
              "of the last; 0 = --tau always")  # fmt: skip
-        flag("--first-batch-size", integer(2, or_zero=True), f"pairs in a batch in the first {100 * FIRST_BATCHES_UNTIL:g} %% "
-             "of the steps, while the temperature is the first; 0 = --batch-size always")  # fmt: skip
+        flag("--first-batch-size", integer(2, 10**7, or_zero=True), "pairs in a batch in the first "
+             f"{100 * FIRST_BATCHES_UNTIL:g} %% of the steps, while the temperature is the first; 0 = --batch-size "
+             "always")  # fmt: skip
         flag("--text-lr-factor", number(0, above=True), "learning rate of the text encoder, in units of the image encoder's")
         flag("--spare-dimensions", integer(0), "dimensions that the encodings have more in the first "
              f"{100 * SPARE_UNTIL:g} %% of the steps")  # fmt: skip
@@ -156,6 +157,10 @@ class ImageTextExperiment(Experiment):
     def details(self):
         """The fingerprint of the pairs."""
         return {"data": self.pairs.fingerprint}
+
+    def identity(self):
+        """Dict of the flags that say which run this is, and the fingerprint of its pairs, wherever they lie."""
+        return super().identity() | self.details()
 
     def check_stored(self, stored):
         """Raise InputError if the run was trained on other pairs than those of --datapath.

@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import operator
+import os
 import platform
 import re
 import secrets
@@ -44,6 +45,8 @@ CHECKPOINT, CHECKPOINT_BEFORE = "checkpoint.pt", "checkpoint_before.pt"
 # What scripts write into a model directory, beside weights.
 OWN_FILES = (r"args\.json|checkpoint(_before)?\.pt|train_log\.csv|results(_seed\d+)?\.(csv|png)|encodings\.(npz|png)|"
              r"geometry\.csv|references\.csv|results_(predict|classify)\.csv|downstream\.png")  # fmt: skip
+# Variables by which a user has libraries compute with other instructions than the processor's best.
+KERNELS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OPENBLAS_CORETYPE")
 # Of what else is in args.json.
 KINDS = {"seed": int, "eval_seed": int, "finished": bool, "machines": list, "downstream": dict, "files": dict, "weights": dict}
 
@@ -260,7 +263,7 @@ def keep_results(directory, folder, earlier_seed, seed):
     """Copy the results of an earlier evaluation with another seed into `folder`, as results_seed{N}.csv and .png."""
     for file in (directory / "results.csv", directory / "results.png"):
         if earlier_seed not in (None, seed) and file.exists():
-            write_bytes(folder / f"results_seed{earlier_seed}{file.suffix}", file.read_bytes())
+            write_bytes(folder / f"results_seed{earlier_seed}{file.suffix}", regular_file(file).read_bytes())
 
 
 def check_writable(directory):
@@ -289,9 +292,11 @@ def provenance(device):
         command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
         commit = done.stdout.strip()
+    asked = [f"{name}={os.environ[name]}" for name in KERNELS if os.environ.get(name)]
     return {
         "device": describe_device(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": " ".join(asked) or "default kernels",
         "git_commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -304,7 +309,7 @@ def check_machine(directory, stored, details, no_cuda_given):
     stored: args.json; details: `provenance` of this machine. Raises InputError if the run was on a GPU and this one is not,
     unless --no-cuda was given.
     """
-    now = {name: details[name] for name in ("device", "cpu_capability", "versions")}
+    now = {name: details[name] for name in ("device", "cpu_capability", "kernels", "versions")}
     machines = stored.get("machines") or [{name: stored.get(name) for name in now}]
     last = machines[-1] if isinstance(machines[-1], dict) else {}
     last = {name: last.get(name) for name in now}

@@ -179,8 +179,9 @@ def _adopt_checkpoint(content, path, experiment, optimiser):
         then = content.get("run", {})  # older ones do not say
         for name, value in experiment.identity().items():
             if then.get(name, value) != value:
-                raise InputError(f"{path} is not a checkpoint of this run: it is of --{name.replace('_', '-')} {then[name]}, and "
-                                 f"args.json says {value}; restore either, or start anew with --overwrite")  # fmt: skip
+                what = f"--{name.replace('_', '-')}" if name in vars(experiment.args) else name
+                raise InputError(f"{path} is not a checkpoint of this run: it is of {what} {then[name]}, and args.json says "
+                                 f"{value}; restore either, or start anew with --overwrite")  # fmt: skip
         progress = Progress(**content["progress"])
         _check_progress(progress, experiment.args.train_steps)
         for name, module in experiment.trained.items():

@@ -185,6 +185,13 @@ def test_args_json_with_a_record_of_another_kind(run, trained, predict):  # noqa
         assert code == 2 and err.count("\n") == 1 and "args.json is damaged" in err and contents(directory) == before
 
 
+def test_a_fifo_in_place_of_earlier_results_is_not_waited_for(run, trained):  # noqa: F811
+    directory, _ = trained
+    (directory / "results.csv").unlink()
+    os.mkfifo(directory / "results.csv")
+    fails(run, "--evaluate --seed 5", "results.csv is no regular file", base="--no-cuda")
+
+
 def test_results_of_an_unknown_evaluation_are_not_replaced(run, trained):  # noqa: F811
     """A flipped bit in the name of its seed: under which name would a further evaluation keep them?"""
     directory, _ = trained

@@ -24,6 +24,7 @@ from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_bias
 from image_text import ImageTextExperiment
 from losses import image_text_contrastive_loss
 from main_mpi3dreal import Mpi3dExperiment
+from running import directory as store
 from running import experiment
 from running.directory import LATER_FLAGS
 from running.schedules import temperature
@@ -331,6 +332,20 @@ def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, 
     code, out, err = run("--resume", "killed", base="--no-cuda")
     assert code == 0 and "resumed from step" in out, err
     assert outcome(tmp_path / "models/killed") == outcome(tmp_path / "models/whole")
+
+
+def test_a_checkpoint_trained_on_other_pairs_is_refused(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(experiment, "write_evaluation", lambda *_: (_ for _ in ()).throw(Killed))
+        run("--seed 3")
+    directory = tmp_path / "models/m"
+    content = store.load_torch(directory / "checkpoint.pt")
+    assert content["run"]["data"] == json.loads((directory / "args.json").read_text())["data"]
+    content["run"]["data"] = "another"
+    for name in ("checkpoint.pt", "checkpoint_before.pt"):
+        store.save_torch(content, directory / name)
+    code, _, err = run("--resume", base="--no-cuda")
+    assert code == 2 and "it is of data another, and args.json says" in err and err.count("\n") == 1
 
 
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(run, tmp_path, monkeypatch):
