@@ -15,6 +15,7 @@ All held-out samples are scored and some thousands drawn; logistic regression is
 Factors of several columns, of one value, and of more than 50 classes are passed over. On Causal3DIdent modalities have their own.
 """
 
+import contextlib
 from pathlib import Path
 
 from running.command_line import InputError, Parser, integer, is_out_of_memory, run_script
@@ -27,10 +28,12 @@ import torch
 from matplotlib.collections import LineCollection
 
 import probes
-from running.files import regular_file
+from running.files import opened_npz, regular_file
 from running.geometry import geometry
+from running.lock import occupied
+from running.memory import limit_memory
 from running.pictures import check_picture, plt, save_figure
-from running.staging import settle
+from running.staging import digest, recorded, settle
 
 SIMILARITY = {("hz_x", "hz_t"): "distance", ("h_image", "h_text"): "cosine"}  # of both encodings, by their names
 AGAIN = "evaluate the model with --evaluate --save-encodings"
@@ -54,14 +57,24 @@ def main(argv=None):
     parser.flag("--output", Path, "the picture; none given: encodings.png in the model directory")
     parser.flag("--seed", integer(0), "of the samples that are drawn", 0)
     args, _ = parser.parse(argv)
+    limit_memory()
     inside = Path(args.model_dir) / args.model_id
     directory = inside if inside.exists() else Path(args.model_id)
     if not directory.is_dir():
         raise InputError(f"there is no model {inside}; --model-id names the folder of one")
     output = args.output or directory / "encodings.png"
     check_picture(output)
+    with occupied(directory) if output.resolve().parent == directory.resolve() else contextlib.nullcontext():
+        return plot(directory, output, args)
+
+
+def plot(directory, output, args):
+    """Print the scores of the encodings in a model directory and draw them into `output`; returns the exit code."""
     settle(directory)
-    encodings, factors, is_test, passed_over = read_encodings(directory / "encodings.npz")
+    file = directory / "encodings.npz"
+    if file.exists() and recorded(directory, "files").get(file.name, digest(regular_file(file))) != digest(file):
+        raise InputError(f"{file} is damaged, or another model's: the evaluation in args.json wrote another; {AGAIN}")
+    encodings, factors, is_test, passed_over = read_encodings(file)
     if args.factor not in (None, *factors):
         raise InputError(f"--factor {args.factor} is none of those to draw: {', '.join(factors)}")
     generator, similarity = np.random.default_rng(args.seed), SIMILARITY[tuple(encodings)]
@@ -94,7 +107,7 @@ def read_encodings(path):
     float64; is_test: (N,) bool; passed_over: names of the arrays that are not drawn.
     """
     try:
-        with open(regular_file(path), "rb") as file, np.load(file, allow_pickle=False) as content:
+        with opened_npz(path) as content:
             arrays = {name: np.asarray(content[name]) for name in content.files}
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {AGAIN}") from None

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from running.command_line import InputError
-from running.files import read_text, regular_file, write_bytes
+from running.files import opened_npz, read_text, regular_file, write_bytes
 
 CHANCE_REPEATS = 20  # repeated captions from which it is no accident that a factor they leave out agrees
 PAD, EOS, UNK = "{pad}", "{eos}", "{unk}"
@@ -143,7 +143,7 @@ def _parsed_vocabulary(path, content):
 def _read_cache(path, digest, splits):
     """(captions, vocabulary) of a cache of the same files, else None."""
     try:
-        with open(regular_file(path), "rb") as file, np.load(file, allow_pickle=False) as content:
+        with opened_npz(path) as content:
             if str(content["digest"]) != digest:
                 return None
             words = json.loads(str(content["vocabulary"]))

@@ -100,6 +100,17 @@ def read_text(path):
     return content.decode("utf-8-sig")
 
 
+@contextlib.contextmanager
+def opened_npz(path):
+    """Context of the arrays of an npz that np.savez wrote, which compresses nothing; ValueError if it would inflate."""
+    import numpy as np
+
+    with open(regular_file(path), "rb") as file, np.load(file, allow_pickle=False) as content:
+        if sum(member.file_size for member in content.zip.infolist()) > os.fstat(file.fileno()).st_size:
+            raise ValueError("it holds more than its size")
+        yield content
+
+
 def write_bytes(path, content):
     """Write bytes to `path`, whole or not at all."""
     with replaced(path) as temporary:

@@ -16,7 +16,10 @@ from sklearn.preprocessing import StandardScaler
 import plot_encodings
 from plot_encodings import first_discriminant, flat_map, held_out, read_encodings
 from running.experiment import write_encodings
+from running.files import write_json
 from running.geometry import geometry
+from running.lock import occupied
+from running.staging import digests
 from tests.scripts import contents, outcome
 from tests.test_malicious_files import TRACE, pickled_array, pickled_npz
 
@@ -417,6 +420,30 @@ def test_a_wrong_flag_is_one_line(kept, call, tmp_path, monkeypatch, flags, word
     code, _, err = call(*flags)
     assert code == 2 and words in err and err.count("\n") == 1, err
     assert contents(tmp_path) == before
+
+
+def test_the_encodings_of_another_model_are_refused(kept, call):
+    folder = kept(random_arrays())
+    write_json(folder / "args.json", {"files": digests(folder)})
+    assert call()[0] == 0
+    kept(random_arrays() | {"s_0": np.ones(COUNT)})
+    code, _, err = call()
+    assert code == 2 and "encodings.npz is damaged, or another model's" in err and err.count("\n") == 1
+
+
+def test_a_file_that_would_inflate_is_refused_before_it_does(kept, call):
+    folder = kept(random_arrays())
+    np.savez_compressed(folder / "encodings.npz", **random_arrays(), more=np.zeros(10**6))
+    code, _, err = call()
+    assert code == 2 and "encodings.npz is damaged" in err and err.count("\n") == 1
+
+
+def test_no_picture_is_drawn_into_a_directory_that_another_process_works_in(kept, call, tmp_path):
+    folder = kept(random_arrays())
+    with occupied(folder):
+        code, _, err = call()
+        assert code == 2 and "in use by process" in err and err.count("\n") == 1
+        assert call("--output", tmp_path / "elsewhere.png")[0] == 0
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(kept, call, monkeypatch):
