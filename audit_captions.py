@@ -37,11 +37,13 @@ from tqdm import tqdm
 
 import probes
 from running.files import regular_file, write_csv
+from running.memory import limit_memory
 from running.pictures import check_picture, save_figure, subplots
 
 WORD = r"\w+"  # of captions and of values: "coffee-cup" is two
 CLASSES = 20  # numbers with more distinct values are measurements, and words with more share the class "others"
 FEATURES = 100  # words and pairs of words that predict a factor, those that have most to do with it
+MOST_COLUMNS = 10_000
 FITTED, TESTED = 6_000, 6_000  # rows of the probes at most
 LEAST = 20  # rows of which a share is told
 CHANCE = 1e-9  # that a word has to do with a factor by accident
@@ -61,6 +63,7 @@ def main(argv=None):
     flag("--output", Path, "the table and the picture are OUTPUT.csv and OUTPUT.png", Path("audit"))
     flag("--seed", integer(0), "of the rows that probes are fitted and tested on", 0)
     args, _ = parser.parse(argv)
+    limit_memory()
     picture, table = (args.output.with_name(f"{args.output.name}.{suffix}") for suffix in ("png", "csv"))
     check_picture(picture)
     factors = read_factors(args.factors, args.columns)
@@ -108,6 +111,8 @@ def read_table(path):
     text = decoded(path)
     header = text.partition("\n")[0]
     separator = max(",;\t", key=header.count)
+    if header.count(separator) >= MOST_COLUMNS:
+        raise InputError(f"{path} has {header.count(separator) + 1:,} columns, expected {MOST_COLUMNS:,} at most: a factor each")
     csv.field_size_limit(sys.maxsize)
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if row]

@@ -39,10 +39,11 @@ from latent_spaces import biased_blocks, seeded_generator
 from mlp_probes import FullBatchProbes
 from running.devices import describe_device, encoder_precision, keep_freed_memory, select_device, settled_precision
 from running.directory import LATER_DOWNSTREAM, check_writable, is_finished, tidy, trained_args
-from running.files import write_csv, write_json
+from running.files import regular_file, write_csv, write_json
 from running.lock import occupied
+from running.memory import limit_memory
 from running.pictures import plot_downstream_scores
-from running.staging import digests, staged
+from running.staging import digest, digests, recorded, staged
 
 STEPS = 10_000
 EXPONENTIAL_FACTOR = {"code": 0.6, "paper": 0.4}  # factor of Σ e^{−|v|} in F
@@ -57,7 +58,7 @@ def parse_flags(argv):
     batches = f"batches of {main_numeric.EVAL_BATCH} samples to fit, as many to test and as many shifted"
     parser.flag("--model-id", str, "directories of trained models", nargs="+", required=True, metavar="DIR")
     parser.flag("--seed", integer(0), "evaluation's seed, not the training's (one more than the training's)")
-    parser.flag("--num-eval-batches", integer(1), batches, 5)
+    parser.flag("--num-eval-batches", integer(1, 10_000), batches, 5)
     parser.flag("--no-cuda", bool, "stay on the CPU")
     parser.flag("--precision", ("fp32", "tf32", "bf16"), "of products; tf32 on CUDA, bf16 in the model alone", "fp32")
     parser.flag("--protocol", ("code", "paper"), "tasks and shift of the paper's runs or of its text (the model's)")
@@ -204,11 +205,12 @@ def _evaluate(directory, args, device):
     protocol = args.protocol or setting.protocol
     batches, precision, probes_name = args.num_eval_batches, args.precision, args.probes or setting.probes
     details = {"seed": seed, "protocol": protocol, "num_eval_batches": batches, "precision": precision, "probes": probes_name}
-    existing = [name for name in RESULTS if (directory / name).exists()]
+    existing, files = [name for name in RESULTS if (directory / name).exists()], recorded(directory, "files")
     if not args.overwrite and existing:
         if not details.items() <= (LATER_DOWNSTREAM | stored.get("downstream", {})).items():
             raise InputError(f"it has {existing[0]} already; --overwrite replaces it, made otherwise or incomplete")
-        if existing == list(RESULTS):
+        whole = [name for name in existing if digest(regular_file(directory / name)) == files.get(name, digest(directory / name))]
+        if whole == list(RESULTS):
             print(f"model        {directory} is evaluated already with seed {seed}: nothing to do", flush=True)
             return
     check_writable(directory)
@@ -255,6 +257,8 @@ def main(argv=None):
     keep_freed_memory()
     device = select_device(args.no_cuda)
     settled_precision(args.precision, device)  # refuses what the device does not have
+    if device.type == "cpu":
+        limit_memory()
     skipped = 0
     for name in args.model_id:
         try:

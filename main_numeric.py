@@ -69,7 +69,7 @@ SETTING = (
     ("--omission-prob", number(0, 1), "probability that a text omits a selected semantic, as a mask tells its encoder", 0.0),
     ("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0),
     ("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0),
-    ("--n-mixing-layer", integer(1), "linear layers of the generative functions g_x, g_t", 3),
+    ("--n-mixing-layer", integer(1, 1000), "linear layers of the generative functions g_x, g_t", 3),
     ("--encoding-size", integer(0), "dimensions D of the encodings, 0 = size of the unbiased block", 0),
 )
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
@@ -92,7 +92,7 @@ class NumericExperiment(Experiment):
         for name, kind, text, default in SETTING:
             flag(name, kind, text, default)
         parser.section("evaluation")
-        flag("--num-eval-batches", integer(1), f"batches of {EVAL_BATCH} samples to fit probes, and as many to test", 5, "again")
+        flag("--num-eval-batches", integer(1, 10_000), f"batches of {EVAL_BATCH} samples to fit, and as many to test", 5, "again")
         flag("--mlp-eval", bool, "nonlinear probe: an MLP (the paper's), not kernel ridge regression", None, "again")
         flag("--probes", ("paper", "fast"), "MLP probes: trained as the paper's, or in far fewer steps to like scores",
              "paper", "again")  # fmt: skip

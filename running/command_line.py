@@ -16,7 +16,8 @@ from pathlib import Path
 
 # Flags of any script that take less memory when they are lowered.
 HEAVY = ("batch_size", "first_batch_size", "final_batch_size", "semantics_n", "modality_n", "n_mixing_layer", "encoding_size",
-         "hidden_size", "spare_dimensions", "whitening_pairs", "num_eval_batches", "n_points", "size", "jobs")  # fmt: skip
+         "hidden_size", "hidden_sizes", "spare_dimensions", "whitening_pairs", "num_eval_batches", "n_points", "size", "jobs",
+         "workers")  # fmt: skip
 # What torch, its libraries, NumPy and the loader of libraries say of memory that they do not get, or of sizes past all bounds.
 NO_MEMORY = re.compile(
     "can't allocate memory|cannot allocate memory|ALLOC_FAILED|std::bad_alloc|can't start new thread|failed to map segment"
@@ -246,14 +247,16 @@ def place_of(args):
     return shlex.join(["--model-dir", args.model_dir, "--model-id", args.model_id])
 
 
-def integer(minimum, *, or_zero=False):
-    """Kind of a flag: an integer of at least `minimum`, or 0 with `or_zero`."""
+def integer(minimum, maximum=float("inf"), *, or_zero=False):
+    """Kind of a flag: an integer of at least `minimum` and at most `maximum`, or 0 with `or_zero`."""
 
     def parse(text):
         value = int(text)
         if value < minimum and not (or_zero and value == 0):
             expected = f"an integer of at least {minimum}" + (", or 0" if or_zero else "")
             raise argparse.ArgumentTypeError(f"{value} is too small, expected {expected}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is too large, expected an integer of at most {maximum:,}")
         return value
 
     parse.__name__ = "integer"

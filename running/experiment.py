@@ -21,10 +21,11 @@ import torch
 from running import directory as store
 from running import ranks
 from running.command_line import InputError, Parser, integer, is_out_of_memory, number, place_of
-from running.devices import describe_device, encoder_precision, keep_freed_memory, limit_memory, select_device, settled_precision
+from running.devices import describe_device, encoder_precision, keep_freed_memory, select_device, settled_precision
 from running.files import replaced, write_csv, write_json
 from running.geometry import geometry
 from running.lock import occupied
+from running.memory import limit_memory
 from running.official import official_args, official_names
 from running.schedules import LR_SCHEDULES, smallest_batch
 from running.staging import digests, staged
@@ -134,7 +135,7 @@ def add_run_flags(parser):
     flag("--load-args", bool, "let args.json of the model directory win over contradicting flags", None, "call")
     flag("--export-official", str, "do not train: write a trained model into that folder, as the code behind the paper's "
          "figures reads it", None, "call")  # fmt: skip
-    flag("--log-steps", integer(1), "steps between two lines of progress and checkpoints", 1000, "freely")
+    flag("--log-steps", integer(1, 10**12), "steps between two lines of progress and checkpoints", 1000, "freely")
     flag("--checkpoint-minutes", number(0, above=True), "a checkpoint comes at least that often", 10.0, "freely")
     flag("--save-encodings", bool, "keep encodings and factors of the evaluation's samples in encodings.npz", None, "freely")
     flag("--floor", bool, "probe untrained encoders too: references.csv, and small in the picture", None, "freely")
@@ -150,10 +151,10 @@ def add_run_flags(parser):
     flag("--layer-lr", ("uniform", "fan-in"), "of all layers alike, or larger where the fan-in is smaller; see there")
     flag("--preconditioner", ("none", "inputs"), "of Adam's gradients; inputs: whiten by each layer's inputs; see there")
     flag("--lr-schedule", tuple(LR_SCHEDULES), "one cycle warms up and comes down to nothing")
-    flag("--batch-size", integer(2), "pairs a step")
-    flag("--final-batch-size", integer(2, or_zero=True), "pairs in the last step: the batch grows geometrically from "
+    flag("--batch-size", integer(2, 10**7), "pairs a step")
+    flag("--final-batch-size", integer(2, 10**7, or_zero=True), "pairs in the last step: the batch grows geometrically from "
          "--batch-size; 0 = it does not; a recipe's auto: larger for larger encodings")  # fmt: skip
-    flag("--train-steps", integer(1), "steps of training; a recipe's auto: by the size of the encodings")
+    flag("--train-steps", integer(1, 10**12), "steps of training; a recipe's auto: by the size of the encodings")
     flag("--precision", ("fp32", "tf32", "bf16"), "of matrix products; tf32 on CUDA alone; a recipe's auto: bf16 where the "
          "encoders are wide and the device computes it fast, else fp32")  # fmt: skip
 
@@ -178,9 +179,9 @@ def run_experiment(experiment_class, argv=None):
         with ranks.agreed():
             device = select_device(args.no_cuda)
             args.precision = settled_precision(args.precision, device, experiment_class.widest_layer(args))
-            experiment = experiment_class(args, device)
             if device.type == "cpu":
                 limit_memory()
+            experiment = experiment_class(args, device)
             if stored:
                 experiment.check_stored(stored)
             details = store.provenance(device) | experiment.details()
@@ -260,9 +261,9 @@ def evaluate_again(experiment_class, args, directory):
     stored, seed = store.take_evaluation_seed(args, directory, parser, experiment_class.weight_files)
     # in full, also where the device does not have the precision of the training
     args.seed, args.precision = stored["seed"], "fp32"
-    experiment = experiment_class(args, device)
     if device.type == "cpu":
         limit_memory()
+    experiment = experiment_class(args, device)
     experiment.check_stored(stored)
     experiment.load(directory)
     print(f"model        {directory}, training seed {args.seed}, evaluation seed {seed}")

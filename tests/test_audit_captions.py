@@ -263,6 +263,7 @@ def test_the_script(files, call):
         ("factors.csv", b"a\n1,2\n", "row 2 has more values"),
         ("factors.csv", b"a\ninf\n2\n2\n", "infinite values"),
         ("factors.csv", b"id\n1\n2\n3\n", "no column of factors"),
+        ("factors.csv", b"c,d," * 10**5 + b"e\n1\n2\n", "has 200,001 columns, expected 10,000 at most"),
     ],
 )
 def test_bad_input_is_one_line(files, call, file, content, words):

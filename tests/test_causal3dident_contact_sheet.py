@@ -40,7 +40,7 @@ def test_every_shape_is_shown_before_one_is_shown_twice():
 
 
 def test_images_and_captions_are_drawn(data, run):
-    code, out, err = run("--output-folder", data, "--settings", "selections_6", "perturbations_6")
+    code, out, err = run("--output-folder", data, "--settings", "selections_6", "perturbations_6", "--columns", 10**20)
     assert code == 0 and "3 images" in out, err
     picture = np.asarray(Image.open(data / "contact_sheet.png").convert("RGB"))
     red = (picture[..., 0] > 150) & (picture[..., 1] < 50)

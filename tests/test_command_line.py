@@ -1,6 +1,7 @@
 """What ends a script, whatever a user does: one line and an exit code."""
 
 import argparse
+import importlib
 import os
 import resource
 import shlex
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from running import devices, directory
+from running import directory, memory
 from running.command_line import InputError, Parser, integer, place_of
 from running.training import _StopSignals
 from tests.scripts import exit_code, outcome
@@ -60,15 +61,44 @@ def test_too_little_memory_says_how_much_was_asked_for(capsys):
 
 
 def test_the_machine_s_memory_ends_a_script_before_the_system_does(monkeypatch, capsys):
-    monkeypatch.setattr(devices, "_group_limits", lambda: [2**29])
+    monkeypatch.setattr(memory, "_group_limits", lambda: [2**29])
     before = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        devices.limit_memory()
+        memory.limit_memory()
         torch.empty(2**25)
         code, _, err = outcome(capsys, too_large(2**28))
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
     assert code == 2 and "too little memory (1.0 GiB at once)" in err
+
+
+@pytest.mark.parametrize(
+    "module, flags",
+    [
+        ("main_numeric", "--no-cuda --num-eval-batches 10001"),
+        ("main_numeric", "--no-cuda --train-steps 99999999999999999999999999999"),
+        ("main_mpi3dreal", "--no-cuda --workers 99999999999999"),
+        ("eval_numeric_predict", "--model-id m --num-eval-batches 99999999999"),
+    ],
+)
+def test_a_number_past_all_bounds_is_refused_by_its_name(capsys, monkeypatch, tmp_path, module, flags):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = outcome(capsys, importlib.import_module(module).main, *flags.split())
+    flag, value = flags.split()[-2:]
+    assert code == 2 and f"{flag}: {value} is too large, expected an integer of at most" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_latents_that_no_machine_holds_are_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_group_limits", lambda: [2**29])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        flags = "--output-folder", tmp_path / "data", "--n-points", 2**31
+        code, _, err = outcome(capsys, importlib.import_module("rendering_data.Causal3DIdent.generate_latents").main, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert code == 2 and "too little memory" in err and "--n-points" in err and err.count("\n") == 1
+    assert not any((tmp_path / "data").glob("*.csv"))
 
 
 def test_a_limit_too_low_for_the_imports_is_one_line():

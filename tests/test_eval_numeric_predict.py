@@ -305,6 +305,10 @@ def test_a_loop_that_is_run_again_leaves_evaluated_models_as_they_are(predict, m
     (model / RESULTS[0]).unlink()
     assert predict([model])[0] == 0, "what is not complete is made again"
     assert {**contents(model), "args.json": 0} == {**before, "args.json": 0}
+    for name in RESULTS:
+        (model / name).write_bytes(before[name][:-6])
+        assert predict([model])[0] == 0, "what is damaged likewise"
+        assert {**contents(model), "args.json": 0} == {**before, "args.json": 0}
 
 
 def test_the_training_seed_is_refused(predict, model):

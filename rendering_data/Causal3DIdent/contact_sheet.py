@@ -60,7 +60,7 @@ def main(argv=None):
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     settings = {"choices": CAUSAL_SETTINGS, "default": ["selections_6"], "help": "whose captions are shown (selections_6)"}
     parser.add_argument("--settings", nargs="+", metavar="SETTING", **settings)
-    parser.add_argument("--count", type=integer(1), default=12, help="images, as far as there are some (%(default)s)")
+    parser.add_argument("--count", type=integer(1, 1000), default=12, help="images, as far as there are some (%(default)s)")
     parser.add_argument("--columns", type=integer(1), default=4, help="(%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (DIR/contact_sheet.png)")
     args, _ = parser.parse(argv)
@@ -83,7 +83,7 @@ def main(argv=None):
         for k, file in enumerate(files):
             captions[k] += textwrap.fill(label + lines[int(file.stem)], LINE, break_on_hyphens=False) + "\n"
     images = [decode_image(file) for file in files]
-    draw(images, [caption.rstrip() for caption in captions], args.columns, output)
+    draw(images, [caption.rstrip() for caption in captions], min(args.columns, len(images)), output)
     print(f"{output}: {len(images)} images with their captions")
     return 0
 

@@ -32,6 +32,7 @@ from matplotlib.colors import CSS4_COLORS, TABLEAU_COLORS, XKCD_COLORS, hsv_to_r
 
 from reading.causal3dident import CAUSAL_IMAGE, CAUSAL_SEMANTICS, CAUSAL_SETTINGS, CAUSAL_TEXT, ROTATIONS, RUNS_SPELLING
 from running.files import regular_file, replaced
+from running.memory import limit_memory
 
 # Factors that the caption of perturbation setting k draws anew: the first k.
 PERTURBED = ("background_color", "spotlight_color", "object_color", "spotlight_pos", "object_ypos", "object_xpos")
@@ -133,6 +134,7 @@ def main(argv=None):
     overwrite = "replace other latents in DIR; captions and images have to be made anew then"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     args, _ = parser.parse(argv)
+    limit_memory()
     folder, files = args.output_folder, {}
     for name, table in sample_tables(args.n_points, args.seed, args.protocol, args.omission_prob).items():
         files[folder / name] = table.to_csv(index=False, lineterminator="\n").encode()

@@ -28,6 +28,7 @@ from reading.causal3dident import (
     spotlight_fifths,
 )
 from running.files import replaced
+from running.memory import limit_memory
 
 # Words for the values of shape, X and Y position, and position of the spotlight, in fifths of [0, 1].
 WORDS = {
@@ -124,6 +125,7 @@ def main(argv=None):
     seed = "taken as by the other scripts, and without effect: the phrasings are latents"
     parser.add_argument("--seed", type=integer(0), default=0, help=seed)
     args, _ = parser.parse(argv)
+    limit_memory()
     if not args.output_folder.is_dir():
         raise InputError(f"{args.output_folder} is missing; generate_latents.py makes it")
     texts = {}

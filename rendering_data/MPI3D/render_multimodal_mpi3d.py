@@ -29,6 +29,7 @@ import numpy as np
 from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, mpi3d_bias, mpi3d_grid, mpi3d_images
 from reading.captions import number_words, tokenise
 from running.files import write_bytes, write_json
+from running.memory import limit_memory
 
 REPLACED = 0.9  # probability that a perturbable value is drawn anew, unless a flag says another; it may come out the same
 
@@ -157,6 +158,7 @@ def main(argv=None):
     parser.add_argument("--grid", type=integer(1), nargs=7, metavar="SIZE", help=grid)
     parser.add_argument("--overwrite", action="store_true", help="replace captions that lie in the folder")
     args, _ = parser.parse(argv)
+    limit_memory()
     folder = Path(args.output_dir)
     if (folder / MPI3D_FILE).exists():
         _, sizes = mpi3d_images(folder)
