@@ -21,6 +21,7 @@ from running.cores import usable_cores
 
 # A job shall not need to import this module, wherever it runs.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+OF_TERMINALS = {signal.SIGINT, signal.SIGHUP}  # Ctrl-C, and a terminal or connection that is closed
 
 
 class ModelJob:
@@ -75,7 +76,7 @@ class ModelJob:
         # The training's handler gives the signal back as it was: a second SIGTERM shall not cut its checkpoint short.
         signal.signal(signal.SIGTERM, signal.SIG_IGN if on_slurm() else signal.SIG_DFL)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*OF_TERMINALS, signal.SIGTERM})
 
     def stop(self, *_):
         """Handler of SIGTERM: let run() tell the child, whichever line it is at."""
@@ -147,10 +148,10 @@ def run_here(work, options, ended):
                 (model, commands), slot = waiting.pop(0), slots.pop(0)
                 executor = submitit.LocalExecutor(model.log().parent / "submitit")
                 executor.update_parameters(timeout_min=10**6)  # no time limit
-                # Ctrl-C reaches every process of the terminal, and the jobs shall have one signal only: ours
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                # they reach every process of the terminal, and the jobs shall have one signal only: ours
+                signal.pthread_sigmask(signal.SIG_BLOCK, OF_TERMINALS)
                 running.append((executor.submit(make_job(model, commands, slot)), model, slot))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_TERMINALS)
             for item in [item for item in running if item[0].done()]:
                 running.remove(item)
                 slots.append(item[2])
@@ -158,7 +159,7 @@ def run_here(work, options, ended):
             time.sleep(0.1)
     except BaseException:
         print("stopping: the runs write their checkpoints; the same command goes on", file=sys.stderr, flush=True)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_TERMINALS)
         while jobs := [job for job, *_ in running if not job.done()]:
             for job in jobs:
                 os.kill(int(job.job_id), signal.SIGTERM)  # to submitit's controller: cancel() would kill after a second
