@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageOps
 
 from reading.causal3dident import CAUSAL_TOOLS, image_files
+from reading.mpi3d import refuse
 from running.command_line import InputError
 from running.cores import usable_cores
 from running.files import locked, regular_file, replaced, write_bytes
@@ -37,13 +38,16 @@ LARGEST_GRID = 4096  # bytes of the file of a handful of integers
 GPU_RESERVE = 4 * 2**30  # bytes of GPU memory that images leave for the training
 DECODED_AT_ONCE = 1024  # images between two writings to the memory map
 PROGRESS_SECONDS = 10  # between two lines of progress while images are decoded
+CHECKSUM_BYTES, CHECKED_CRC = 4, 0x2144DF1C  # of a CRC at the end of a file, and the CRC of any file that ends with its own
+PIXEL_STEP = 61  # between pixels that are compared before all of them are; no divisor of a width, so that columns change
 
 
 def open_npz_images(path):
     """(images, grid): memory map (N, H, W, 3) uint8 of the member `images`, and the member `grid` as a tuple, None without it.
 
     A stored member is mapped in place; a compressed one is unpacked once, into a file beside `path` that carries its
-    checksum in its name. Nothing is ever unpickled. Raises InputError that names what is missing, damaged or of another kind.
+    checksum in its name, and is read for it whenever it has changed. Nothing is ever unpickled. Raises InputError that names what
+    is missing, damaged or of another kind.
     """
     path = regular_file(path)
     with _opened_npz(path) as (file, archive):
@@ -59,7 +63,7 @@ def open_npz_images(path):
                 raise InputError(f"{path} is damaged: `images` of shape {shape} has {member.file_size - stream.tell()} bytes")
             if member.compress_type == zipfile.ZIP_STORED:
                 return _map_images(path, start + stream.tell(), shape), grid
-        unpacked = path.with_name(f"{path.stem}.{member.CRC:08x}.npy")
+        unpacked = _unpacked(path, member)
         if not unpacked.exists():
             if member.file_size > (free := shutil.disk_usage(path.parent).free):
                 need = f"{member.file_size / 1e9:.2f} GB once, and {path.parent} has {free / 1e9:.2f} GB free"
@@ -68,7 +72,13 @@ def open_npz_images(path):
             made = _made_once(unpacked, "the images are compressed and are unpacked")
             with made as temporary, archive.open(member) as stream, open(temporary, "wb") as target:
                 shutil.copyfileobj(stream, target, 2**24)
-    return _map_npy(unpacked), grid
+    images = _map_npy(unpacked)
+    checked_once(unpacked, lambda: _check_crc(unpacked, member.CRC))
+    return images, grid
+
+
+def _unpacked(path, member):
+    return path.with_name(f"{path.stem}.{member.CRC:08x}.npy")
 
 
 @contextlib.contextmanager
@@ -84,18 +94,36 @@ def _opened_npz(path):
 
 
 def check_stored_images(path):
-    """Raise InputError unless the member `images` of an npz file has its checksum, which mapping does not look at.
+    """Raise InputError unless the member `images` of an npz file has its checksum, and no image one colour alone.
 
-    A compressed one was unpacked by it.
+    Every byte is read, which mapping does not do; of a compressed one, those that `open_npz_images` has unpacked.
     """
+    path, plain, start = Path(path), [], 0
     with _opened_npz(path) as (_, archive):
         member = archive.getinfo("images.npy")
-        if member.compress_type == zipfile.ZIP_STORED:
-            if member.file_size > 2**30:
-                print(f"{path}: reading {member.file_size / 1e9:.2f} GB once, for its checksum", flush=True)
-            with archive.open(member) as stream:
-                while stream.read(2**24):  # which computes it
-                    pass
+        if member.file_size > 2**30:
+            print(f"{path}: reading {member.file_size / 1e9:.2f} GB once, for its checksum", flush=True)
+        stored = member.compress_type == zipfile.ZIP_STORED
+        with archive.open(member) if stored else open(_unpacked(path, member), "rb") as stream:
+            _, *size = _read_image_header(stream, f"{path}: images")
+            rows = max(1, 2**24 // math.prod(size))
+            while block := stream.read(rows * math.prod(size)):  # which computes the checksum
+                images = np.frombuffer(block, np.uint8).reshape(-1, size[0] * size[1], 3)
+                maybe = np.flatnonzero((images[:, ::PIXEL_STEP] == images[:, :1]).all((1, 2)))
+                plain += [start + number for number in maybe.tolist() if (images[number] == images[number, 0]).all()]
+                start += len(images)
+    if plain:
+        refuse(path, f"an image has one colour alone, number {plain[0]} of {start}, and {len(plain) - 1} others")
+
+
+def _check_crc(path, expected):
+    """Raise InputError unless the bytes of a file have this CRC."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            checksum = zlib.crc32(block, checksum)
+    if checksum != expected:
+        raise InputError(f"{path} is damaged: its checksum is another; remove it, and it is made again")
 
 
 def checked_once(path, check):
@@ -104,8 +132,9 @@ def checked_once(path, check):
     A small hidden file beside `path` says so, where one can be written; elsewhere it is called each time.
     """
     path = Path(path)
-    record, status = path.with_name(f".{path.name}.checked"), path.stat()
-    state = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}\n"
+    record, status = _check_record(path), path.stat()
+    # the time of the last change besides: that of the modification can be set back
+    state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}\n"
     with locked(record):  # of jobs that start together one checks, the others wait
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if record.is_file() and record.read_text() == state:
@@ -113,6 +142,10 @@ def checked_once(path, check):
         check()
         with contextlib.suppress(OSError):
             write_bytes(record, state.encode())
+
+
+def _check_record(path):
+    return path.with_name(f".{path.name}.checked")
 
 
 @contextlib.contextmanager
@@ -160,11 +193,11 @@ def _map_images(path, start, shape):
     return np.memmap(path, np.uint8, mode="c", offset=start, shape=shape)
 
 
-def _map_npy(path):
-    """Memory map of the images that a file in the .npy format holds; InputError if it is damaged."""
+def _map_npy(path, after=0):
+    """Memory map of the images that a file in the .npy format holds, with bytes `after` them; InputError if it is damaged."""
     with contextlib.suppress(ValueError), open(regular_file(path), "rb") as file:
         shape = _read_image_header(file, path)
-        if path.stat().st_size == file.tell() + math.prod(shape):
+        if path.stat().st_size == file.tell() + math.prod(shape) + after:
             return _map_images(path, file.tell(), shape)
     raise InputError(f"{path} is damaged; remove it, and it is made again")
 
@@ -172,8 +205,9 @@ def _map_npy(path):
 def open_image_folder(folder, entries=None):
     """Memory map (N, H, W, 3) uint8 of the images 0.png, 1.png, … of a folder, in order of their numbers; .jpg is read too.
 
-    They are decoded once, into a file beside the folder whose name carries a digest of their names, sizes and times;
-    images that have changed since are decoded again, and the older file removed. Raises InputError that
+    They are decoded once, into a file beside the folder whose name carries a digest of their names, sizes and times, and whose
+    end is its checksum; images that have changed since are decoded again, and the older file removed, as they are if the file
+    is damaged. It is read for that whenever it has changed. Raises InputError that
     names an image that is missing, damaged or of another size than the first. entries: what `numbered_images` of the folder
     returned, if it has been asked.
     """
@@ -185,20 +219,27 @@ def open_image_folder(folder, entries=None):
     digest = hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
     decoded = folder.with_name(f"{folder.name}.{digest}.npy")
     damaged_or_missing = contextlib.suppress(FileNotFoundError, InputError)
+
+    def mapped():
+        images = _map_npy(decoded, CHECKSUM_BYTES)
+        checked_once(decoded, lambda: _check_crc(decoded, CHECKED_CRC))
+        return images
+
     images = None
     with damaged_or_missing:
-        images = _map_npy(decoded)
+        images = mapped()
     if images is None:
         with locked(folder.with_name(f".{folder.name}.lock")):  # jobs that start together: one decodes, the others wait
             with damaged_or_missing:
-                return _map_npy(decoded)
+                return mapped()
             with _made_once(decoded, "the images are decoded") as temporary, open(temporary, "wb") as file:
                 _decode_images([Path(entry.path) for entry in entries], file, decoded)
-        images = _map_npy(decoded)
+        images = mapped()
     for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
         if other != decoded:  # also one that a process killed at this place has left
-            with contextlib.suppress(OSError):  # of no consequence but for the space, and tried again
-                other.unlink()
+            for left in (_check_record(other), other):
+                with contextlib.suppress(OSError):  # of no consequence but for the space, and tried again
+                    left.unlink()
     return images
 
 
@@ -218,11 +259,14 @@ def numbered_images(folder):
 
 
 def _decode_images(paths, file, decoded):
-    """Write the images of `paths` as one uint8 array in the .npy format into `file`, which becomes `decoded`."""
+    """Write the images of `paths` as one uint8 array in the .npy format, and a CRC, into `file`, which becomes `decoded`."""
     first = decode_image(paths[0])
     shape, started, reported = (len(paths), *first.shape), time.perf_counter(), time.perf_counter()
     print(f"decoding {len(paths):,} images once, {math.prod(shape) / 1e9:.2f} GB, into {decoded}", flush=True)
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    file.write(header.getvalue())
+    checksum = zlib.crc32(header.getvalue())
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(paths), DECODED_AT_ONCE):
             part = paths[start : start + DECODED_AT_ONCE]
@@ -231,11 +275,13 @@ def _decode_images(paths, file, decoded):
                     found, expected = (f"{height} × {width}" for height, width, _ in (image.shape, first.shape))
                     raise InputError(f"{path} has {found} pixels and {paths[0].name} {expected}; expected images of one size")
                 file.write(image)
+                checksum = zlib.crc32(image, checksum)
             done, now = start + len(part), time.perf_counter()
             if now - reported > PROGRESS_SECONDS or (done == len(paths) > DECODED_AT_ONCE):
                 reported, rate = now, done / (now - started)
                 left = round((len(paths) - done) / rate)
                 print(f"image {done:,}/{len(paths):,}  {rate:.0f} images/s, {left} s left", flush=True)
+    file.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
 
 
 def decode_image(path):
@@ -246,13 +292,19 @@ def decode_image(path):
     try:
         with Image.open(regular_file(path), formats=("PNG", "JPEG")) as image:
             ImageOps.exif_transpose(image, in_place=True)
+            transparent = False
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255, not scale
-                return np.repeat((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                if image.getextrema()[3][0] < 255:
-                    raise InputError(f"{path} has transparent pixels, expected a picture without; render it again")
-            return np.asarray(image.convert("RGB"))
+                grey = np.asarray(image).astype(np.int32)
+                transparent = (grey == image.info.get("transparency", -1)).any()
+                pixels = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            else:
+                if "A" in image.getbands() or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    transparent = image.getextrema()[3][0] < 255
+                pixels = np.asarray(image.convert("RGB"))
+            if transparent:
+                raise InputError(f"{path} has transparent pixels, expected a picture without; render it again")
+            return pixels
     except DAMAGED_IMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the file cannot be read; what is damaged has no number of the system's

@@ -19,7 +19,7 @@ from datasets import MPI3D_FILE, EpochOrder, load_mpi3d, mpi3d_bias
 from reading import captions as caption_reading
 from reading import images as image_reading
 from reading.captions import load_captions, tokenise
-from reading.images import Images, open_npz_images
+from reading.images import Images, checked_once, open_npz_images
 from reading.mpi3d import broken_facts, check_scenes
 from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table, render
 from rendering_data.MPI3D.render_standin_images import blocks
@@ -262,7 +262,7 @@ def test_a_compressed_file_is_unpacked_once_with_a_message(mpi3d, capsys):
     stamp = unpacked.stat().st_mtime_ns
     assert (open_npz_images(mpi3d / MPI3D_FILE)[0] == images).all()
     assert capsys.readouterr().out == "" and unpacked.stat().st_mtime_ns == stamp
-    assert [path.name for path in mpi3d.iterdir() if path.name.startswith(".")] == [RECORD]
+    assert {path.name for path in mpi3d.iterdir() if path.name.startswith(".")} == {RECORD, f".{unpacked.name}.checked"}
     # other images of the same name are not taken for these
     save_npz(mpi3d / MPI3D_FILE, compressed=True, images=255 - images, grid=grid)
     assert (open_npz_images(mpi3d / MPI3D_FILE)[0] == 255 - images).all()
@@ -272,7 +272,9 @@ def test_a_checksum_is_computed_once_until_the_file_changes(mpi3d, monkeypatch):
     calls, check = [], datasets.check_stored_images
     monkeypatch.setattr(datasets, "check_stored_images", lambda path: calls.append(path) or check(path))
     datasets.mpi3d_images(mpi3d)
-    assert not calls, "the file is that which the fixture has checked"
+    calls.clear()
+    datasets.mpi3d_images(mpi3d)
+    assert not calls
     flipped(mpi3d)
     for number in (1, 2):
         with pytest.raises(InputError, match="CRC"):
@@ -287,6 +289,54 @@ def test_a_checksum_is_computed_once_until_the_file_changes(mpi3d, monkeypatch):
     datasets.mpi3d_images(mpi3d)
     datasets.mpi3d_images(mpi3d)
     assert len(calls) == 5
+
+
+def test_a_changed_file_of_equal_size_and_time_is_checked_again_and_an_older_record_counts_for_none(mpi3d):
+    path, checks = mpi3d / MPI3D_FILE, []
+    replace(path, path.read_bytes())  # the fixture's is linked
+    checked_once(path, lambda: checks.append(1))
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(5000)
+        file.write(bytes(100))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    checked_once(path, lambda: checks.append(2))
+    checked_once(path, lambda: checks.append(3))
+    replace(mpi3d / RECORD, f"{status.st_size} {status.st_mtime_ns} {status.st_ino}\n")
+    checked_once(path, lambda: checks.append(4))
+    assert checks == [1, 2, 4]
+
+
+def test_an_unpacked_file_is_checked_whenever_it_has_changed_and_not_else(mpi3d, monkeypatch):
+    images, grid = images_and_grid(mpi3d)
+    save_npz(mpi3d / MPI3D_FILE, compressed=True, images=images, grid=grid)
+    datasets.mpi3d_images(mpi3d)
+    (unpacked,) = mpi3d.glob("*.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(image_reading, "_check_crc", lambda *_: pytest.fail("read again"))
+        datasets.mpi3d_images(mpi3d)
+    content = bytearray(unpacked.read_bytes())
+    content[5000:6000] = bytes(byte ^ 255 for byte in content[5000:6000])
+    unpacked.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"{unpacked.name} is damaged: its checksum is another; remove it"):
+            datasets.mpi3d_images(mpi3d)
+    unpacked.unlink()
+    assert (datasets.mpi3d_images(mpi3d)[0] == images).all()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("number", [0, 200, -1])
+def test_an_image_of_one_colour_is_found_wherever_it_is(mpi3d, monkeypatch, capsys, compressed, number):
+    images, grid = images_and_grid(mpi3d)
+    images[number], images[5] = (7, 8, 9), (7, 8, 9)
+    images[5, -1, -1, 2] = 10  # another colour
+    save_npz(mpi3d / MPI3D_FILE, compressed, images=images, grid=grid)
+    words = f"an image has one colour alone, number {range(384)[number]} of 384, and 0 others"
+    with pytest.raises(InputError, match=words):
+        datasets.mpi3d_images(mpi3d)
+    monkeypatch.setenv("MPI3D_UNCHECKED", "1")
+    assert (datasets.mpi3d_images(mpi3d)[0] == images).all() and words in capsys.readouterr().out
 
 
 SIZES = (4, 4, 2, 3, 3, 3, 3)
@@ -313,6 +363,10 @@ DISORDER = {
     "channels reversed": (lambda s: s[..., ::-1], "green or red"),
     "rows and columns": (lambda s: s.swapaxes(7, 8), "the table does not lie below"),
     "channels first": (lambda s: s.transpose(*range(7), 9, 7, 8), "green or red"),
+    "upside down": (lambda s: s[..., ::-1, :, :], "the table does not lie below"),
+    "a quarter of the brightness": (lambda s: s // 4, "the pixels have a standard deviation of 7.9"),
+    "inverted": (lambda s: 255 - s, "the pixels have a mean of 2"),
+    "black": (lambda s: 0 * s, "the pixels have a mean of 0.0, expected 1 … 60"),
     "one for all": (lambda s: np.broadcast_to(s[0, 0, 0, 0, 0, 0, 0], s.shape), "green or red"),
     "pixels": (lambda s: np.random.default_rng(0).permutation(s.reshape(-1, 1024, 3), axis=1), "neighbouring pixels"),
     "images": (lambda s: np.random.default_rng(0).permutation(s.reshape(-1, 1024, 3)), "more than CAMERA"),

@@ -23,7 +23,7 @@ from reading import images as image_reading
 from reading.captions import tokenise
 from reading.causal3dident import CAUSAL_PALETTES, CAUSAL_TEXT, causal_text_factor
 from reading.causal3dident import CAUSAL_SEMANTICS as SELECTED
-from reading.images import decode_image
+from reading.images import decode_image, open_image_folder
 from rendering_data.Causal3DIdent import contact_sheet, generate_latents, generate_text
 from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED
 from rendering_data.Causal3DIdent.generate_text import TEMPLATES
@@ -166,10 +166,12 @@ def test_images_decoded_before_a_change_are_removed_when_that_is_possible(causal
     (name,) = maps(causal3dident)
     older = causal3dident / "images.0123456789abcdef.npy"
     older.write_bytes(b"gigabytes")
+    record = causal3dident / f".{older.name}.checked"
+    record.touch()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error", str(path))))
         assert np.array_equal(first_pixels(causal3dident), expected) and older.exists()
-    assert np.array_equal(first_pixels(causal3dident), expected) and maps(causal3dident) == [name]
+    assert np.array_equal(first_pixels(causal3dident), expected) and maps(causal3dident) == [name] and not record.exists()
 
 
 def test_of_jobs_that_start_together_one_decodes_and_the_others_wait(causal3dident, monkeypatch):
@@ -212,12 +214,46 @@ def test_images_that_changed_are_decoded_again_and_the_older_map_removed(causal3
     assert len(maps(causal3dident)) == 1 and maps(causal3dident) != [name]
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: b"x" * 300])
-def test_a_damaged_map_is_made_again(causal3dident, damage):
+MAP_DAMAGE = {
+    "shorter": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "another": lambda content: b"x" * 300,
+    "without a checksum": lambda content: content[:-4],
+    "zeroed": lambda content: content[:-64] + bytes(64),
+    "a pixel": lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:],
+}
+
+
+@pytest.mark.parametrize("damage", MAP_DAMAGE)
+def test_a_damaged_map_is_made_again(causal3dident, capsys, damage):
+    before = open_image_folder(causal3dident / "images").copy()
+    (name,) = maps(causal3dident)
+    replace(causal3dident / name, MAP_DAMAGE[damage]((causal3dident / name).read_bytes()))
+    capsys.readouterr()
+    assert np.array_equal(open_image_folder(causal3dident / "images"), before)
+    assert capsys.readouterr().out.count("\n") == 1 and maps(causal3dident) == [name]
+
+
+def test_a_map_is_read_for_its_checksum_once(causal3dident, monkeypatch):
+    first_pixels(causal3dident)
+    monkeypatch.setattr(image_reading, "_check_crc", lambda *_: pytest.fail("read again"))
+    first_pixels(causal3dident)
+
+
+def test_a_map_in_a_folder_that_cannot_be_written_is_checked_at_each_start(causal3dident, monkeypatch):
     before = first_pixels(causal3dident)
     (name,) = maps(causal3dident)
-    replace(causal3dident / name, damage((causal3dident / name).read_bytes()))
+    (causal3dident / f".{name}.checked").unlink()
+
+    def refused(path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(image_reading, "replaced", refused)
+    monkeypatch.setattr(image_reading, "write_bytes", lambda path, _: refused(path))
     assert np.array_equal(first_pixels(causal3dident), before)
+    replace(causal3dident / name, MAP_DAMAGE["zeroed"]((causal3dident / name).read_bytes()))
+    with pytest.raises(InputError, match="cannot be written, and the images are decoded"):
+        first_pixels(causal3dident)
 
 
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device"), InputError("damaged")])
@@ -278,7 +314,10 @@ def test_palettes_and_opaque_pictures_are_read_as_they_look_and_transparent_ones
     opaque[2, 3, 3] = 254
     saved(tmp_path / "2.png", opaque)
     Image.fromarray(colour).quantize(64).save(tmp_path / "3.png", transparency=0)
-    for name in ("2.png", "3.png"):
+    saved(tmp_path / "4.png", GREY.astype(np.uint8), transparency=50)
+    saved(tmp_path / "5.png", GREY * 257, transparency=50 * 257)
+    assert decode_image(saved(tmp_path / "6.png", GREY * 257, transparency=50 * 257 + 1)).max() == GREY.max()
+    for name in ("2.png", "3.png", "4.png", "5.png"):
         with pytest.raises(InputError, match=f"{name} has transparent pixels"):
             decode_image(tmp_path / name)
 
