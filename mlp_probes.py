@@ -4,7 +4,6 @@
 `FullBatchProbes` as the downstream tasks of Section 5.1 ask, on all samples in every step. Everything is in float32.
 """
 
-import itertools
 import math
 
 import torch
@@ -14,10 +13,8 @@ HIDDEN_UNITS, LEARNING_RATE, BATCH_SIZE, WEIGHT_DECAY = 100, 1e-3, 200, 1e-4
 MAX_EPOCHS = 10_000  # the runs' limit; scikit-learn's default, 200, ends fits to classes and to small sets too early
 TOLERANCE, PATIENCE = 1e-4, 10  # stop once more than PATIENCE epochs running have not improved the loss by TOLERANCE
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
-# Fast probes: steps and the rate at first, which falls to 0, in place of the rule to stop; and in place of 10,000 steps of a full
-# batch, steps, samples and rate of minibatches, and the share of steps in which it falls. Rates are in units of LEARNING_RATE.
+# Fast probes: steps and the rate at first, in units of LEARNING_RATE, which falls to 0, in place of the rule to stop.
 PROBE_STEPS, PROBE_RATE = 2_000, 10.0
-FAST_STEPS, FAST_BATCH, FAST_RATE, FAST_DECAY = 5_000, 1024, 2.0, 0.2
 CHUNK = 1024  # samples of a full batch whose activations are still in a CPU cache when the gradient needs them
 
 
@@ -26,15 +23,15 @@ def with_ones(h):
     return torch.cat((h.float(), torch.ones(len(h), 1, device=h.device)), dim=1)
 
 
-def adam_step(parameters, gradients, momentum, variance, step, epsilon=EPSILON, rate=1.0):
+def adam_step(parameters, gradients, momentum, variance, step, epsilon=EPSILON, rate=1.0, beta_2=BETA_2):
     """Adam's step number `step` in place, all four being lists of tensors: the kernel behind torch.optim.Adam(fused=True).
 
-    rate: factor of the learning rate.
+    rate: factor of the learning rate; beta_2: decay of the second moment.
 
     The class itself would do, but making one imports torch's compiler: seconds.
     """
     counts = [torch.full((), step, dtype=torch.float32, device=parameter.device) for parameter in parameters]
-    settings = {"lr": LEARNING_RATE * rate, "beta1": BETA_1, "beta2": BETA_2, "eps": epsilon}
+    settings = {"lr": LEARNING_RATE * rate, "beta1": BETA_1, "beta2": beta_2, "eps": epsilon}
     unused = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
     torch._fused_adam_(parameters, gradients, momentum, variance, [], counts, **settings, **unused)
 
@@ -224,43 +221,21 @@ class FullBatchProbes:
         """Weights (K, 1, 100) and biases (K, 1, 1) of the logits."""
         return (self.output * self._factor).unsqueeze(1), (self.bias * self._factor).unsqueeze(1)
 
-    def train(self, h, targets, steps):
-        """Full-batch steps of Adam for h (N, D), standardised, targets (N, K), classes as 0 and 1; ValueError if it diverges."""
-        chunks = list(zip(_chunks(with_ones(h)), _chunks(targets.float()), strict=True))
-        self._train(itertools.repeat((chunks, 1.0), steps))
-
-    def train_fast(self, h, targets, generator):
-        """What `train` comes to in 10,000 steps, in a fraction of their time, arguments as there; generator: on the CPU.
-
-        Minibatches at a larger rate go the same way, and a rate that falls in the end takes their noise away.
-        """
-        rows = torch.cat((with_ones(h), targets.float()), dim=1)
-        batch_size, features = min(FAST_BATCH, len(h)), h.shape[1] + 1
-
-        def batches():
-            steps = 0
-            while True:
-                shuffled = rows[torch.randperm(len(rows), generator=generator).to(h.device)]
-                for part in shuffled.split(batch_size)[: len(rows) // batch_size]:
-                    if steps == FAST_STEPS:
-                        return
-                    rate = FAST_RATE * min(1.0, (1 - steps / FAST_STEPS) / FAST_DECAY)
-                    yield [(part[:, :features].T.contiguous(), part[:, features:].T.contiguous())], rate
-                    steps += 1
-
-        self._train(batches())
-
     @torch.no_grad()
-    def _train(self, batches):
-        """Steps of Adam: batches, an iterable of ([(inputs (D + 1, B), targets (K, B)), …], factor of the learning rate)."""
+    def train(self, h, targets, steps, rate=1.0):
+        """Full-batch steps of Adam for h (N, D), standardised, targets (N, K), classes as 0 and 1; ValueError if it diverges.
+
+        rate: factor of the learning rate. So many times fewer steps come about as far: the second moment forgets so many times
+        faster, and all samples are in each step, since the noise of minibatches would count as a moment and keep it small.
+        """
+        chunks, beta_2 = list(zip(_chunks(with_ones(h)), _chunks(targets.float()), strict=True)), 1 - (1 - BETA_2) * rate
         activations = {}
         parameters = [self.hidden, self.output, self.bias]
         gradients, momentum, variance = ([torch.zeros_like(part) for part in parameters] for _ in range(3))
         hidden_gradient, output_gradient, bias_gradient = gradients
         common = torch.empty_like(self.hidden)  # G, (D + 1, K, 100)
-        for step, (chunks, rate) in enumerate(tqdm(batches, unit="step", leave=False, disable=None), 1):  # shown on a terminal
-            # δ of MSE is twice output − target, of cross-entropy that alone
-            slope = 2 / self._factor / sum(x.shape[1] for x, _ in chunks)
+        slope = 2 / self._factor / len(h)  # δ of MSE is twice output − target, of cross-entropy that alone
+        for step in tqdm(range(1, steps + 1), unit="step", leave=False, disable=None):  # shown on a terminal
             common.zero_()
             bias_gradient.zero_()
             weights, biases = self._logit_layer()
@@ -280,7 +255,7 @@ class FullBatchProbes:
             torch.mul(common, weights[:, 0], out=hidden_gradient)
             torch.sum(common.mul_(self.hidden), dim=0, out=output_gradient)
             bias_gradient.mul_(slope)
-            adam_step(parameters, gradients, momentum, variance, step, rate=rate)
+            adam_step(parameters, gradients, momentum, variance, step, rate=rate, beta_2=beta_2)
         if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
             raise ValueError("the training of a probe diverged: the encodings or the targets are too large")
 
