@@ -131,7 +131,7 @@ def outcome(folder):
     found = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         path = file.relative_to(folder)
-        if not re.fullmatch(r".+\.(lock|checked)|tokens.*\.npz", file.name) and "logs" not in path.parts:
+        if not re.fullmatch(r".*\.(lock|checked)|tokens.*\.npz", file.name) and "logs" not in path.parts:
             found[str(path.with_name(re.sub(r"^(images)\.[0-9a-f]+(\.npy)$", r"\1\2", file.name)))] = content(file)
     return found
 
