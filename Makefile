@@ -79,6 +79,7 @@ PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CP
 
 test-processors: $(INSTALLED)
 	@set -e; for setting in $(PROCESSORS); do echo "$$setting"; env $$setting $(BIN)/python -m pytest --durations=0 --durations-min=30 $(NUMERICAL); done
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --durations=0 --durations-min=30 -k killed tests/test_training.py tests/test_main_*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
