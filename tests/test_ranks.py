@@ -86,10 +86,12 @@ def weights(directory):
     return {(name, key): value for name in names for key, value in load_torch(directory / name).items()}
 
 
-def assert_alike(found, expected, tolerance=1e-5):
+def assert_alike(found, expected, tolerance=2e-6):
+    """Alike on average; single weights may be fifty times further apart, since Adam makes much of a gradient next to nothing."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name} {text}")
+        torch.testing.assert_close(found[name], value, rtol=0, atol=50 * tolerance, msg=lambda text, name=name: f"{name} {text}")
+        assert (found[name] - value).abs().double().mean() < tolerance, name
 
 
 @pytest.fixture(scope="module")
