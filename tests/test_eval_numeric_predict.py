@@ -181,13 +181,13 @@ def test_semantics_score_near_one_and_noise_near_zero(monkeypatch, protocol):
 def test_fast_probes_come_about_as_far_in_a_fourteenth_of_the_steps(monkeypatch):
     monkeypatch.setattr(downstream, "STEPS", 3000)
     monkeypatch.setattr(downstream, "FAST_STEPS", 210)
-    samples = synthetic_samples(4096, 5, 0, "cpu")
+    samples = synthetic_samples(2048, 5, 0, "cpu")
     exact, fast, again = (
         downstream.score_tasks(*samples, "code", torch.Generator().manual_seed(1), name) for name in ("paper", "fast", "fast")
     )
     assert fast == again != exact
     for own, other in zip(fast, exact, strict=True):
-        assert own == pytest.approx(other, abs=0.05)
+        assert own == pytest.approx(other, abs=0.07)
     monkeypatch.setattr(downstream, "STEPS", 210)
     as_short = downstream.score_tasks(*samples, "code", torch.Generator().manual_seed(1), "fast")[0]
     assert as_short["y4"] < exact[0]["y4"] - 0.1
