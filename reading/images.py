@@ -29,6 +29,7 @@ from reading.mpi3d import refuse
 from running.command_line import InputError
 from running.cores import usable_cores
 from running.files import locked, regular_file, replaced, write_bytes
+from running.memory import allow_mapping
 
 DAMAGED = (OSError, EOFError, RuntimeError, ValueError, OverflowError, struct.error, zlib.error)
 DAMAGED_ARCHIVE = (*DAMAGED, zipfile.BadZipFile, lzma.LZMAError)
@@ -190,6 +191,7 @@ def _read_grid(archive, path):
 
 def _map_images(path, start, shape):
     # copy on write, so that torch takes it for writable; no page is ever written
+    allow_mapping(math.prod(shape))
     return np.memmap(path, np.uint8, mode="c", offset=start, shape=shape)
 
 

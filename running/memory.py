@@ -22,6 +22,16 @@ def limit_memory():
         resource.setrlimit(resource.RLIMIT_DATA, (limit if highest < 0 else min(limit, highest), highest))
 
 
+def allow_mapping(size):
+    """Raise this process's limit, if it has one, by a file of `size` bytes that is mapped and never written to.
+
+    Linux counts a private mapping as memory, and can take back its pages at any time.
+    """
+    limit, highest = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit >= 0:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit + size if highest < 0 else min(limit + size, highest), highest))
+
+
 def _group_limits():
     """Bytes that the control groups of this process, a container's or a job's, allow: an iterable, infinity first."""
     yield float("inf")

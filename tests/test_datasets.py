@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import resource
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from reading.images import Images, checked_once, open_npz_images
 from reading.mpi3d import broken_facts, check_scenes
 from rendering_data.MPI3D.render_multimodal_mpi3d import caption_table, render
 from rendering_data.MPI3D.render_standin_images import blocks
+from running import memory
 from running.command_line import InputError
 from tests.scripts import contents, replace
 
@@ -305,6 +307,23 @@ def test_a_changed_file_of_equal_size_and_time_is_checked_again_and_an_older_rec
     replace(mpi3d / RECORD, f"{status.st_size} {status.st_mtime_ns} {status.st_ino}\n")
     checked_once(path, lambda: checks.append(4))
     assert checks == [1, 2, 4]
+
+
+def test_images_that_are_mapped_take_no_memory_from_the_training(monkeypatch, tmp_path):
+    """Their pages are the system's to take back: a data set may be larger than what a script may take."""
+    file, before = tmp_path / "images.npy", resource.getrlimit(resource.RLIMIT_DATA)
+    with open(file, "wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (2**18, 64, 64, 3)})
+        stream.truncate(stream.tell() + 2**18 * 64 * 64 * 3)  # 3 GiB that take no place
+    monkeypatch.setattr(memory, "_group_limits", lambda: [2**29])
+    try:
+        memory.limit_memory()
+        images = image_reading._map_npy(file)
+        assert images[-1].sum() == 0
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            torch.empty(2**28)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def test_an_unpacked_file_is_checked_whenever_it_has_changed_and_not_else(mpi3d, monkeypatch):
