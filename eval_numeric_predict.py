@@ -39,11 +39,11 @@ from latent_spaces import biased_blocks, seeded_generator
 from mlp_probes import FullBatchProbes
 from running.devices import describe_device, encoder_precision, keep_freed_memory, select_device, settled_precision
 from running.directory import LATER_DOWNSTREAM, check_writable, is_finished, tidy, trained_args
-from running.files import regular_file, write_csv, write_json
+from running.files import write_csv, write_json
 from running.lock import occupied
 from running.memory import limit_memory
 from running.pictures import plot_downstream_scores
-from running.staging import digest, digests, recorded, staged
+from running.staging import digests, is_recorded, staged
 
 STEPS = 10_000
 FAST_STEPS = 700  # of --probes fast, as much longer as there are fewer
@@ -204,12 +204,11 @@ def _evaluate(directory, args, device):
     protocol = args.protocol or setting.protocol
     batches, precision, probes_name = args.num_eval_batches, args.precision, args.probes or setting.probes
     details = {"seed": seed, "protocol": protocol, "num_eval_batches": batches, "precision": precision, "probes": probes_name}
-    existing, files = [name for name in RESULTS if (directory / name).exists()], recorded(directory, "files")
+    existing = [name for name in RESULTS if (directory / name).exists()]
     if not args.overwrite and existing:
         if not details.items() <= (LATER_DOWNSTREAM | stored.get("downstream", {})).items():
             raise InputError(f"it has {existing[0]} already; --overwrite replaces it, made otherwise or incomplete")
-        whole = [name for name in existing if digest(regular_file(directory / name)) == files.get(name, digest(directory / name))]
-        if whole == list(RESULTS):
+        if existing == list(RESULTS) and all(is_recorded(directory / name) for name in RESULTS):
             print(f"model        {directory} is evaluated already with seed {seed}: nothing to do", flush=True)
             return
     check_writable(directory)

@@ -28,12 +28,12 @@ import torch
 from matplotlib.collections import LineCollection
 
 import probes
-from running.files import opened_npz, regular_file
+from running.files import opened_npz
 from running.geometry import geometry
 from running.lock import occupied
 from running.memory import limit_memory
 from running.pictures import check_picture, plt, save_figure
-from running.staging import digest, recorded, settle
+from running.staging import is_recorded, settle
 
 SIMILARITY = {("hz_x", "hz_t"): "distance", ("h_image", "h_text"): "cosine"}  # of both encodings, by their names
 AGAIN = "evaluate the model with --evaluate --save-encodings"
@@ -72,7 +72,7 @@ def plot(directory, output, args):
     """Print the scores of the encodings in a model directory and draw them into `output`; returns the exit code."""
     settle(directory)
     file = directory / "encodings.npz"
-    if file.exists() and recorded(directory, "files").get(file.name, digest(regular_file(file))) != digest(file):
+    if file.exists() and not is_recorded(file):
         raise InputError(f"{file} is damaged, or another model's: the evaluation in args.json wrote another; {AGAIN}")
     encodings, factors, is_test, passed_over = read_encodings(file)
     if args.factor not in (None, *factors):

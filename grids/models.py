@@ -11,7 +11,7 @@ import pandas as pd
 from running.command_line import InputError
 from running.directory import LATER_DOWNSTREAM, LATER_FLAGS, stored_args
 from running.files import read_csv
-from running.staging import digest, recorded, settle
+from running.staging import is_recorded, settle
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = "results/standin/models"  # models without their weights
@@ -179,7 +179,7 @@ class Model:
             if wrong:
                 row = " ".join(keys.values()) or "the model"
                 raise InputError(f"{path} is damaged: {wrong[0]} of {row}; remove it and make it again")
-        if recorded(self.directory, "files").get(file.name) not in (None, digest(path)):
+        if not is_recorded(path):
             raise InputError(f"{path} is damaged: its evaluation wrote another; remove it and make it again")
         return rows
 

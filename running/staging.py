@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from running.command_line import InputError
-from running.files import read_json
+from running.files import read_json, regular_file
 
 STAGED = ".unfinished-evaluation"
 
@@ -49,6 +49,12 @@ def recorded(directory, kind):
     return files if isinstance(files, dict) else {}
 
 
+def is_recorded(path):
+    """Whether a file of a model directory is the one whose digest args.json beside it names, or is not named there at all."""
+    expected = recorded(path.parent, "files").get(path.name)
+    return expected is None or digest(path) == expected
+
+
 def digests(folder):
     """Dict name → digest of the files of a folder."""
     return {path.name: digest(path) for path in sorted(folder.iterdir())}
@@ -56,5 +62,5 @@ def digests(folder):
 
 def digest(path):
     """SHA-256 of a file, as sha256sum prints it."""
-    with open(path, "rb") as file:
+    with open(regular_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
