@@ -24,7 +24,7 @@ from encoders import MLPEncoder, hidden_widths, initialise_all
 from kernel_ridge import kernel_ridge_r2
 from latent_spaces import LATENTS, MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
 from losses import LearnedLogits, multimodal_contrastive_loss
-from mlp_probes import PROBE_STEPS
+from mlp_probes import FAST_PROBES
 from probes import ABSENT, LEARNED
 from running.directory import has_checkpoint, load_weights, save_weights
 from running.experiment import Experiment, names_of, run_experiment
@@ -220,9 +220,9 @@ class NumericExperiment(Experiment):
         self.evaluated = {"fit": fit_h | fit_targets, "test": test_h | test_targets}
         encodings = {name: probes.standardise(fit_h[name], test_h[name]) for name in fit_h}
         if self.args.mlp_eval:
-            steps = PROBE_STEPS if self.args.probes == "fast" else None
+            schedule = FAST_PROBES if self.args.probes == "fast" else ()
             generator = seeded_generator(seed, "probe", self.device)
-            nonlinear = probes.mlp_r2(encodings, fit_targets, test_targets, generator, steps)
+            nonlinear = probes.mlp_r2(encodings, fit_targets, test_targets, generator, *schedule)
         rows = []
         for name, (fit, test) in encodings.items():
             linear = probes.linear_r2(fit, fit_targets, test, test_targets)

@@ -13,8 +13,7 @@ HIDDEN_UNITS, LEARNING_RATE, BATCH_SIZE, WEIGHT_DECAY = 100, 1e-3, 200, 1e-4
 MAX_EPOCHS = 10_000  # the runs' limit; scikit-learn's default, 200, ends fits to classes and to small sets too early
 TOLERANCE, PATIENCE = 1e-4, 10  # stop once more than PATIENCE epochs running have not improved the loss by TOLERANCE
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
-# Fast probes: steps and the rate at first, in units of LEARNING_RATE, which falls to 0, in place of the rule to stop.
-PROBE_STEPS, PROBE_RATE = 2_000, 10.0
+FAST_PROBES = (2_000, 10.0)  # steps of fast probes, and their first rate in units of LEARNING_RATE
 CHUNK = 1024  # samples of a full batch whose activations are still in a CPU cache when the gradient needs them
 
 
@@ -36,14 +35,14 @@ def adam_step(parameters, gradients, momentum, variance, step, epsilon=EPSILON, 
     torch._fused_adam_(parameters, gradients, momentum, variance, [], counts, **settings, **unused)
 
 
-def fit_and_predict(encodings, truths, generator, steps=None):
+def fit_and_predict(encodings, truths, generator, steps=None, first_rate=None):
     """Dict (encoding, target) → (k, M) float32 outputs for the test set, of a network for each encoding and target.
 
     encodings: dict name → (fit_h (N, D), test_h (M, D)); truths: dict name → (truth (N, k), one of the losses below); generator:
-    a torch.Generator, of which one number is drawn; steps: that many, by a rate that falls from PROBE_RATE times the usual to 0,
-    instead of MLPRegressor's rule to stop. All networks
-    of one shape train as one batch, from the same initial weights over the same minibatches: what others are beside it
-    changes a network by rounding alone. Raises ValueError where the training diverges.
+    a torch.Generator, of which one number is drawn; steps: that many instead of MLPRegressor's rule to stop; first_rate: the
+    learning rate falls from that many times the usual to 0 over these steps. All networks of one shape train as one batch,
+    from the same initial weights over the same minibatches: what others are beside it changes a network by rounding alone.
+    Raises ValueError where the training diverges.
     """
     groups = {}
     for encoding, (fit_h, _) in encodings.items():
@@ -57,7 +56,7 @@ def fit_and_predict(encodings, truths, generator, steps=None):
         source = torch.tensor([names.index(encoding) for encoding, _ in members], device=fit_inputs.device)
         stacked = torch.stack([truths[target][0].float() for _, target in members], dim=1)
         rng = torch.Generator().manual_seed(seed)
-        networks, _ = train_networks(fit_inputs, source, stacked, loss_and_delta, rng, steps)
+        networks, _ = train_networks(fit_inputs, source, stacked, loss_and_delta, rng, steps, first_rate)
         trained = network_outputs(views(networks, size + 1, width), test_inputs, source)
         outputs |= zip(members, trained, strict=True)
     return outputs
@@ -100,12 +99,13 @@ def initial_row(inputs, outputs, generator):
 
 
 @torch.no_grad()
-def train_networks(inputs, source, targets, loss_and_delta, generator, max_steps=None):
+def train_networks(inputs, source, targets, loss_and_delta, generator, max_steps=None, first_rate=None):
     """Parameters (N, P) of N networks trained side by side, each until it stops, and their numbers of epochs (N,) on the CPU.
 
     inputs: (E, n, D + 1) float32, the last column 1; source: (N,) the input of each network; targets: (n, N, k). Adam,
     the penalty, the loss of an epoch and the rule to stop are those of scikit-learn's MLPRegressor; with max_steps, all
-    take that many instead, as `fit_and_predict` has it. Raises ValueError where the training diverges.
+    take that many instead, and with first_rate by a falling rate, as `fit_and_predict` has it. Raises ValueError where the
+    training diverges.
     """
     device, (_, samples, size), (_, count, outputs) = inputs.device, inputs.shape, targets.shape
     batch_size = min(BATCH_SIZE, samples)
@@ -139,7 +139,7 @@ def train_networks(inputs, source, targets, loss_and_delta, generator, max_steps
             steps += 1
             # scikit-learn adds ε to √v, where torch adds it to √v over its bias correction
             epsilon = EPSILON / math.sqrt(1 - BETA_2**steps)
-            rate = 1.0 if max_steps is None else PROBE_RATE * (1 - (steps - 1) / max_steps)
+            rate = 1.0 if first_rate is None else first_rate * (1 - (steps - 1) / max_steps)
             adam_step([rows], [gradients], [momentum], [variance], steps, epsilon, rate)
         epoch_loss = epoch_loss.div_(samples).cpu()
         if not epoch_loss.isfinite().all():

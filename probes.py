@@ -137,22 +137,23 @@ def _logistic_weights(h, truth):
     return torch.from_numpy(solution).to(h.device).view_as(wanted)
 
 
-def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None):
+def mlp_r2(encodings, fit_targets, test_targets, generator, steps=None, first_rate=None):
     """R² of an MLP on the test set, by (encoding, target).
 
     encodings: dict name → (fit_h, test_h), standardised; generator: a torch.Generator, of which one number is drawn. One hidden
     layer of 100 ReLU units and scikit-learn's defaults for MLPRegressor but for MAX_EPOCHS, in float32; with `steps`, that many
-    steps instead of its rule to stop. Raises ValueError where the training diverges.
+    instead of its rule to stop, and with `first_rate` by a falling rate (`mlp_probes.fit_and_predict`). Raises ValueError
+    where the training diverges.
     """
     for fit_h, test_h in encodings.values():
         check_regression(fit_h, fit_targets, test_h, test_targets)
     truths = {name: (columns(target), squared_error) for name, target in fit_targets.items()}
-    outputs = fit_and_predict(encodings, truths, generator, steps)
+    outputs = fit_and_predict(encodings, truths, generator, steps, first_rate)
     keys = list(itertools.product(encodings, fit_targets))
     return r2_by_name({key: test_targets[key[1]] for key in keys}, {key: outputs[key].T for key in keys})
 
 
-def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None):
+def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None, first_rate=None):
     """MCC of MLPs as `mlp_r2` has them, with MLPClassifier's defaults; a target with a single class to fit scores 0."""
     for fit_h, test_h in encodings.values():
         _check_classes(fit_h, fit_targets, test_h, test_targets)
@@ -163,7 +164,7 @@ def mlp_mcc(encodings, fit_targets, test_targets, generator, steps=None):
             truths[name] = place.unsqueeze(1), binary_cross_entropy
         elif len(labels[name]) > 2:
             truths[name] = torch.nn.functional.one_hot(place, len(labels[name])), cross_entropy
-    outputs = fit_and_predict(encodings, truths, generator, steps)
+    outputs = fit_and_predict(encodings, truths, generator, steps, first_rate)
     scores = dict.fromkeys(itertools.product(encodings, fit_targets), 0.0)
     for (encoding, target), output in outputs.items():
         place = (output[0] > 0).long() if len(output) == 1 else output.argmax(dim=0)

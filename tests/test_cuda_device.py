@@ -52,7 +52,7 @@ def small(monkeypatch):
         (main_numeric, "EVAL_BATCH", 200),
         (latent_spaces, "CONDITION_DRAWS", 1000),
         (mlp_probes, "MAX_EPOCHS", 3),
-        (main_numeric, "PROBE_STEPS", 5),
+        (main_numeric, "FAST_PROBES", (5, 10.0)),
         (eval_numeric_predict, "FAST_STEPS", 5),
         (eval_numeric_predict, "STEPS", 5),
         (probes, "LOGISTIC_ITERATIONS", 5),

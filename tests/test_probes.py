@@ -131,13 +131,26 @@ def test_mlp_agrees_with_scikit_learn():
 def test_fast_probes_score_as_the_exact_ones():
     encodings, fit, test = make_data(4_096)
 
-    def scores(steps):
-        found = probes.mlp_r2(encodings, fit, test, generator(), steps)
+    def scores(*schedule):
+        found = probes.mlp_r2(encodings, fit, test, generator(), *schedule)
         return {key: max(score, 0) for key, score in found.items()}
 
-    exact = scores(None)
-    assert scores(mlp_probes.PROBE_STEPS) == pytest.approx(exact, abs=0.02)  # "square" is harder than any encoding's factor
+    exact = scores()
+    assert scores(*mlp_probes.FAST_PROBES) == pytest.approx(exact, abs=0.02)  # "square" is harder than any encoding's factor
     assert scores(30)["x", "square"] < exact["x", "square"] - 0.01
+
+
+def test_a_number_of_steps_changes_nothing_else(monkeypatch):
+    """So many steps as the rule to stop would take are the same steps, by the same rate, to the bit; one that falls is not."""
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 8)  # none stalls before
+    data = make_data(1000)
+    steps = 8 * math.ceil(1000 / mlp_probes.BATCH_SIZE)
+    by_the_rule = probes.mlp_r2(*data, generator())
+    assert probes.mlp_r2(*data, generator(), steps) == by_the_rule
+    rates, real = [], mlp_probes.adam_step
+    monkeypatch.setattr(mlp_probes, "adam_step", lambda *call: rates.append(call[6]) or real(*call))
+    assert probes.mlp_r2(*data, generator(), steps, 10.0) != by_the_rule
+    assert rates[:steps] == pytest.approx([10 * (1 - step / steps) for step in range(steps)])
 
 
 def test_a_target_alone_gives_the_same_as_among_others(monkeypatch):

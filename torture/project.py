@@ -74,7 +74,7 @@ def small_picture(scores, *rest):
 
 SMALL = {
     ("main_numeric", "EVAL_BATCH"): 128,
-    ("main_numeric", "PROBE_STEPS"): 10,
+    ("main_numeric", "FAST_PROBES"): (10, 10.0),
     ("eval_numeric_predict", "STEPS"): 20,
     ("latent_spaces", "CONDITION_DRAWS"): 200,
     ("mlp_probes", "MAX_EPOCHS"): 10,
