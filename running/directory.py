@@ -68,8 +68,8 @@ def find_directory(args, default_id):
     Raises InputError for flags that exclude each other or need --model-id, for a --model-id that leads out of --model-dir, and
     for a file in the directory's place.
     """
-    if sum((args.resume, args.overwrite, args.evaluate)) > 1:
-        raise InputError("--resume, --overwrite and --evaluate exclude each other")
+    if sum((args.resume, args.overwrite, args.evaluate, args.export_official is not None)) > 1:
+        raise InputError("--resume, --overwrite, --evaluate and --export-official exclude each other")
     if args.model_id is None:
         for flag in ("resume", "evaluate", "load_args", "export_official"):
             if getattr(args, flag):

@@ -577,6 +577,7 @@ def fails(run, flags, words, **options):
         ("--protocol text", "--protocol"),
         ("--no-such-flag", "--no-such-flag"),
         ("--resume --overwrite", "exclude each other"),
+        ("--evaluate --export-official there", "exclude each other"),
         ("--evaluate", "args.json is missing"),
         ("--load-args", "args.json is missing"),
     ],
