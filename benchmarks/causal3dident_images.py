@@ -12,9 +12,9 @@ towards any denoiser, with noise of their own.
 """
 
 import argparse
+import contextlib
 import math
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reading.causal3dident import SHAPES
 from rendering_data.Causal3DIdent.generate_images import Renderers, check_assets, render_settings, shape_file
-from running.cores import usable_cores
+from running.cores import cpu_name, usable_cores
 
 IMAGES = 100_000  # of the data set
 
@@ -81,15 +81,6 @@ def psnr(file, reference):
     return 10 * math.log10(255**2 / max(np.mean((pixels(file) - pixels(reference)) ** 2), 1e-9))
 
 
-def describe_cpu():
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def spread(values):
     return f"median {statistics.median(values):6.3f}, {min(values):.3f} to {max(values):.3f}"
 
@@ -113,7 +104,7 @@ def main():
         shapes = [k for k in shapes if (args.assets / shape_file(k)).is_file()]
         check_assets(args.assets, shapes)
     cores = usable_cores()
-    print(f"{describe_cpu()}, {cores} usable cores, {args.device}, {'assets' if args.assets else 'stand-in'} shapes, "
+    print(f"{cpu_name()}, {cores} usable cores, {args.device}, {'assets' if args.assets else 'stand-in'} shapes, "
           f"{args.size} × {args.size}, {args.samples} samples")  # fmt: skip
 
     def settings(plain, threads, **changes):
@@ -134,9 +125,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     seconds, used = {name: [] for name in forms}, {name: [] for name in forms}
     pools = {name: Renderers(*form) for name, form in forms.items()}
-    try:
+    with contextlib.ExitStack() as entered:
         for name, pool in pools.items():
-            pool.__enter__()
+            entered.enter_context(pool)
             if name != "generate_images.py":
                 timed(pool, jobs(latents, range(count, count + side_by_side), folder / "warm-up"))
                 continue
@@ -152,9 +143,6 @@ def main():
                 seconds[name].append(wall)
                 used[name].append(cpu)
             print("  ".join(f"{name} {values[-1]:.3f}" for name, values in seconds.items()), "s an image", flush=True)
-    finally:
-        for pool in pools.values():
-            pool.__exit__()
     own = seconds.pop("generate_images.py")
     for name, values in {**seconds, "generate_images.py": own}.items():
         print(f"{name:24} {spread(values)} s an image over {len(values)} rounds of {args.per_round}; "

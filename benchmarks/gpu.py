@@ -71,20 +71,14 @@ def model_of(experiment, flags, device):
     return model
 
 
-def synchronise(device):
-    """Wait for a GPU."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
 def milliseconds(step, device, count):
     """(median, lowest, highest) milliseconds of `count` calls after three of warm-up."""
     times = []
     for _ in range(count + 3):
-        synchronise(device)
+        torch.get_device_module(device).synchronize()
         started = time.perf_counter()
         step()
-        synchronise(device)
+        torch.get_device_module(device).synchronize()
         times.append(1e3 * (time.perf_counter() - started))
     return statistics.median(times[3:]), min(times[3:]), max(times[3:])
 
@@ -113,7 +107,7 @@ def correct(options, data):
             parameters = [parameter for module in model.modules.values() for parameter in module.parameters()]
             losses.append(loss.item())
             gradients.append(torch.cat([g.flatten().cpu() for g in torch.autograd.grad(loss, parameters)]).double())
-        name = f"{experiment.name} {' '.join(flags[flags.index('--recipe') :]) if '--recipe' in flags else flags[-1]}"
+        name = f"{experiment.name} {' '.join(flags[-2:])}"
         loss_error = abs(losses[0] - losses[1]) / abs(losses[0])
         gradient_error = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
         rows.append((f"{name}: loss against the CPU", f"{loss_error:.1e}", loss_error < LOSS_BOUND))

@@ -90,17 +90,11 @@ def time_form(form, options):
 
     for step in range(options.steps + 2):
         if step == 2:
-            synchronise(model.device)
+            torch.get_device_module(model.device).synchronize()
             started = time.perf_counter()
         plain_step() if form == "plain" else training_step(model, optimiser, 0.0)
-    synchronise(model.device)
+    torch.get_device_module(model.device).synchronize()
     return options.steps * args.batch_size / (time.perf_counter() - started)
-
-
-def synchronise(device):
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main():

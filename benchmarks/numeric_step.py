@@ -91,21 +91,15 @@ def time_form(form, options):
 
     times = []
     for _ in range(options.steps + 2):
-        synchronise(model.device)
+        torch.get_device_module(model.device).synchronize()
         started = time.perf_counter()
         plain_step() if plain else training_step(model, optimiser, options.share_done)
-        synchronise(model.device)
+        torch.get_device_module(model.device).synchronize()
         times.append(time.perf_counter() - started)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if model.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     return {"times": times[2:], "memory": memory}
-
-
-def synchronise(device):
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def gradient_error(_, options):
@@ -137,7 +131,7 @@ def matrix_rate(form, options):
     for _ in range(17):
         started = time.perf_counter()
         torch.mm(a, b, out=out)
-        synchronise(model.device)
+        torch.get_device_module(model.device).synchronize()
         times.append(time.perf_counter() - started)
     return {"rate": 2 * rows * width**2 / statistics.median(times[2:])}
 
