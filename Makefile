@@ -3,7 +3,7 @@
 # make test    run the test suite in two processes, or JOBS=4            make lint    check the style
 # make test-processors   run the numerical tests as processors with other instructions and numbers of threads compute
 # make bench-small   run all that benchmarks/gpu.py measures, at a small size on the CPU
-# make torture stop, fail, damage and race the scripts (half an hour or more); make torture-small: a sample, in two minutes
+# make torture stop, fail, damage and race the scripts (about half an hour); make torture-small: a sample, in two minutes
 # make bench   time what benchmarks/README.md quotes
 # make blender install Blender as a Python package into .venv-blender, for the images of Causal3DIdent (Python 3.11)
 # make demo-causal3dident      render 900 small images with captions, train on a selection and a perturbation bias

@@ -19,7 +19,7 @@ from running.pictures import plot_score_curves, plot_score_grid, plot_side_by_si
 HIDDEN = ["panel", "row", "column", "learned", "source", "runs"]  # columns that no CSV shows
 CLOSE, NEAR = 0.05, 0.1  # differences from the paper's numbers
 AS_THEORY = 0.03  # a difference from the theory's number
-# Table 5 prints 0.98 and 0.99 where the theory, its linear rows and its dependent rows have 0
+# Table 5 prints 0.98 and 0.99 where the theory and its linear rows have 0
 MISPRINTED = {"table": 5, "metric": "r2_nonlinear", "semantics": "independent", "factor": "s_9"}
 
 
