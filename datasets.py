@@ -39,6 +39,7 @@ from reading.causal3dident import (
     CAUSAL_TOOLS,
     causal_text_factor,
     check_rendered_latents,
+    protocols_of,
     read_factors,
     read_latents,
     read_omitted,
@@ -112,11 +113,12 @@ class ImageTextPairs:
     """Splits of pairs over one set of images: batches as tensors on the device.
 
     splits: dict name → Split; vocabulary: dict word → number; length: tokens of a caption; fingerprint: a text that
-    differs between any two sets of pairs, as to captions, vocabulary, order, number of images and FINGERPRINT_IMAGES of them.
+    differs between any two sets of pairs, as to captions, vocabulary, order, number of images and FINGERPRINT_IMAGES of them;
+    made_by: dict "captions", "images" → the protocol that they were made by, where the data say so and it matters.
     """
 
-    def __init__(self, images, splits, vocabulary):
-        self.images, self.vocabulary, self.splits = images, vocabulary, {}
+    def __init__(self, images, splits, vocabulary, made_by=()):
+        self.images, self.vocabulary, self.splits, self.made_by = images, vocabulary, {}, dict(made_by)
         for name, split in splits.items():
             rows, captions = split.rows.to(images.index_device), split.captions.to(images.device)
             self.splits[name] = dataclasses.replace(split, rows=rows, captions=captions)
@@ -141,7 +143,7 @@ class ImageTextPairs:
             )
             for name, split in self.splits.items()
         }
-        return ImageTextPairs(self.images, splits, dict(itertools.islice(self.vocabulary.items(), count)))
+        return ImageTextPairs(self.images, splits, dict(itertools.islice(self.vocabulary.items(), count)), self.made_by)
 
     def images_of(self, split, rows):
         """(B, H, W, 3) uint8 images of the pairs `rows`, (B,) int64 on any device, of a split."""
@@ -360,4 +362,4 @@ def load_causal3dident(folder, bias_type, bias_id, device="cpu", workers=0):
         loaded[split] = Split(torch.arange(total)[part], captions[split], _tensors(image, part), _tensors(text, part))
     bias = _with_omissions(bias, {factor: flags[splits["train"]] for factor, flags in omitted.items()})
     images = open_image_folder(folder / "images", entries)
-    return ImageTextPairs(Images(images, device, workers), loaded, vocabulary), bias
+    return ImageTextPairs(Images(images, device, workers), loaded, vocabulary, protocols_of(folder, name)), bias

@@ -23,6 +23,16 @@ from running.ranks import Share, summed
 from running.schedules import FIRST_BATCHES_UNTIL, SPARE_UNTIL, batch_size, temperature, visible_dimensions
 from running.staging import digest, recorded
 
+# Recipes, without what the experiments differ in. The paper's training exactly; few steps with few pairs, at a rate that falls.
+PAPER = dict(init="default", lr=1e-5, text_lr_factor=1.0, lr_schedule="constant", layer_lr="uniform", optimiser="adam",
+             preconditioner="none", batch_size=256, final_batch_size=0, precision="fp32", first_tau=0, first_batch_size=0,
+             spare_dimensions=0, whitening_pairs=0, norm_penalty=0)  # fmt: skip
+FAST = PAPER | dict(
+    init="he", lr=1e-3, lr_schedule="onecycle", batch_size=64, train_steps=3_000, precision="auto",
+    first_tau=0.06,  # at τ = 1 few places on the sphere are as good as many; it must end there, see docs/fast-recipe.md
+    whitening_pairs=256,  # drawn weights send all encodings into a narrow cone; whitened ones use every dimension
+    norm_penalty=1.0,  # lengths, which the cosine does not see, forget what images alone show
+)  # fmt: skip
 NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
 PROBE_STEPS = {"code": None, "paper": 10_000}  # of the MLP probes; None: until their loss stalls
 ENCODE_BATCH = 1024  # images encoded at once where batch normalisation does not tell how many
@@ -155,12 +165,12 @@ class ImageTextExperiment(Experiment):
             )
 
     def details(self):
-        """The fingerprint of the pairs."""
-        return {"data": self.pairs.fingerprint}
+        """The fingerprint of the pairs, and the protocols that they were made by, where that is told."""
+        return {"data": self.pairs.fingerprint, **({"made_by": self.pairs.made_by} if self.pairs.made_by else {})}
 
     def identity(self):
         """Dict of the flags that say which run this is, and the fingerprint of its pairs, wherever they lie."""
-        return super().identity() | self.details()
+        return super().identity() | {"data": self.pairs.fingerprint}
 
     def check_stored(self, stored):
         """Raise InputError if the run was trained on other pairs than those of --datapath.
@@ -328,6 +338,7 @@ class ImageTextExperiment(Experiment):
         test_count = sum(map(len, pairs.splits.values())) - train_count
         left_out = [name for name in pairs.splits["train"].image_factors if name not in bias.selected]
         height, width = pairs.images.array.shape[1:3]
+        others = "".join(f"; {what} made with --protocol {name}" for what, name in pairs.made_by.items() if name != args.protocol)
         sizes = (args.first_batch_size, args.batch_size, args.final_batch_size)
         spare = f" and {args.spare_dimensions} dimensions at first" if self.width > self.encoding_size else ""
         at_random = f", and {bias.omitted:.1%} of I_θ at random" if bias.omitted else ""
@@ -336,7 +347,7 @@ class ImageTextExperiment(Experiment):
             loss = "labels of all factors" if args.supervised else "sigmoid loss"
         return {
             "data": f"{args.datapath}: {train_count} pairs to train, {test_count} to evaluate; images of {height} × {width}, "
-            f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words",
+            f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words{others}",
             "selected": f"I_θ = {names_of(bias.selected)}; captions leave out {names_of(left_out)}{at_random}",
             "perturbed": f"I_ρ = {names_of(bias.perturbed)}" + (f", {self.perturbing}" if bias.perturbed else ""),
             "unbiased": f"I_θ \\ I_ρ = {names_of(bias.unbiased)}: what the theory says is learned",

@@ -146,6 +146,17 @@ def check_rendered_latents(folder):
         )
 
 
+def protocols_of(folder, setting):
+    """Dict "captions", "images" → "code" or "paper", by which the files of a setting were made, as far as they say so.
+
+    Captions differ in perturbations_0 alone. Raises InputError if latents.json or images.json is damaged.
+    """
+    files = {"captions": "latents.json"} if setting == "perturbations_0" else {}
+    paths = {what: Path(folder) / name for what, name in (files | {"images": "images.json"}).items()}
+    told = {what: read_json(path).get("protocol") for what, path in paths.items() if path.exists()}
+    return {what: protocol for what, protocol in told.items() if protocol in ("code", "paper")}
+
+
 def image_files(folder):
     """List of (number, os.DirEntry) of a folder's images 0.png, 00.jpg, …, by number; InputError if there is no folder."""
     try:

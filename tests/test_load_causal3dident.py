@@ -530,6 +530,19 @@ def test_images_json_of_the_latents_is_accepted(causal3dident):
     assert len(load_causal3dident(causal3dident, "selections", 1)[0].images) == 200
 
 
+def test_pairs_know_the_protocols_that_they_were_made_by(causal3dident):
+    assert load_causal3dident(causal3dident, "perturbations", 0)[0].made_by == {"captions": "code"}
+    digest = hashlib.sha256((causal3dident / IMAGE).read_bytes()).hexdigest()
+    (causal3dident / "images.json").write_text(json.dumps({"latents": digest, "protocol": "code"}))
+    replace(causal3dident / "latents.json", json.dumps({"protocol": "paper"}))
+    both = load_causal3dident(causal3dident, "perturbations", 0)[0]
+    assert both.made_by == both.with_training_words().made_by == {"captions": "paper", "images": "code"}
+    assert load_causal3dident(causal3dident, "perturbations", 1)[0].made_by == {"images": "code"}  # captions alike in both
+    replace(causal3dident / "latents.json", "{")
+    with pytest.raises(InputError, match=r"latents\.json is damaged"):
+        load_causal3dident(causal3dident, "perturbations", 0)
+
+
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(InputError, match=r"nowhere is no folder, expected that of Causal3DIdent"):
         load_causal3dident(tmp_path / "nowhere", "selections", 0)

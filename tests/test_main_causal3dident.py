@@ -1,6 +1,7 @@
 """main_causal3dident.py as a user runs it: the files it writes, killing and resuming, and one line for whatever is wrong."""
 
 import functools
+import hashlib
 import itertools
 import json
 import random
@@ -68,6 +69,16 @@ def test_a_run_writes_the_specified_files(run, tmp_path):
         assert words in out
     stored = json.loads((directory / "args.json").read_text())
     assert stored["finished"] and stored["seed"] == 1 and stored["eval_seed"] == 2 and stored["bias_type"] == "selections"
+
+
+def test_data_of_the_other_protocol_are_named(run, tmp_path, causal3dident):
+    digest = hashlib.sha256((causal3dident / "latents_image.csv").read_bytes()).hexdigest()
+    (causal3dident / "images.json").write_text(json.dumps({"latents": digest, "protocol": "code"}))
+    said = "; images made with --protocol code\n"
+    for protocol in ("paper", "code"):
+        code, out, _ = run(f"--seed 1 --train-steps 1 --protocol {protocol} --overwrite")
+        assert code == 0 and (said in out) == (protocol == "paper")
+        assert json.loads((tmp_path / "models/m/args.json").read_text())["made_by"] == {"images": "code"}
 
 
 def test_results_are_the_probes_fitted_on_one_split_and_tested_on_the_other(run, tmp_path, causal3dident):

@@ -5,6 +5,7 @@
     latents_image.csv                                    what is in the image
     latents_text_{selections|perturbations}_{0..6}.csv   what the caption says of it, and nothing that its setting leaves out
     omitted_text_{selections|perturbations}_{0..6}.csv   with --omission-prob: 1 where the caption leaves a factor out after all
+    latents.json                                         the flags that they come from
 
     spotlight_pos ──> spotlight_color ──> background_color        object_xpos ──> object_color <── object_ypos
           └──────────────────────────────────^
@@ -19,6 +20,7 @@ Then: generate_text.py writes the captions, generate_images.py the images.
 """
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -122,7 +124,7 @@ def sample_tables(size, seed, protocol, omission_prob=0.0):
 
 
 def main(argv=None):
-    """Write the tables, all or none of them; returns the exit code."""
+    """Write the tables, all or none of them, and latents.json, what they come from; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("--output-folder", type=Path, required=True, metavar="DIR", help="folder of the data set")
     parser.add_argument("--n-points", type=integer(1), required=True, help="samples")
@@ -147,6 +149,8 @@ def main(argv=None):
         others.append(f"{folder} holds latents {'without' if args.omission_prob else 'with'} omissions")
     if others and not args.overwrite:
         raise InputError(f"{others[0]} already; choose another folder, or --overwrite replaces them")
+    origin = {name: getattr(args, name) for name in ("n_points", "seed", "protocol", "omission_prob")}
+    files[folder / "latents.json"] = json.dumps(origin, indent=2).encode() + b"\n"
     with contextlib.ExitStack() as stack:
         for file, content in files.items():
             stack.enter_context(replaced(file)).write_bytes(content)
