@@ -17,21 +17,27 @@ from running.command_line import run_script
 import pandas as pd
 
 import datasets
-from image_text import FAST, MODALITIES, PAPER, ImageTextExperiment
+from image_text import MODALITIES, ImageTextExperiment
 from probes import ABSENT, FOUND
 from reading.causal3dident import CAUSAL_BIAS_IDS, CAUSAL_BIAS_TYPES, CAUSAL_IMAGE, RUNS_SPELLING, causal_text_factor
 from running.experiment import names_of, run_experiment
 from running.pictures import plot_factor_scores
 
+# "paper": exactly the paper's training. "fast": few steps with few pairs, at a rate that falls from a larger one.
 RECIPES = {
-    "paper": dict(PAPER, train_steps=100_001),
-    "fast": dict(
-        FAST,
+    "paper": dict(init="default", lr=1e-5, text_lr_factor=1.0, lr_schedule="constant", layer_lr="uniform", optimiser="adam",
+                  preconditioner="none", batch_size=256, final_batch_size=0, train_steps=100_001, precision="fp32", first_tau=0,
+                  first_batch_size=0, spare_dimensions=0, whitening_pairs=0, norm_penalty=0),
+    "fast": dict(init="he", lr=1e-3, lr_schedule="onecycle", layer_lr="uniform", preconditioner="none", batch_size=64,
+        final_batch_size=0, train_steps=3_000, precision="auto",
+        text_lr_factor=1.0,  # at a tenth of it both encoders find the shape later
         optimiser="muon",  # its steps follow weak directions as far as strong ones: the shape beside places and colours
+        first_tau=0.06,  # at τ = 1 few places on the sphere are as good as many; it must end there, see docs/fast-recipe.md
         first_batch_size=128,  # places and colours alone tell the pairs of a small batch apart
         spare_dimensions=25,  # both encoders find the shape before places and colours fill the space
-    ),  # a text encoder that moves more slowly would have both find the shape later
-}
+        whitening_pairs=256,  # drawn weights send all encodings into a narrow cone; whitened ones use every dimension
+        norm_penalty=1.0),  # lengths, which the cosine does not see, forget what images alone show
+}  # fmt: skip
 ENCODING_SIZES = (3, 3, 4, 5, 5, 6, 7)  # dimensions for 1 … 7 unbiased semantics
 
 
