@@ -23,22 +23,12 @@ from running.ranks import Share, summed
 from running.schedules import FIRST_BATCHES_UNTIL, SPARE_UNTIL, batch_size, temperature, visible_dimensions
 from running.staging import digest, recorded
 
-# Recipes, without what the experiments differ in. The paper's training exactly; few steps with few pairs, at a rate that falls.
-PAPER = dict(init="default", lr=1e-5, text_lr_factor=1.0, lr_schedule="constant", layer_lr="uniform", optimiser="adam",
-             preconditioner="none", batch_size=256, final_batch_size=0, precision="fp32", first_tau=0, first_batch_size=0,
-             spare_dimensions=0, whitening_pairs=0, norm_penalty=0)  # fmt: skip
-FAST = PAPER | dict(
-    init="he", lr=1e-3, lr_schedule="onecycle", batch_size=64, train_steps=3_000, precision="auto",
-    first_tau=0.06,  # at τ = 1 few places on the sphere are as good as many; it must end there, see docs/fast-recipe.md
-    whitening_pairs=256,  # drawn weights send all encodings into a narrow cone; whitened ones use every dimension
-    norm_penalty=1.0,  # lengths, which the cosine does not see, forget what images alone show
-)  # fmt: skip
 NEGATIVES = {"code": "both", "paper": "cross"}  # of the loss, by protocol
 PROBE_STEPS = {"code": None, "paper": 10_000}  # of the MLP probes; None: until their loss stalls
-ENCODE_BATCH = 1024  # images encoded at once where batch normalisation does not tell how many
+ENCODE_BATCH = 1024  # images or captions encoded at once where batch normalisation does not tell how many
 WHITENING_FLOOR = 1e-4  # of variances, in units of the largest
 MONITOR_PAIRS = 512  # pairs behind the scores of the progress lines to fit, and as many to test
-MODALITIES = {"image": "encoder_img", "text": "encoder_txt"}
+MODALITIES = ("image", "text")
 SCORES = ("r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp")  # linear and nonlinear R², linear and nonlinear MCC
 
 
@@ -166,7 +156,8 @@ class ImageTextExperiment(Experiment):
 
     def details(self):
         """The fingerprint of the pairs, and the protocols that they were made by, where that is told."""
-        return {"data": self.pairs.fingerprint, **({"made_by": self.pairs.made_by} if self.pairs.made_by else {})}
+        made_by = {"made_by": self.pairs.made_by} if self.pairs.made_by else {}
+        return {**super().details(), "data": self.pairs.fingerprint, **made_by}
 
     def identity(self):
         """Dict of the flags that say which run this is, and the fingerprint of its pairs, wherever they lie."""

@@ -35,14 +35,15 @@ from running.training import after_training, train
 class Experiment:
     """What one experiment has of its own. The class is a setting's flags; an object is one model of a setting.
 
-    Of the class: name; recipes, dict name → dict flag → value; similarity, the loss's, "distance" or "cosine"; weight_files,
-    what a trained model consists of. Of an object: args and device; modules, dict name → nn.Module that is trained; networks,
-    these and what is not trained, None for these alone; objective, nn.Module of what the loss itself learns, None for nothing;
-    ceiling, what `evaluate` found of a model that was told the factors, None for nothing; generators, dict name →
-    torch.Generator or what else has its get_state and set_state: every source of randomness of `loss`, the order of the data
-    too; rates, dict name of a module → factor of its learning rate, 1 where there is none; keep_steps: steps between two calls
-    of keep(directory, step), 0 for none. A subclass gives these methods, the first four of the class; all raise InputError for
-    what a user can mend. In several processes draw, monitor, keep and evaluate are called in the first alone.
+    Of the class: name; recipes, dict name → dict flag → value; similarity, the loss's, "distance" or "cosine"; weight_files, what
+    a trained model consists of. Of an object: args and device; modules, dict name → nn.Module that is trained; networks, these
+    and what is not trained, None for these alone; encoding_size, the encodings' dimensions; objective, nn.Module of what the loss
+    itself learns, None for nothing; ceiling, what `evaluate` found of a model that was told the factors, None for nothing;
+    generators, dict name → torch.Generator or what else has its get_state and set_state: every source of randomness of `loss`,
+    the order of the data too; rates, dict name of a module → factor of its learning rate, 1 where there is none; keep_steps:
+    steps between two calls of keep(directory, step), 0 for none. A subclass gives these methods, the first four of the class; all
+    raise InputError for what a user can mend. In several processes draw, monitor, keep and evaluate are called in the first
+    alone.
 
         add_flags(parser)           add the experiment's own flags to a Parser
         default_id(args)            name of a fresh model directory
@@ -87,7 +88,7 @@ class Experiment:
 
     def details(self):
         """Dict of what args.json holds beside the flags."""
-        return {}
+        return {"dimensions": self.encoding_size}
 
     def identity(self):
         """Dict of the flags that say which run this is; args.json of an unfinished one may not say otherwise."""
@@ -322,7 +323,7 @@ def write_evaluation(experiment, directory, folder, seed):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(_with_less_memory(experiment, directory, seed)) from None
+        raise InputError(_with_less_to_evaluate(experiment, directory, seed)) from None
     write_csv(experiment.table(results), folder / "results.csv")
     write_csv(pd.DataFrame([place]), folder / "geometry.csv")
     if experiment.args.save_encodings:
@@ -374,7 +375,7 @@ def untrained(experiment):
             experiment.modules[name].load_state_dict(state)
 
 
-def _with_less_memory(experiment, directory, seed):
+def _with_less_to_evaluate(experiment, directory, seed):
     """What to do where the evaluation takes more memory than there is."""
     args, ways = experiment.args, []
     if getattr(args, "num_eval_batches", 1) > 1:
