@@ -80,6 +80,16 @@ def textbook_sigmoid_loss(h_x, h_t, scale, bias, similarity="distance"):
 # The same, in blocks
 
 
+def _check_pairs(h_x, h_t):
+    if h_x.ndim != 2 or h_x.shape != h_t.shape:
+        raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
+
+
+def _comparable(*encodings):
+    """Half-precision encodings in float32, in which they are compared, whatever precision produced them."""
+    return [h if h.dtype == torch.float64 else h.float() for h in encodings]
+
+
 def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=2.0, tau=1.0, share=None):
     """`textbook_multimodal_loss`, a scalar tensor.
 
@@ -89,8 +99,7 @@ def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=
     share: of a larger batch, as `WholeBatch` has it, of which these are the pairs, and the negatives as many rows of another.
     Raises ValueError for shapes that do not fit and for p < 1.
     """
-    if h_x.ndim != 2 or h_x.shape != h_t.shape:
-        raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
+    _check_pairs(h_x, h_t)
     if p < 1:
         raise ValueError(f"the exponent p is {p}; it must be at least 1")
     if (negatives_x is None) != (negatives_t is None):
@@ -104,10 +113,7 @@ def multimodal_contrastive_loss(h_x, h_t, negatives_x=None, negatives_t=None, p=
                 raise ValueError(f"{name} {tuple(negatives.shape)} must be (M, {h_x.shape[1]}), M > 0")
     if in_batch:
         negatives_x, negatives_t = h_x, h_t
-    # half-precision encodings are compared in float32, whatever precision produced them
-    h_x, h_t, negatives_x, negatives_t = (
-        h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t, negatives_x, negatives_t)
-    )
+    h_x, h_t, negatives_x, negatives_t = _comparable(h_x, h_t, negatives_x, negatives_t)
     with torch.autocast(h_x.device.type, enabled=False):
         negatives_x, negatives_t = share.gather(negatives_x), share.gather(negatives_t)
         themselves = share.first if in_batch else None
@@ -125,12 +131,10 @@ def image_text_contrastive_loss(h_x, h_t, tau=1.0, negatives="both", share=None)
     the modalities, so it is computed once. h_x, h_t: (B, D) float encodings of B pairs. share: of a larger batch, as
     `WholeBatch` has it, of which these are the pairs. Raises ValueError for shapes that do not fit.
     """
-    if h_x.ndim != 2 or h_x.shape != h_t.shape:
-        raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
+    _check_pairs(h_x, h_t)
     if negatives not in ("both", "cross"):
         raise ValueError(f"negatives {negatives!r} are none of: both, cross")
-    # half-precision encodings are compared in float32, whatever precision produced them
-    h_x, h_t = (h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t))
+    h_x, h_t = _comparable(h_x, h_t)
     return _CosineLoss.apply(h_x, h_t, tau, negatives, share or WholeBatch(len(h_x)))
 
 
@@ -160,13 +164,11 @@ def sigmoid_contrastive_loss(h_x, h_t, scale, bias, similarity="distance", share
     "cosine". share: of a larger batch, as `WholeBatch` has it, of which these are the pairs. Raises ValueError for shapes that
     do not fit and for another similarity.
     """
-    if h_x.ndim != 2 or h_x.shape != h_t.shape:
-        raise ValueError(f"h_x {tuple(h_x.shape)} and h_t {tuple(h_t.shape)} must have one shape (B, D)")
+    _check_pairs(h_x, h_t)
     if similarity not in ("distance", "cosine"):
         raise ValueError(f"the similarity {similarity!r} is none of: distance, cosine")
     share = share or WholeBatch(len(h_x))
-    # half-precision encodings are compared in float32, whatever precision produced them
-    h_x, h_t = (h if h.dtype == torch.float64 else h.float() for h in (h_x, h_t))
+    h_x, h_t = _comparable(h_x, h_t)
     with torch.autocast(h_x.device.type, enabled=False):
         h_t = share.gather(h_t)
         left, right = h_x.double(), h_t.double()

@@ -156,27 +156,20 @@ def held_out(encodings, factors, is_test, generator):
         numbers = {name: values for name, values in fit.items() if values.is_floating_point()}
         found, scores[key] = {}, {}
         if numbers:
-            found = dict(zip(numbers, least_squares(fit_h, probes.side_by_side(numbers), test_h)[1].T, strict=True))
-            scores[key] = probes.linear_r2(fit_h, numbers, test_h, test)
+            found = probes.linear_predictions(fit_h, numbers, test_h)
+            scores[key] = probes.r2_by_name(test, found)
         if classes := {name: values[chosen] for name, values in fit.items() if name not in numbers}:
             scores[key] |= probes.logistic_mcc(fit_h[chosen], classes, test_h, test)
         found |= {name: first_discriminant(fit_h, fit[name], test_h) for name in classes}
-        directions[key] = {name: values.numpy() for name, values in found.items()}
+        directions[key] = {name: values.flatten().numpy() for name, values in found.items()}
     return scores, directions
-
-
-def least_squares(fit_h, wanted, test_h):
-    """((N, k), (M, k)) float64: what the linear function of encodings that fits `wanted` (N, k) best is for both sets."""
-    centre, mean = fit_h.double().mean(dim=0), wanted.mean(dim=0)
-    coefficients = torch.linalg.pinv(fit_h - centre) @ (wanted - mean)
-    return tuple((h - centre) @ coefficients + mean for h in (fit_h, test_h))
 
 
 def first_discriminant(fit_h, classes, test_h):
     """(M,) float64: Fisher's first linear discriminant of (N,) classes, by canonical correlation, rising with their numbers."""
     _, place, counts = classes.unique(return_inverse=True, return_counts=True)
     indicators = torch.nn.functional.one_hot(place).double() / counts.sqrt()
-    fitted, tested = least_squares(fit_h, indicators, test_h)
+    fitted, tested = probes.least_squares(fit_h, indicators, test_h)
     mean = fitted.mean(dim=0)
     direction = torch.linalg.eigh((fitted - mean).T @ (fitted - mean)).eigenvectors[:, -1]
     rises = (fitted - mean) @ direction @ (place - place.double().mean()) >= 0

@@ -34,22 +34,11 @@ def standardise(fit_h, test_h):
     return ((fit_h - mean) / scale).float(), ((test_h - mean) / scale).float()
 
 
-def r2_scores(target, prediction):
-    """R² averaged uniformly over the outputs, a float that may be negative; target, prediction: (N, k) or (N,), N ≥ 2.
-
-    A constant output counts 1 where it is predicted exactly and 0 otherwise (as scikit-learn's r2_score).
-    """
-    if target.shape != prediction.shape or target.ndim not in (1, 2) or len(target) < 2:
-        shapes = f"target {tuple(target.shape)} and prediction {tuple(prediction.shape)}"
-        raise ValueError(f"{shapes} must have one shape (N, k), N ≥ 2")
-    _check_finite({"target": target, "prediction": prediction})
-    return r2_columns(columns(target), columns(prediction)).mean().item()
-
-
 def r2_by_name(targets, predictions):
-    """`r2_scores` of each target, dict name → float; a GPU is waited for three times, not for every name.
+    """R² of each prediction, dict name → float, averaged uniformly over the outputs; a GPU is waited for three times in all.
 
-    targets, predictions: dicts name → (N, k) or (N,), N ≥ 2. Raises ValueError for values that are not finite.
+    targets, predictions: dicts name → (N, k) or (N,), N ≥ 2. A constant output counts 1 where it is predicted exactly and 0
+    otherwise (as scikit-learn's r2_score). Raises ValueError for values that are not finite.
     """
     _check_finite({f"target {name}": targets[name] for name in predictions})
     _check_finite({f"the prediction of {name}": prediction for name, prediction in predictions.items()})
@@ -81,18 +70,22 @@ def matthews_correlation(target, prediction):
 def linear_r2(fit_h, fit_targets, test_h, test_targets):
     """R² of ordinary least squares with intercept on the test set, by target."""
     check_regression(fit_h, fit_targets, test_h, test_targets)
-    predictions = _linear_predictions(fit_h, fit_targets, test_h)
-    return r2_by_name(test_targets, predictions)
+    return r2_by_name(test_targets, linear_predictions(fit_h, fit_targets, test_h))
 
 
-def _linear_predictions(fit_h, fit_targets, test_h):
-    """(M, k) float64 by target. One pseudo-inverse serves all targets; collinear features get the solution of least norm."""
-    h, targets = fit_h.double(), side_by_side(fit_targets)
-    h_mean, target_mean = h.mean(dim=0), targets.mean(dim=0)
-    coefficients = torch.linalg.pinv(h - h_mean) @ (targets - target_mean)
-    prediction = (test_h.double() - h_mean) @ coefficients + target_mean
+def linear_predictions(fit_h, fit_targets, test_h):
+    """Dict target → (M, k) float64. One pseudo-inverse serves all; collinear features get the solution of least norm."""
+    _, predicted = least_squares(fit_h, side_by_side(fit_targets), test_h)
     widths = [columns(target).shape[1] for target in fit_targets.values()]
-    return dict(zip(fit_targets, prediction.split(widths, dim=1), strict=True))
+    return dict(zip(fit_targets, predicted.split(widths, dim=1), strict=True))
+
+
+def least_squares(fit_h, wanted, test_h):
+    """((N, k), (M, k)) float64: for both sets, the affine function of encodings that fits `wanted`, (N, k) float64, best."""
+    fit_h, test_h = fit_h.double(), test_h.double()
+    centre, mean = fit_h.mean(dim=0), wanted.mean(dim=0)
+    coefficients = torch.linalg.pinv(fit_h - centre) @ (wanted - mean)
+    return tuple((h - centre) @ coefficients + mean for h in (fit_h, test_h))
 
 
 def logistic_mcc(fit_h, fit_targets, test_h, test_targets):

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from sklearn.metrics import matthews_corrcoef
+from sklearn.metrics import matthews_corrcoef, r2_score
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -84,7 +84,7 @@ def plain_scores(fit, test, shifted, protocol, generator, steps):
     regression = {}
     for i, initial in enumerate(networks[:4]):
         network = train_plain(initial, fit_h, fit_y[:, i], steps)
-        regression[f"y{i + 1}"] = probes.r2_scores(test_y[:, i], plain_prediction(network, test_h))
+        regression[f"y{i + 1}"] = r2_score(test_y[:, i].cpu(), plain_prediction(network, test_h).detach().cpu())
     network = train_plain(networks[4], fit_h, class_labels(fit_y[:, 1], fit_y[:, 1], protocol), steps)
     classification = {}
     for name, h, y in (("iid", test_h, test_y), ("ood", shifted_h, shifted_y)):

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib
 import itertools
 import os
 import re
@@ -126,8 +125,10 @@ def run_here(work, options, ended):
     """
     per_job, cores, gpus = options.gpus_per_job, usable_cores(), []
     if per_job:
+        import torch  # seconds, which nothing else here needs
+
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = given.split(",") if given else list(map(str, range(importlib.import_module("torch").cuda.device_count())))
+        gpus = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
     if gpus and per_job > len(gpus):
         raise InputError(f"--gpus-per-job {per_job} is more than the {len(gpus)} of this machine")
     jobs = options.jobs or (len(gpus) // per_job if gpus else min(cores, 8))

@@ -85,7 +85,7 @@ class Setting:
 
 
 @functools.cache
-def trained_args(setting):
+def flags_of(setting):
     """Namespace of all flags of a model of this setting; only the precision may be "auto": the device decides it."""
     args, _ = setting.experiment.parse_flags(setting.flags.split())
     setting.experiment.settle(args)
@@ -96,7 +96,7 @@ def trained_args(setting):
 def expected_args(setting):
     """Dict of what args.json of a model of this setting holds: every flag but the seed on which a result depends."""
     free = setting.experiment.parser().freely | {"seed"}
-    return {name: value for name, value in vars(trained_args(setting)).items() if name not in free}
+    return {name: value for name, value in vars(flags_of(setting)).items() if name not in free}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Model:
         table = read_csv(path, (*file.keys, *file.scores), gaps=True, ended=True).replace(file.spelling)
         scores = {name: pd.to_numeric(table[name], errors="coerce") for name in file.scores}
         rows = table.assign(**scores).to_dict("records")
-        for keys in file.rows or setting.experiment.result_rows(trained_args(setting)):
+        for keys in file.rows or setting.experiment.result_rows(flags_of(setting)):
             found = [row for row in rows if keys.items() <= row.items()]
             wrong = ["expected one row"]
             if len(found) == 1:

@@ -6,7 +6,7 @@ import itertools
 from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, MPI3D_SOURCE, mpi3d_bias
 from grids.cells import Cell, Figure
 from grids.models import DataSet, ResultFile, Setting
-from main_mpi3dreal import Mpi3dExperiment
+from main_mpi3dreal import SMALLEST_ENCODING, Mpi3dExperiment
 
 FOLDER, STANDIN = "data/MPI3d_real_complex", "data/mpi3d_standin"
 CAPTIONS = "rendering_data/MPI3D/render_multimodal_mpi3d.py"
@@ -24,7 +24,6 @@ STANDIN_DATA = DataSet(
 )
 FLAGS = {"paper": "", "fast": "--recipe fast", "tiny": f"--recipe fast --datapath {STANDIN}"}
 RESULTS = ResultFile("results.csv", ("ix", "modality", "semantic_name"), ("mcc_logreg", "mcc_mlp"))
-OWN_SIZE = 3  # dimensions of the encodings of every run with so few unbiased semantics
 
 
 def mpi3d_cells(figure, scale):
@@ -33,7 +32,7 @@ def mpi3d_cells(figure, scale):
     options: "metric", the column of results.csv; "sizes" of the encodings. Columns are named after what a bias adds.
     """
     metric, sizes = figure.options["metric"], figure.options.get("sizes")
-    biases = itertools.product(BIAS_TYPES, BIAS_IDS, [OWN_SIZE])
+    biases = itertools.product(BIAS_TYPES, BIAS_IDS, [SMALLEST_ENCODING])
     for bias_type, bias_id, size in [("selection", 0, size) for size in sizes] if sizes else biases:
         bias = mpi3d_bias(bias_type, bias_id)
         if sizes:
@@ -43,12 +42,12 @@ def mpi3d_cells(figure, scale):
             keys, side = {"bias_type": bias_type, "bias_id": bias_id}, f"{bias_type} bias"
             column = f"{bias_id}: {'+ ' if bias_id else ''}{added}"
         name, flags = f"{bias_type}_{bias_id}", f"{FLAGS[scale]} --bias-type {bias_type} --bias-id {bias_id}"
-        if size != OWN_SIZE:
+        if size != SMALLEST_ENCODING:
             name, flags = f"{name}_size_{size}", f"{flags} --encoding-size {size}"
         data = STANDIN_DATA if scale == "tiny" else DATA
         setting = Setting(Mpi3dExperiment, scale, name, "main_mpi3dreal.py", flags, data)
         for modality, factor in itertools.product(("image", "text"), MPI3D_GRID):
-            learned = factor in bias.unbiased if metric == "mcc_mlp" and size == OWN_SIZE else None
+            learned = factor in bias.unbiased if metric == "mcc_mlp" and size == SMALLEST_ENCODING else None
             own = {"figure": figure.number, **keys, "metric": metric, "modality": modality, "factor": factor}
             where, panel = {"modality": modality, "semantic_name": factor}, (f"{modality} encoding", side)
             yield Cell(own, panel, factor, column, setting, RESULTS, where, metric, learned, clipped=False)

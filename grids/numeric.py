@@ -4,7 +4,7 @@ import functools
 import itertools
 
 from grids.cells import Cell, Figure
-from grids.models import SCALES, ResultFile, Setting, trained_args
+from grids.models import SCALES, ResultFile, Setting, flags_of
 from latent_spaces import MisalignedLatents, index_from_subset
 from main_numeric import NumericExperiment
 
@@ -51,7 +51,7 @@ def numeric_setting(scale, semantics, selected, perturbed=0, encoding_size=0):
 @functools.cache
 def model_latents(setting, seed):
     """The MisalignedLatents of a model."""
-    return MisalignedLatents.from_flags(trained_args(setting), seed)
+    return MisalignedLatents.from_flags(flags_of(setting), seed)
 
 
 def numeric_cells(figure, scale):

@@ -37,7 +37,7 @@ DAMAGED_IMAGE = (*DAMAGED, SyntaxError, Image.DecompressionBombError, Image.Deco
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # which Pillow else prints, and goes on
 LARGEST_GRID = 4096  # bytes of the file of a handful of integers
 GPU_RESERVE = 4 * 2**30  # bytes of GPU memory that images leave for the training
-DECODED_AT_ONCE = 1024  # images between two writings to the memory map
+DECODED_AT_ONCE = 1024  # images handed to the threads at a time
 PROGRESS_SECONDS = 10  # between two lines of progress while images are decoded
 CHECKSUM_BYTES, CHECKED_CRC = 4, 0x2144DF1C  # of a CRC at the end of a file, and the CRC of any file that ends with its own
 PIXEL_STEP = 61  # between pixels that are compared before all of them are; no divisor of a width, so that columns change
@@ -209,9 +209,8 @@ def open_image_folder(folder, entries=None):
 
     They are decoded once, into a file beside the folder whose name carries a digest of their names, sizes and times, and whose
     end is its checksum; images that have changed since are decoded again, and the older file removed, as they are if the file
-    is damaged. It is read for that whenever it has changed. Raises InputError that
-    names an image that is missing, damaged or of another size than the first. entries: what `numbered_images` of the folder
-    returned, if it has been asked.
+    is damaged. It is read for that whenever it has changed. Raises InputError that names an image that is missing, damaged or
+    of another size than the first. entries: what `numbered_images` of the folder returned, if it has been asked.
     """
     folder = Path(folder)
     entries = entries or numbered_images(folder)

@@ -148,12 +148,8 @@ def refuse_to_overwrite(args, directory, parser):
             if is_finished(directory):
                 raise InputError(f"{directory} holds a finished model; --evaluate evaluates it again, --overwrite trains it anew")
             raise InputError(f"{directory} holds an unfinished run; --resume continues it, --overwrite starts it anew")
-    elif directory.exists() and _holds_files(directory):  # a run killed as it began leaves no more than a hidden file
+    elif any(directory.glob("[!.]*")):  # a run killed as it began leaves no more than a hidden file
         raise InputError(f"{directory} holds files but no args.json: it is no model; choose another --model-id")
-
-
-def _holds_files(directory):
-    return any(directory.glob("[!.]*"))
 
 
 def _refuse_what_is_no_model(directory, parser):

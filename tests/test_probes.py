@@ -59,8 +59,8 @@ def test_r2_agrees_with_scikit_learn_constant_outputs_too():
     target, prediction = torch.randn(2, 50, 4, generator=generator(), dtype=torch.float64)
     target[:, 2:], prediction[:, 2] = 1.5, 1.5  # constant, and predicted exactly in one of two outputs
     expected = r2_score(target.numpy(), prediction.numpy())
-    assert probes.r2_scores(target, prediction) == pytest.approx(expected, abs=1e-12)
-    assert probes.r2_scores(target[:, 0], prediction[:, 0]) < 0
+    found = probes.r2_by_name({"all": target, "one": target[:, 0]}, {"all": prediction, "one": prediction[:, 0]})
+    assert found["all"] == pytest.approx(expected, abs=1e-12) and found["one"] < 0
 
 
 def test_linear_agrees_with_scikit_learn():
@@ -69,7 +69,7 @@ def test_linear_agrees_with_scikit_learn():
     # a duplicate and a constant feature leave the least squares problem singular
     fit_h, test_h = (torch.cat((h, h[:, :1], torch.zeros(len(h), 1)), dim=1) for h in (fit_h, test_h))
     scores = probes.linear_r2(fit_h, fit_targets, test_h, test_targets)
-    predictions = probes._linear_predictions(fit_h, fit_targets, test_h)
+    predictions = probes.linear_predictions(fit_h, fit_targets, test_h)
     for name in fit_targets:
         model = LinearRegression().fit(fit_h.double().numpy(), fit_targets[name].double().numpy())
         expected = model.predict(test_h.double().numpy())

@@ -14,7 +14,7 @@ from torch import nn
 
 from grids import numeric
 from grids.cells import Setting
-from grids.models import Model, trained_args
+from grids.models import Model, flags_of
 from main_causal3dident import Causal3dIdentExperiment
 from main_mpi3dreal import Mpi3dExperiment
 from main_numeric import NumericExperiment
@@ -112,7 +112,7 @@ def test_json(tmp_path_factory, content):
 
 
 SETTING = Setting(NumericExperiment, "tiny", "m", "main_numeric.py", "--semantics-n 2 --modality-n 0 --theta-value 2")
-ROWS = NumericExperiment.result_rows(trained_args(SETTING))
+ROWS = NumericExperiment.result_rows(flags_of(SETTING))
 RESULTS = "encoding,predicted_factors,r2_linear,r2_nonlinear\n" + "".join(",".join(row.values()) + ",0.25,-0.5\n" for row in ROWS)
 
 

@@ -24,7 +24,7 @@ from grids import causal3dident, figures, jobs, models, mpi3d, numeric, report
 from grids.cells import Cell, Figure
 from grids.figures import FIGURES, chosen_figures, needed_models
 from grids.geometry import GEOMETRY
-from grids.models import COMPARED, SCALES, DataSet, Model, ResultFile, Setting, expected_args, trained_args
+from grids.models import COMPARED, SCALES, DataSet, Model, ResultFile, Setting, expected_args, flags_of
 from grids.numeric import CLASSIFY, PREDICT, RESULTS, SEMANTICS, numeric_setting
 from latent_spaces import biased_blocks
 from running.command_line import InputError, run_script
@@ -676,7 +676,7 @@ def write_model(models, setting, seed, results, file=RESULTS, **changed):
 def causal_rows(setting, **own):
     """Rows of results.csv of a model of Causal3DIdent: scores 0.5, but (linear, nonlinear) of the factors named."""
     rows, types = [], causal3dident.CAUSAL_IMAGE | causal3dident.CAUSAL_TEXT
-    for keys in setting.experiment.result_rows(trained_args(setting)):
+    for keys in setting.experiment.result_rows(flags_of(setting)):
         modality, factor = keys["modality"], keys["factor_name"]
         scores, kind = own.get(factor, (0.5, 0.5)), "discrete" if types[factor] else "continuous"
         rows.append((0, modality, factor, kind, *((None, None, *scores) if types[factor] else (*scores, None, None))))
@@ -721,7 +721,7 @@ def undrawn(monkeypatch):
 def table5_rows(scale, nonlinear, linear):
     """Rows of results.csv of Table 5, independent semantics."""
     setting = next(cell.setting for cell in FIGURES["table5"].cells(scale))
-    return [(*keys.values(), linear, nonlinear) for keys in setting.experiment.result_rows(trained_args(setting))]
+    return [(*keys.values(), linear, nonlinear) for keys in setting.experiment.result_rows(flags_of(setting))]
 
 
 @pytest.fixture
@@ -777,7 +777,7 @@ def test_dependent_cells_are_held_against_what_the_block_tells_of_a_seed_s_facto
     for seed in (1, 2):
         latents = numeric.model_latents(setting, seed)
         rows[seed] = [(row["encoding"], row["predicted_factors"], *2 * [latents.identified_r2(row["predicted_factors"])])
-                      for row in setting.experiment.result_rows(trained_args(setting))]  # fmt: skip
+                      for row in setting.experiment.result_rows(flags_of(setting))]  # fmt: skip
         write_model(tmp_path / "models", setting, seed, rows[seed])
     code, _, err = call(f"report table5 --models {tmp_path}/models --output {tmp_path}/report")
     assert code == 0, err
@@ -798,7 +798,7 @@ def test_the_geometry_of_a_figure_s_models_is_drawn_against_the_bias(call, tmp_p
     monkeypatch.setattr("grids.report.draw", lambda *_: [])
     for selected, seed in ((1, 1), (1, 2), (3, 1)):
         setting = numeric_setting("tiny", "independent", selected)
-        rows = [(*row.values(), 0.5, 0.5) for row in setting.experiment.result_rows(trained_args(setting))]
+        rows = [(*row.values(), 0.5, 0.5) for row in setting.experiment.result_rows(flags_of(setting))]
         write_model(tmp_path / "models", setting, seed, rows)
         place = tmp_path / "models" / setting.folder / f"{setting.name}_seed{seed}"
         numbers = {name: 0.1 * (i + selected + seed) for i, name in enumerate(GEOMETRY.scores)}
@@ -936,7 +936,7 @@ DAMAGES = {
 def test_results_that_are_not_whole_do_not_count_anywhere(call, undrawn, tmp_path, monkeypatch, file, damage):
     figure = "fig3" if file == "results.csv" else "fig4"
     setting, words = numeric_setting("tiny", "independent", 1), f"{figure} --scale tiny --models {tmp_path}/models"
-    rows = [(*keys.values(), 0.5, 0.5) for keys in setting.experiment.result_rows(trained_args(setting))]
+    rows = [(*keys.values(), 0.5, 0.5) for keys in setting.experiment.result_rows(flags_of(setting))]
     for seed in (1, 2):
         write_model(tmp_path / "models", setting, seed, rows)
         write_model(tmp_path / "models", setting, seed, [(task, 0.5) for task in numeric.TASKS], PREDICT)
