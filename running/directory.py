@@ -1,7 +1,7 @@
 """The model directory: where a run lives, what it may overwrite, and its files.
 
-    args.json               every flag as it came out, seed, versions, device, durations, digests of weights and results;
-                            "finished": true is written last
+    args.json               every flag as it came out, seed, dimensions of the encodings, versions, device, durations, digests of
+                            weights and results; "finished": true is written last
     checkpoint.pt           weights, optimiser, step, every random state, the log so far: all that --resume needs
     checkpoint_before.pt    the one before, for the case that the last is damaged; a finished run has it no more
     train_log.csv           one row every --log-steps

@@ -3,7 +3,9 @@
 import colorsys
 import functools
 import itertools
+import json
 import operator
+import os
 import re
 
 import numpy as np
@@ -421,6 +423,23 @@ def test_other_latents_are_replaced_only_when_told_to(data, run):
     assert code == 0 and out.endswith("text/ there come from the earlier latents: make them anew\n")
     assert "earlier latents" not in run(generate_latents.main, *flags, "--overwrite")[1]
     assert len(pd.read_csv(data / "latents_image.csv")) == 200
+
+
+def test_latents_say_what_they_come_from_or_nothing(data, run, monkeypatch):
+    origin = {"n_points": 300, "seed": 1, "protocol": "code", "omission_prob": 0.0}
+    assert json.loads((data / "latents.json").read_text()) == origin
+    flags, real = ("--output-folder", data, "--n-points", 300, "--seed", 1, "--protocol", "paper"), os.replace
+
+    def failing(source, target, *rest):
+        if "perturbations_0" in str(target):
+            raise OSError(5, "Input/output error")
+        return real(source, target, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        assert run(generate_latents.main, *flags, "--overwrite")[0] == 2 and not (data / "latents.json").exists()
+    assert run(generate_latents.main, *flags, "--overwrite")[0] == 0
+    assert json.loads((data / "latents.json").read_text()) == origin | {"protocol": "paper"}
 
 
 @pytest.mark.parametrize(

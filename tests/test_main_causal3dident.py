@@ -69,6 +69,7 @@ def test_a_run_writes_the_specified_files(run, tmp_path):
         assert words in out
     stored = json.loads((directory / "args.json").read_text())
     assert stored["finished"] and stored["seed"] == 1 and stored["eval_seed"] == 2 and stored["bias_type"] == "selections"
+    assert stored["encoding_size"] == 0 and stored["dimensions"] == 5
 
 
 def test_data_of_the_other_protocol_are_named(run, tmp_path, causal3dident):
@@ -79,6 +80,8 @@ def test_data_of_the_other_protocol_are_named(run, tmp_path, causal3dident):
         code, out, _ = run(f"--seed 1 --train-steps 1 --protocol {protocol} --overwrite")
         assert code == 0 and (said in out) == (protocol == "paper")
         assert json.loads((tmp_path / "models/m/args.json").read_text())["made_by"] == {"images": "code"}
+    flags = "--seed 1 --train-steps 1 --protocol paper --overwrite --bias-type perturbations --bias-id 0"
+    assert "; captions made with --protocol code; images made with --protocol code\n" in run(flags)[1]
 
 
 def test_results_are_the_probes_fitted_on_one_split_and_tested_on_the_other(run, tmp_path, causal3dident):

@@ -315,7 +315,7 @@ def test_evaluation_again_has_the_same_model_and_latents_but_other_samples(run, 
     first, again = pd.read_csv(directory / "results_seed2.csv"), pd.read_csv(directory / "results.csv")
     assert np.abs(first.r2_linear - again.r2_linear).max() < 0.2, "the same model and the same latents"
     stored = json.loads(after["args.json"])
-    assert stored["seed"] == 1 and stored["eval_seed"] == 5 and stored["finished"]
+    assert stored["seed"] == 1 and stored["eval_seed"] == 5 and stored["finished"] and stored["dimensions"] == 2
     assert "I_θ = {s_0, s_1}" in out
     # and back: the evaluation's seed alone decides
     assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0

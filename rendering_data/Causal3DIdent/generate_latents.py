@@ -144,17 +144,17 @@ def main(argv=None):
     image, omitted = folder / "latents_image.csv", [folder / f"omitted_text_{setting}.csv" for setting in CAUSAL_SETTINGS]
     differing = [file for file, content in files.items() if file.exists() and regular_file(file).read_bytes() != content]
     others = [f"{file} holds other latents" for file in differing]
-    # the image's latents come to their place last: beside them no omissions are missing
+    # the image's latents come to their place after the other tables: beside them no omissions are missing
     if image.exists() and any(file.exists() != (file in files) for file in omitted):
         others.append(f"{folder} holds latents {'without' if args.omission_prob else 'with'} omissions")
     if others and not args.overwrite:
         raise InputError(f"{others[0]} already; choose another folder, or --overwrite replaces them")
     origin = {name: getattr(args, name) for name in ("n_points", "seed", "protocol", "omission_prob")}
-    files[folder / "latents.json"] = json.dumps(origin, indent=2).encode() + b"\n"
+    told = folder / "latents.json"  # taken away first and there last: of tables half replaced it would say what is not so
     with contextlib.ExitStack() as stack:
-        for file, content in files.items():
+        for file, content in {told: json.dumps(origin, indent=2).encode() + b"\n", **files}.items():
             stack.enter_context(replaced(file)).write_bytes(content)
-        for file in set(omitted) - files.keys():
+        for file in [*(set(omitted) - files.keys()), *([told] if others else [])]:
             file.unlink(missing_ok=True)
     made = f"latents of {args.n_points:,} images and of their captions in {len(CAUSAL_SETTINGS)} settings"
     print(f"{folder}: {made}, seed {args.seed}, {args.protocol} protocol")
