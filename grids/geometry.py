@@ -17,24 +17,26 @@ GEOMETRY = ResultFile("geometry.csv", (), tuple(name for curves in CURVES.values
 
 
 def places_of(figure, scale):
-    """Tuple of the (side, setting in words, Setting) of a figure, in order."""
+    """Tuple of the (side, setting in words, Setting) of a figure, in order; a table's columns are factors of one setting."""
     return tuple(dict.fromkeys((cell.panel[1], cell.column, cell.setting) for cell in figure.cells(scale)))
 
 
 def measured_geometry(figure, scale, results):
     """DataFrame of the geometry of a figure's models: side, setting (in words), metric, curve, mean, std (n − 1), seeds.
 
-    results(setting, file) gives dict Model → rows. Empty unless some model has a geometry.csv.
+    results(setting, file) gives dict Model → rows. Empty unless some model has a geometry.csv, and for a table.
     """
-    records = []
-    for side, column, setting in places_of(figure, scale):
+    records, places = [], places_of(figure, scale)
+    if len({setting for _, _, setting in places}) <= len({side for side, _, _ in places}):  # a table
+        places = ()
+    for side, column, setting in places:
         found = [row for (row,) in results(setting, GEOMETRY).values()]
         for metric, curves in CURVES.items():
             for curve, name in curves.items():
                 values = pd.Series([row[name] for row in found], dtype=float)
                 records.append((side, column, metric, curve, values.mean(), values.std(), len(values)))
     table = pd.DataFrame(records, columns=["side", "setting", "metric", "curve", "mean", "std", "seeds"])
-    return table if table.seeds.any() and table.setting.nunique() > 1 else table[:0]
+    return table if table.seeds.any() else table[:0]
 
 
 def write_geometry(figure, scale, results, folder, drawn):

@@ -796,16 +796,16 @@ def test_the_geometry_of_a_figure_s_models_is_drawn_against_the_bias(call, tmp_p
     monkeypatch.setattr("grids.geometry.plot_curves", lambda panels, deviations, path, title: (
         drawn.update({path.name: panels}), path.write_bytes(b"drawn")))  # fmt: skip
     monkeypatch.setattr("grids.report.draw", lambda *_: [])
-    for selected, seed in ((1, 1), (1, 2), (3, 1)):
-        setting = numeric_setting("tiny", "independent", selected)
+    for selected, seed, size in ((1, 1, 0), (1, 2, 0), (3, 1, 0), (2, 1, 3)):
+        setting = numeric_setting("tiny", "independent", selected, encoding_size=size)
         rows = [(*row.values(), 0.5, 0.5) for row in setting.experiment.result_rows(flags_of(setting))]
         write_model(tmp_path / "models", setting, seed, rows)
         place = tmp_path / "models" / setting.folder / f"{setting.name}_seed{seed}"
         numbers = {name: 0.1 * (i + selected + seed) for i, name in enumerate(GEOMETRY.scores)}
         pd.DataFrame([numbers]).to_csv(place / "geometry.csv", index=False)
-    code, _, err = call(f"report fig3 fig8 --models {tmp_path}/models --output {tmp_path}/report")
+    code, _, err = call(f"report fig3 fig8 table4 --models {tmp_path}/models --output {tmp_path}/report")
     assert code == 0, err
-    assert list(drawn) == ["fig3_geometry.png"], "Figure 8 has the same models"
+    assert list(drawn) == ["fig3_geometry.png"], "Figure 8 has the same models, and Table 4 one setting"
     table = pd.read_csv(tmp_path / "report/tiny/fig3_geometry.csv").query("side == 'independent semantics'")
     gap = table[table.metric == "modality gap"].set_index("setting")
     assert gap["mean"].dropna().to_dict() == pytest.approx({"{1}": 0.25, "[3]": 0.4})
