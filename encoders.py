@@ -1,13 +1,16 @@
 """The encoders that contrastive learning trains."""
 
+import copy
 import math
 from itertools import pairwise
 
+import scipy.linalg
 import torch
 from torch import nn
 
 CAPTION_LENGTHS = range(4, 165)  # tokens that a TextEncoder reads
 TINY_OUTPUT = 4  # pixels of a convolution's output
+SMALLEST_VARIANCE = 1e-12  # of a direction of encodings, in units of all of theirs
 CPU_ROWS = 512  # rows whose activations of one layer stay in a CPU's cache; the gradients' temporaries shrink with them
 
 
@@ -38,6 +41,27 @@ class MLPEncoder(nn.Sequential):
         if blocks <= 1:
             return super().forward(x)
         return torch.cat([super(MLPEncoder, self).forward(block) for block in x.chunk(blocks)])
+
+
+@torch.no_grad()
+def narrowed(encoders, encodings, size):
+    """List of copies of two MLPEncoders that keep the `size` directions along which the encodings of a pair agree best.
+
+    encodings: of pairs, two of (N, D). The directions have the largest ratio of covariance across the two to variance within, and
+    the copies' encodings are their projections onto what these span.
+    """
+    a, b = ((h.double() - h.double().mean(dim=0)).cpu() for h in encodings)
+    across, within = a.T @ b + b.T @ a, a.T @ a + b.T @ b
+    within += SMALLEST_VARIANCE * within.trace() * torch.eye(len(within), dtype=within.dtype)  # along some there may be none
+    _, directions = scipy.linalg.eigh(across, within)
+    directions = torch.linalg.qr(torch.from_numpy(directions[:, ::-1][:, :size].copy()))[0]
+    copies = [copy.deepcopy(encoder) for encoder in encoders]
+    for layer in (encoder[-1] for encoder in copies):
+        projection = directions.T.to(layer.weight.device)
+        weight, bias = projection @ layer.weight.double(), projection @ layer.bias.double()
+        layer.weight, layer.bias = (nn.Parameter(part.to(layer.weight.dtype)) for part in (weight, bias))
+        layer.out_features = size
+    return copies
 
 
 class SmallOutputConv2d(nn.Conv2d):

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from running.command_line import integer, number
+
 # Streams of random numbers that one seed gives. Latents' covariances and the mixing depend on the training seed alone.
-STREAMS = dict(covariance=0, mixing=1, init=2, train=3, monitor=4, evaluate=5, probe=6, downstream=7, order=8)
+STREAMS = dict(covariance=0, mixing=1, init=2, train=3, monitor=4, evaluate=5, probe=6, downstream=7, order=8, narrow=9)
 
 
 def seed_sequence(seed, stream, substream=0):
@@ -104,6 +106,21 @@ def biased_blocks(theta, beta, n):
 # latents
 
 LATENTS = ("gaussian", "laplace", "uniform")  # distributions of independent semantics
+# Flags of the setting: name, kind, help, default.
+SETTING = (
+    ("--semantics-n", integer(1), "semantic latents s", 10),
+    ("--modality-n", integer(0), "modality-specific latents m_x, and as many m_t", 5),
+    ("--theta-value", integer(0), "selection bias θ: number of the subset I_θ that the text speaks of", 1022),
+    ("--beta-value", integer(-1), "perturbation bias ρ: number of I_ρ, what the text may state wrongly, -1 = none", -1),
+    ("--change-prob", number(0, 1), "probability that a perturbable semantic is perturbed", 0.75),
+    ("--causal-dependence", bool, "dependent latents: covariances drawn from a Wishart distribution", None),
+    ("--latents", LATENTS, "of independent semantics, all of one variance", "gaussian"),
+    ("--omission-prob", number(0, 1), "probability that a text omits a selected semantic, as a mask tells its encoder", 0.0),
+    ("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0),
+    ("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0),
+    ("--n-mixing-layer", integer(1, 1000), "linear layers of the generative functions g_x, g_t", 3),
+    ("--encoding-size", integer(0), "dimensions D of the encodings, 0 = size of the unbiased block", 0),
+)
 
 
 def with_marginal(normal, kind):

@@ -12,7 +12,7 @@ Subsets are numbers: of ten semantics, the prefixes {0}, {0, 1}, …, {0 … 9} 
 A model directory holds args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, .png, geometry.csv.
 """
 
-from running.command_line import InputError, integer, layer_sizes, number, run_script
+from running.command_line import InputError, integer, layer_sizes, run_script
 
 # isort: split
 import numpy as np
@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 
 import probes
-from encoders import MLPEncoder, hidden_widths, initialise_all
+from encoders import MLPEncoder, hidden_widths, initialise_all, narrowed
 from kernel_ridge import kernel_ridge_r2
-from latent_spaces import LATENTS, MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
+from latent_spaces import SETTING, MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
 from losses import LearnedLogits, multimodal_contrastive_loss
 from mlp_probes import FAST_PROBES
 from probes import ABSENT, LEARNED
@@ -37,9 +37,9 @@ from running.schedules import batch_size
 RECIPES = {
     "paper": dict(hidden_sizes="paper", init="default", lr=1e-4, lr_schedule="constant", layer_lr="uniform",
                   preconditioner="none", optimiser="adam", batch_size=6144, final_batch_size=0, negatives="independent",
-                  train_steps=100_001, precision="fp32", probes="paper"),
+                  train_steps=100_001, precision="fp32", probes="paper", spare_dimensions=0),
     "fast": dict(
-        lr_schedule="onecycle", train_steps="auto", precision="auto", probes="fast",
+        lr_schedule="onecycle", train_steps="auto", precision="auto", probes="fast", spare_dimensions=0,
         hidden_sizes="100,100",  # the generative functions are three layers of fifteen units
         optimiser="muon", lr=4e-3,  # its steps follow weak directions as far as strong ones, in a fraction of the steps
         layer_lr="fan-in",  # of what Muon does not take: every layer moves alike, at any width
@@ -57,21 +57,6 @@ RECIPES["wide"] = RECIPES["fast"] | dict(
 AUTO_STEPS = {"fast": ((1, 5_000), (2, 4_000), (5, 2_600), (10, 4_600)), "wide": ((1, 6_500), (5, 3_500), (10, 7_000))}
 # final_batch_size "auto", pairs and pairs more a dimension: the more there are, the rarer a negative that is hard to tell apart
 AUTO_BATCH = {"fast": (0, 200), "wide": (384, 128)}
-# Flags of the setting: name, kind, help, default.
-SETTING = (
-    ("--semantics-n", integer(1), "semantic latents s", 10),
-    ("--modality-n", integer(0), "modality-specific latents m_x, and as many m_t", 5),
-    ("--theta-value", integer(0), "selection bias θ: number of the subset I_θ that the text speaks of", 1022),
-    ("--beta-value", integer(-1), "perturbation bias ρ: number of I_ρ, what the text may state wrongly, -1 = none", -1),
-    ("--change-prob", number(0, 1), "probability that a perturbable semantic is perturbed", 0.75),
-    ("--causal-dependence", bool, "dependent latents: covariances drawn from a Wishart distribution", None),
-    ("--latents", LATENTS, "of independent semantics, all of one variance", "gaussian"),
-    ("--omission-prob", number(0, 1), "probability that a text omits a selected semantic, as a mask tells its encoder", 0.0),
-    ("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0),
-    ("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0),
-    ("--n-mixing-layer", integer(1, 1000), "linear layers of the generative functions g_x, g_t", 3),
-    ("--encoding-size", integer(0), "dimensions D of the encodings, 0 = size of the unbiased block", 0),
-)
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 
 
@@ -88,6 +73,8 @@ class NumericExperiment(Experiment):
         flag("--hidden-sizes", layer_sizes, "widths of the encoders' hidden layers, as 60,60,60; paper: the paper's, 10 and 50 "
              "times their inputs", "paper")  # fmt: skip
         flag("--negatives", ("independent", "batch"), "an anchor's: a second batch, or the others of its own")
+        flag("--spare-dimensions", integer(0), "dimensions that the encodings have more until the training ends; then those are "
+             "kept along which image and text agree best")  # fmt: skip
         parser.section("setting: what the text says of the image")
         for name, kind, text, default in SETTING:
             flag(name, kind, text, default)
@@ -142,11 +129,12 @@ class NumericExperiment(Experiment):
         self.latents = MisalignedLatents.from_flags(args, args.seed, device)
         self.d_x, self.d_t = args.semantics_n + args.modality_n, len(self.latents.selected) + args.modality_n
         self.encoding_size = args.encoding_size or len(self.latents.unbiased)
+        width = self.encoding_size + (0 if args.evaluate else args.spare_dimensions)
         networks = {
             "g_x": MixingNetwork(self.d_x, args.n_mixing_layer),
             "g_t": MixingNetwork(self.d_t, args.n_mixing_layer),
-            "f_x": MLPEncoder(self.d_x, self.encoding_size, args.hidden_sizes),
-            "f_t": MLPEncoder(self.d_t + self.latents.mask_size, self.encoding_size, args.hidden_sizes),
+            "f_x": MLPEncoder(self.d_x, width, args.hidden_sizes),
+            "f_t": MLPEncoder(self.d_t + self.latents.mask_size, width, args.hidden_sizes),
         }
         self.networks = {name: network.to(device) for name, network in networks.items()}
         self.modules = {name: self.networks[name] for name in ("f_x", "f_t")}
@@ -186,10 +174,21 @@ class NumericExperiment(Experiment):
         (h_x, negatives_x), (h_t, negatives_t) = h_x.chunk(2), h_t.chunk(2)
         return multimodal_contrastive_loss(h_x, h_t, negatives_x, negatives_t, share=share)
 
+    @torch.no_grad()
+    def complete(self):
+        """From here on without --spare-dimensions: those are kept along which image and text agree best."""
+        if self.args.spare_dimensions:
+            _, h_x, h_t = self.sample(EVAL_BATCH, seeded_generator(self.args.seed, "narrow", self.device))
+            copies = narrowed(self.modules.values(), (h_x, h_t), self.encoding_size)
+            self.modules = dict(zip(self.modules, copies, strict=True))
+            self.networks = self.networks | self.modules
+
     def monitor(self):
         """Linear R² of every factor from both encodings, on samples of the monitor's own, the same for every line."""
-        generator = seeded_generator(self.args.seed, "monitor", self.device)
+        generator, trained = seeded_generator(self.args.seed, "monitor", self.device), (self.networks, self.modules)
+        self.complete()
         (fit_h, fit_targets), (test_h, test_targets) = (self.encode(1, generator) for _ in range(2))
+        self.networks, self.modules = trained
         columns, texts = {}, []
         for name in fit_h:
             fit, test = probes.standardise(fit_h[name], test_h[name])
@@ -240,6 +239,7 @@ class NumericExperiment(Experiment):
         omitted = [i for i in range(n) if i not in latents.selected]
         wrong = f", each with probability {args.change_prob:g}" if latents.perturbed else ""
         at_random = f", and each of I_θ with probability {args.omission_prob:g}" if args.omission_prob else ""
+        spare = f" and {args.spare_dimensions} dimensions at first" if args.spare_dimensions and not args.evaluate else ""
         negatives = "sigmoid loss" if self.objective else f"{args.negatives} negatives"
         pairs = " to ".join(str(size) for size in dict.fromkeys((args.batch_size, args.final_batch_size)) if size)
         return {
@@ -247,7 +247,7 @@ class NumericExperiment(Experiment):
             "selected": f"I_θ = {semantics(latents.selected)}; the text leaves out {semantics(omitted)}{at_random}",
             "perturbed": f"I_ρ ∩ I_θ = {semantics(latents.perturbed)}{wrong}",
             "unbiased": f"I_θ \\ I_ρ = {semantics(latents.unbiased)}: what the theory says is learned",
-            "encoders": f"R^{self.d_x} and R^{self.d_t} → R^{self.encoding_size}, {parameters:,} parameters",
+            "encoders": f"R^{self.d_x} and R^{self.d_t} → R^{self.encoding_size}{spare}, {parameters:,} parameters",
             "training": f"{args.recipe} recipe: {args.train_steps} steps of {pairs} pairs, lr {args.lr:g} "
             f"{args.lr_schedule}, {args.init} initialisation, {negatives}",
         }

@@ -131,7 +131,7 @@ def trained_args(directory, experiment_class):
         raise InputError(f"{directory} holds no finished model")
     parser = experiment_class.parser()
     stored = known_args(directory, parser)
-    args, _ = parser.parse([])
+    args, _ = parser.parse(["--evaluate"])
     for name in [name for name in vars(args) if name not in parser.freely]:
         check_stored_value(name, stored, Path(directory) / "args.json", parser)
         setattr(args, name, stored[name])

@@ -117,6 +117,10 @@ class Experiment:
         """Draw the encoders, where nothing else has weights."""
         self.draw_encoders()
 
+    def complete(self):
+        """Make of the encoders, after the last step of the training, those whose weights are kept."""
+        return
+
     def table(self, results):
         """What results.csv holds of the DataFrame of `evaluate`."""
         return results
@@ -240,6 +244,7 @@ def begin(experiment, directory, details, stored, no_cuda_given):
 def finish(experiment, directory, progress, details):
     """Write the weights, evaluate, and say in args.json that the run is finished; returns the exit code."""
     args = experiment.args
+    experiment.complete()
     for name, state in experiment.weights().items():
         store.save_weights(state, directory / f"{name}.pt")
     details["weights"] = store.weights_digests(directory, experiment.weight_files)

@@ -185,7 +185,7 @@ def test_a_generator_of_the_stand_in_has_states_of_its_own():
     "flags",
     [
         "",
-        "--recipe fast --precision bf16 --mlp-eval",
+        "--recipe fast --precision bf16 --mlp-eval --spare-dimensions 2",
         "--recipe fast --precision tf32 --negatives independent",
         "--optimiser muon --causal-dependence --protocol paper --theta-value 0 --beta-value -1",
     ],

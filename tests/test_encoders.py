@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from encoders import CAPTION_LENGTHS, TINY_OUTPUT, ImageEncoder, MLPEncoder, SmallOutputConv2d, TextEncoder, initialise
+import probes
+from encoders import CAPTION_LENGTHS, TINY_OUTPUT, ImageEncoder, MLPEncoder, SmallOutputConv2d, TextEncoder, initialise, narrowed
 
 
 @pytest.mark.parametrize("d, size", [(15, 10), (6, 1), (10, 5)])
@@ -21,6 +22,23 @@ def test_mlp_encoder_has_the_specified_layers(d, size):
     assert [type(layer) for layer in encoder] == [nn.Linear, nn.LeakyReLU] * 6 + [nn.Linear]
     assert all(layer.negative_slope == 0.01 for layer in encoder if isinstance(layer, nn.LeakyReLU))
     assert encoder(torch.zeros(4, d)).shape == (4, size)
+
+
+def test_narrowed_encoders_keep_what_both_know_in_whatever_basis():
+    """Two numbers that both know, one of them hardly spread, beside three that are louder and known to one alone."""
+    g = torch.Generator().manual_seed(0)
+    shared, own_x, own_t = torch.randn(4000, 2, generator=g), *torch.randn(2, 4000, 3, generator=g)
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=g))[0]
+    observed = [torch.cat((shared * torch.tensor([5.0, 1.0]), 4 * own), dim=1) @ basis for own in (own_x, own_t)]
+    encoders = [nn.Sequential(nn.LeakyReLU(1.0), nn.Linear(5, 5)) for _ in range(2)]
+    with torch.no_grad():
+        for encoder in encoders:  # of one basis, as pairs' encodings are
+            encoder[-1].weight.copy_(torch.eye(5))
+        encodings = [encoder(x) for encoder, x in zip(encoders, observed, strict=True)]
+        for copied, encoder, x, h in zip(narrowed(encoders, encodings, 2), encoders, observed, encodings, strict=True):
+            found = copied(x)
+            assert found.shape == (4000, 2) and torch.equal(encoder(x), h), "the encoders themselves stay"
+            assert (probes.linear_r2(found, {"both": shared}, found, {"both": shared})["both"]) > 0.95
 
 
 def test_gradients_in_place_are_those_of_a_plain_network():

@@ -112,6 +112,29 @@ def test_encoders_have_the_hidden_layers_that_are_asked_for(run, tmp_path):
     fails(run, "--evaluate --seed 3 --hidden-sizes 5,7", "--hidden-sizes 5,7 contradicts 7,5", base="--no-cuda")
 
 
+def test_spare_dimensions_are_there_until_the_training_ends(run, tmp_path, monkeypatch):
+    sizes = []
+    real = NumericExperiment.encode
+    monkeypatch.setattr(NumericExperiment, "encode", lambda model, *call: (
+        sizes.append(model.modules["f_x"][-1].out_features) or real(model, *call)))  # fmt: skip
+    code, out, _ = run("--seed 1 --spare-dimensions 3 --floor")
+    directory = tmp_path / "models/m"
+    assert code == 0 and "→ R^2 and 3 dimensions at first" in out
+    assert set(sizes) == {2}, "the monitor, the evaluation and untrained encoders have none"
+    checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)["modules"]
+    for name in ("f_x", "f_t"):
+        state = torch.load(directory / f"{name}.pt", weights_only=True)
+        last = list(state)[-2]
+        narrow, wide = state[last].double(), checkpoint[name][last].double()
+        assert len(narrow) == 2 and len(wide) == 5
+        kept = narrow @ torch.linalg.pinv(wide)
+        torch.testing.assert_close(kept @ wide, narrow, atol=1e-5, rtol=0)
+        torch.testing.assert_close(kept @ kept.T, torch.eye(2, dtype=torch.float64), atol=1e-4, rtol=0)
+    before = contents(directory)
+    assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0 and contents(directory)["results.csv"] == before["results.csv"]
+    assert contents(directory)["references.csv"] == before["references.csv"]
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [("", "fp32"), ("--hidden-sizes paper", "bf16"), ("--hidden-sizes 20,499", "fp32"), ("--hidden-sizes 500", "bf16"),
@@ -149,7 +172,7 @@ def test_how_often_progress_is_logged_changes_nothing(run, tmp_path):
         *("--n-mixing-layer 2", "--encoding-size 4", "--init he", "--lr-schedule onecycle", "--lr 0.01"),
         *("--negatives batch", "--protocol paper", "--precision bf16", "--batch-size 20", "--train-steps 41"),
         *("--preconditioner inputs", "--layer-lr fan-in", "--final-batch-size 30"),
-        *("--modality-n 2", "--semantics-n 4"),
+        *("--modality-n 2", "--semantics-n 4", "--spare-dimensions 2"),
     ],
 )
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
@@ -176,6 +199,7 @@ def test_the_recipe_sets_what_is_not_given(run, tmp_path):
         **{"load_args": False, "protocol": "code", "init": "default", "lr_schedule": "constant", "precision": "fp32"},
         **{"preconditioner": "none", "layer_lr": "uniform", "final_batch_size": 0},
         "negatives": "independent",
+        "spare_dimensions": 0,
     }
     assert {name: getattr(args, name) for name in defaults} == defaults
 

@@ -54,7 +54,7 @@ def killed_after(monkeypatch, steps):
     monkeypatch.setattr(main_numeric.NumericExperiment, "loss", dying)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "fast", "fast --loss sigmoid"])
+@pytest.mark.parametrize("recipe", ["paper", "fast", "fast --loss sigmoid", "fast --spare-dimensions 3"])
 def test_a_run_killed_at_random_steps_ends_as_one_that_never_was(run, tmp_path, monkeypatch, recipe):
     flags = f"{SEED} --recipe {recipe} --beta-value 0"
     assert run(flags, "whole")[0] == 0

@@ -32,7 +32,7 @@ DOWNSTREAM = f"--model-id {MODEL} --num-eval-batches 1 --no-cuda"
 NUMERIC = "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --num-eval-batches 1 --seed 3 --log-steps 6 --train-steps 14"
 IMAGES = "--no-cuda --seed 5 --train-steps 5 --log-steps 3 --checkpoint-steps 2 --hidden-size 4 --batch-size 8"
 FAST_IMAGES = f"{IMAGES} --recipe fast --whitening-pairs 8 --precision fp32"
-FAST_NUMERIC = f"{NUMERIC} --recipe fast --precision fp32 --batch-size 8 --final-batch-size 24 --mlp-eval"
+FAST_NUMERIC = f"{NUMERIC} --recipe fast --precision fp32 --batch-size 8 --final-batch-size 24 --spare-dimensions 2 --mlp-eval"
 TRAININGS = {
     "numeric, fast": ("main_numeric", "", FAST_NUMERIC),
     "numeric, paper": ("main_numeric", "", f"{NUMERIC} --batch-size 16 --causal-dependence --beta-value 1"),
