@@ -52,7 +52,8 @@ def narrowed(encoders, encodings, size):
     """
     a, b = ((h.double() - h.double().mean(dim=0)).cpu() for h in encodings)
     across, within = a.T @ b + b.T @ a, a.T @ a + b.T @ b
-    within += SMALLEST_VARIANCE * within.trace() * torch.eye(len(within), dtype=within.dtype)  # along some there may be none
+    floor = (SMALLEST_VARIANCE * within.trace()).clamp_min(1e-100)  # along some, or all, they may not vary
+    within.diagonal().add_(floor)
     _, directions = scipy.linalg.eigh(across, within)
     directions = torch.linalg.qr(torch.from_numpy(directions[:, ::-1][:, :size].copy()))[0]
     copies = [copy.deepcopy(encoder) for encoder in encoders]

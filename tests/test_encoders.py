@@ -25,9 +25,10 @@ def test_mlp_encoder_has_the_specified_layers(d, size):
 
 
 def test_narrowed_encoders_keep_what_both_know_in_whatever_basis():
-    """Two numbers that both know, one of them hardly spread, beside three that are louder and known to one alone."""
+    """Two numbers that both know, one of them hardly spread, beside three that are louder and that each knows half right."""
     g = torch.Generator().manual_seed(0)
-    shared, own_x, own_t = torch.randn(4000, 2, generator=g), *torch.randn(2, 4000, 3, generator=g)
+    shared, own_x, noise = torch.randn(4000, 2, generator=g), *torch.randn(2, 4000, 3, generator=g)
+    own_t = (own_x + noise) / 2**0.5
     basis = torch.linalg.qr(torch.randn(5, 5, generator=g))[0]
     observed = [torch.cat((shared * torch.tensor([5.0, 1.0]), 4 * own), dim=1) @ basis for own in (own_x, own_t)]
     encoders = [nn.Sequential(nn.LeakyReLU(1.0), nn.Linear(5, 5)) for _ in range(2)]
@@ -39,6 +40,13 @@ def test_narrowed_encoders_keep_what_both_know_in_whatever_basis():
             found = copied(x)
             assert found.shape == (4000, 2) and torch.equal(encoder(x), h), "the encoders themselves stay"
             assert (probes.linear_r2(found, {"both": shared}, found, {"both": shared})["both"]) > 0.95
+
+
+def test_encodings_that_do_not_vary_are_narrowed_too():
+    encoders = [nn.Sequential(nn.Linear(5, 5)) for _ in range(2)]
+    line = torch.randn(100, 1, generator=torch.Generator().manual_seed(0)).expand(100, 5)
+    for h in (torch.zeros(100, 5), torch.ones(100, 5), line):
+        assert all(encoder(h).isfinite().all() and encoder(h).shape == (100, 2) for encoder in narrowed(encoders, (h, h), 2))
 
 
 def test_gradients_in_place_are_those_of_a_plain_network():

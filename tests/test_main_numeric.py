@@ -119,7 +119,7 @@ def test_spare_dimensions_are_there_until_the_training_ends(run, tmp_path, monke
         sizes.append(model.modules["f_x"][-1].out_features) or real(model, *call)))  # fmt: skip
     code, out, _ = run("--seed 1 --spare-dimensions 3 --floor")
     directory = tmp_path / "models/m"
-    assert code == 0 and "→ R^2 and 3 dimensions at first" in out
+    assert code == 0 and "→ R^2 and 3 more until trained" in out
     assert set(sizes) == {2}, "the monitor, the evaluation and untrained encoders have none"
     checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)["modules"]
     for name in ("f_x", "f_t"):
@@ -133,6 +133,9 @@ def test_spare_dimensions_are_there_until_the_training_ends(run, tmp_path, monke
     before = contents(directory)
     assert run("--evaluate --seed 2", base="--no-cuda")[0] == 0 and contents(directory)["results.csv"] == before["results.csv"]
     assert contents(directory)["references.csv"] == before["references.csv"]
+    model = NumericExperiment(model_directory.trained_args(directory, NumericExperiment)[0], torch.device("cpu"))
+    model.load(directory)  # as the downstream tasks do
+    assert model.modules["f_x"][-1].out_features == 2
 
 
 @pytest.mark.parametrize(
