@@ -124,11 +124,12 @@ def run_here(work, options, ended):
     shared if there are too few. InputError if one asks for more than all.
     """
     per_job, cores, gpus = options.gpus_per_job, usable_cores(), []
-    if per_job:
+    if given := per_job and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        gpus = given.split(",")
+    elif per_job:
         import torch  # seconds, which nothing else here needs
 
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
+        gpus = list(map(str, range(torch.cuda.device_count())))
     if gpus and per_job > len(gpus):
         raise InputError(f"--gpus-per-job {per_job} is more than the {len(gpus)} of this machine")
     jobs = options.jobs or (len(gpus) // per_job if gpus else min(cores, 8))
