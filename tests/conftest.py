@@ -17,8 +17,9 @@ from rendering_data.MPI3D.render_multimodal_mpi3d import render
 from rendering_data.MPI3D.render_standin_images import MPI3D_FILE, write_images
 from running.command_line import run_script
 
-# a shell starts background jobs with SIGINT ignored, and children would inherit that
+# a shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY = (
     "--no-cuda --semantics-n 3 --modality-n 1 --theta-value 3 --batch-size 16 --train-steps 40 --log-steps 10 "
