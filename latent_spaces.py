@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from running.command_line import integer, number
+from running.command_line import InputError, integer, number
 
 # Streams of random numbers that one seed gives. Latents' covariances and the mixing depend on the training seed alone.
 STREAMS = dict(covariance=0, mixing=1, init=2, train=3, monitor=4, evaluate=5, probe=6, downstream=7, order=8, narrow=9)
@@ -121,6 +121,21 @@ SETTING = (
     ("--n-mixing-layer", integer(1, 1000), "linear layers of the generative functions g_x, g_t", 3),
     ("--encoding-size", integer(0), "dimensions D of the encodings, 0 = size of the unbiased block", 0),
 )
+
+
+def checked_block(args):
+    """I_θ \\ I_ρ of the flags SETTING, a Namespace; raises InputError where these contradict each other."""
+    n = args.semantics_n
+    for flag, value, lowest in (("--theta-value", args.theta_value, 0), ("--beta-value", args.beta_value, -1)):
+        if not lowest <= value < subset_count(n):
+            subsets = f"{n} semantics have the subsets {lowest} … {subset_count(n) - 1}"
+            raise InputError(f"{flag} {value} is out of range: {subsets}")
+    if args.latents != "gaussian" and args.causal_dependence:
+        raise InputError(f"--latents {args.latents} are independent semantics; leave out --causal-dependence")
+    try:
+        return biased_blocks(args.theta_value, args.beta_value, n)[2]
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def with_marginal(normal, kind):

@@ -22,7 +22,7 @@ import torch
 import probes
 from encoders import MLPEncoder, hidden_widths, initialise_all, narrowed
 from kernel_ridge import kernel_ridge_r2
-from latent_spaces import SETTING, MisalignedLatents, MixingNetwork, biased_blocks, seed_sequence, seeded_generator, subset_count
+from latent_spaces import SETTING, MisalignedLatents, MixingNetwork, biased_blocks, checked_block, seed_sequence, seeded_generator
 from losses import LearnedLogits, multimodal_contrastive_loss
 from mlp_probes import FAST_PROBES
 from probes import ABSENT, LEARNED
@@ -39,7 +39,8 @@ RECIPES = {
                   preconditioner="none", optimiser="adam", batch_size=6144, final_batch_size=0, negatives="independent",
                   train_steps=100_001, precision="fp32", probes="paper", spare_dimensions=0),
     "fast": dict(
-        lr_schedule="onecycle", train_steps="auto", precision="auto", probes="fast", spare_dimensions=0,
+        lr_schedule="onecycle", train_steps="auto", precision="auto", probes="fast",
+        spare_dimensions="auto",  # else what the text states wrongly may take a dimension first, and keeps it
         hidden_sizes="100,100",  # the generative functions are three layers of fifteen units
         optimiser="muon", lr=4e-3,  # its steps follow weak directions as far as strong ones, in a fraction of the steps
         layer_lr="fan-in",  # of what Muon does not take: every layer moves alike, at any width
@@ -50,13 +51,15 @@ RECIPES = {
     ),
 }  # fmt: skip
 RECIPES["wide"] = RECIPES["fast"] | dict(
-    hidden_sizes="paper",
+    hidden_sizes="paper", spare_dimensions=0,
     optimiser="adam", lr=1e-3, batch_size=256,  # Muon's products of wide layers would take most of the time
 )  # fmt: skip
 # train_steps "auto", by (dimensions, steps): a single dimension teaches the layers below little, and many are hard to tell apart
 AUTO_STEPS = {"fast": ((1, 5_000), (2, 4_000), (5, 2_600), (10, 4_600)), "wide": ((1, 6_500), (5, 3_500), (10, 7_000))}
+DEPENDENT = {"fast": 1.5, "wide": 1}  # times as many for dependent semantics: some of their directions hardly vary
 # final_batch_size "auto", pairs and pairs more a dimension: the more there are, the rarer a negative that is hard to tell apart
 AUTO_BATCH = {"fast": (0, 200), "wide": (384, 128)}
+AUTO_SPARE = 5  # spare_dimensions "auto", without --encoding-size; texts that omit at random agree on no direction alone
 EVAL_BATCH = 4096  # samples in one of the --num-eval-batches
 
 
@@ -70,19 +73,17 @@ class NumericExperiment(Experiment):
     def add_flags(cls, parser):
         """What --recipe sets beside the shared flags, the setting, and its evaluation."""
         flag = parser.flag
-        flag("--hidden-sizes", layer_sizes, "widths of the encoders' hidden layers, as 60,60,60; paper: the paper's, 10 and 50 "
-             "times their inputs", "paper")  # fmt: skip
+        flag("--hidden-sizes", layer_sizes, "widths of the hidden layers, as 60,60,60; paper: 10 and 50 times the input", "paper")
         flag("--negatives", ("independent", "batch"), "an anchor's: a second batch, or the others of its own")
         flag("--spare-dimensions", integer(0), "dimensions that the encodings have more until the training ends; then those are "
-             "kept along which image and text agree best")  # fmt: skip
+             "kept along which image and text agree best; a recipe's auto: some, in encodings of the block's size")  # fmt: skip
         parser.section("setting: what the text says of the image")
         for name, kind, text, default in SETTING:
             flag(name, kind, text, default)
         parser.section("evaluation")
         flag("--num-eval-batches", integer(1, 10_000), f"batches of {EVAL_BATCH} samples to fit, and as many to test", 5, "again")
         flag("--mlp-eval", bool, "nonlinear probe: an MLP (the paper's), not kernel ridge regression", None, "again")
-        flag("--probes", ("paper", "fast"), "MLP probes: trained as the paper's, or in far fewer steps to like scores",
-             "paper", "again")  # fmt: skip
+        flag("--probes", ("paper", "fast"), "MLP probes: as the paper's, or in far fewer steps to like scores", "paper", "again")
 
     @classmethod
     def default_id(cls, args):
@@ -91,24 +92,18 @@ class NumericExperiment(Experiment):
 
     @classmethod
     def settle(cls, args):
-        """Check both subsets; batches and steps that a recipe leaves "auto" follow the size of the encodings."""
-        n = args.semantics_n
-        for flag, value, lowest in (("--theta-value", args.theta_value, 0), ("--beta-value", args.beta_value, -1)):
-            if not lowest <= value < subset_count(n):
-                raise InputError(f"{flag} {value} is out of range: {n} semantics have the subsets {lowest} … "
-                                 f"{subset_count(n) - 1}")  # fmt: skip
-        try:
-            _, _, unbiased = biased_blocks(args.theta_value, args.beta_value, n)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        if args.latents != "gaussian" and args.causal_dependence:
-            raise InputError(f"--latents {args.latents} are independent semantics; leave out --causal-dependence")
-        size = args.encoding_size or len(unbiased)
+        """Check the setting; batches and steps that a recipe leaves "auto" follow the size of the encodings."""
+        size = args.encoding_size or len(checked_block(args))
         if args.train_steps == "auto":
-            args.train_steps = round(np.interp(size, *zip(*AUTO_STEPS[args.recipe], strict=True)))
+            steps = np.interp(size, *zip(*AUTO_STEPS[args.recipe], strict=True))
+            args.train_steps = round(steps * (DEPENDENT[args.recipe] if args.causal_dependence else 1))
         if args.final_batch_size == "auto":
             pairs, pairs_a_dimension = AUTO_BATCH[args.recipe]
             args.final_batch_size = max(args.batch_size, pairs + pairs_a_dimension * size)
+        if args.spare_dimensions == "auto":
+            args.spare_dimensions = 0 if args.encoding_size or args.omission_prob else AUTO_SPARE
+        if args.spare_dimensions and args.omission_prob:
+            raise InputError("with --omission-prob image and text agree on no direction alone; leave out --spare-dimensions")
 
     @classmethod
     def result_rows(cls, args):

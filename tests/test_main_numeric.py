@@ -207,6 +207,13 @@ def test_the_recipe_sets_what_is_not_given(run, tmp_path):
     assert {name: getattr(args, name) for name in defaults} == defaults
 
 
+def settled(flags):
+    """The flags of a command line, with what its recipe leaves "auto"."""
+    args, _ = NumericExperiment.parse_flags(flags.split())
+    NumericExperiment.settle(args)
+    return args
+
+
 def test_the_fast_recipe_takes_larger_batches_for_larger_encodings(run, tmp_path, monkeypatch):
     monkeypatch.setitem(main_numeric.AUTO_BATCH, "fast", (10, 5))
     base = f"{TINY} --recipe fast"
@@ -225,6 +232,18 @@ def test_the_fast_recipe_takes_its_steps_from_the_size_of_the_encoding(run, tmp_
                          ("--train-steps 6", 6)):  # fmt: skip
         assert run(f"{flags} --seed 1 --overwrite", base=base)[0] == 0
         assert json.loads((tmp_path / "models/m/args.json").read_text())["train_steps"] == steps
+    found = [settled(flags).train_steps for flags in (
+        "--recipe fast", "--recipe fast --causal-dependence", "--recipe fast --causal-dependence --train-steps 30",
+        "--recipe wide", "--recipe wide --causal-dependence", "--recipe paper --causal-dependence")]  # fmt: skip
+    assert found == [8, 12, 30, 7000, 7000, 100_001], "dependent semantics take longer"
+
+
+def test_the_fast_recipe_has_spare_dimensions_where_the_size_of_the_encodings_is_not_given():
+    found = [settled(flags).spare_dimensions for flags in (
+        "--recipe fast", "--recipe fast --spare-dimensions 2", "--recipe fast --encoding-size 3",
+        "--recipe fast --omission-prob 0.1", "--recipe fast --encoding-size 3 --spare-dimensions 2", "--recipe wide",
+        "--recipe paper")]  # fmt: skip
+    assert found == [5, 2, 0, 0, 2, 0, 0]
 
 
 def test_no_model_id_and_no_seed_are_made_printed_and_stored(tmp_path, capsys, run):
@@ -564,6 +583,7 @@ def fails(run, flags, words, **options):
 @pytest.mark.parametrize(
     "flags, words",
     [
+        ("--omission-prob 0.2 --spare-dimensions 2", "with --omission-prob image and text agree on no direction alone"),
         ("--theta-value 7", "--theta-value 7 is out of range: 3 semantics have the subsets 0 … 6"),
         ("--theta-value -1", "--theta-value: -1 is too small"),
         ("--beta-value 7", "--beta-value 7 is out of range: 3 semantics have the subsets -1 … 6"),
