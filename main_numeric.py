@@ -92,7 +92,7 @@ class NumericExperiment(Experiment):
 
     @classmethod
     def settle(cls, args):
-        """Check the setting; batches and steps that a recipe leaves "auto" follow the size of the encodings."""
+        """Check the setting; what a recipe leaves "auto" follows the size of the encodings and what the texts tell."""
         size = args.encoding_size or len(checked_block(args))
         if args.train_steps == "auto":
             steps = np.interp(size, *zip(*AUTO_STEPS[args.recipe], strict=True))
