@@ -92,13 +92,13 @@ def verdict(results, bias):
     found = [name for name in unbiased if image.mcc_mlp[name] >= FOUND]
     missed = [name for name in unbiased if name not in found]
     lowest, highest = image.mcc_mlp[found or unbiased].min(), max(image.filter(like="rot", axis=0).r2_krreg.max(), 0)
-    scores = f"nonlinear MCC of at least {lowest:.2f} in the image encoding, the rotations R² of at most {highest:.2f}"
+    scores = f"nonlinear MCC of at least {lowest:.3f} in the image encoding, the rotations R² of at most {highest:.3f}"
     if not found or highest > ABSENT:
         return f"Not (yet) the pattern of the theory: {names_of(unbiased)} has {scores}."
     if not missed:
         return f"What is unbiased is found, and what is the image's own is not: {names_of(found)} has {scores}."
     return (f"Part of what is unbiased is found, and what is the image's own is not: {names_of(found)} has {scores}; not (yet) "
-            f"{names_of(missed)}, with at most {image.mcc_mlp[missed].max():.2f}.")  # fmt: skip
+            f"{names_of(missed)}, with at most {image.mcc_mlp[missed].max():.3f}.")  # fmt: skip
 
 
 def main(argv=None):

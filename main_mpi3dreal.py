@@ -91,7 +91,7 @@ def verdict(results, bias):
     """One sentence: whether exactly the unbiased factors were learned."""
     inside = results.factor_name.isin(bias.unbiased)
     lowest, highest = results[inside].mcc_mlp.min(), max(results[~inside].mcc_mlp.max(), 0)
-    found = f"{names_of(bias.unbiased)} has nonlinear MCC of at least {lowest:.2f}, everything else at most {highest:.2f}"
+    found = f"{names_of(bias.unbiased)} has nonlinear MCC of at least {lowest:.3f}, everything else at most {highest:.3f}"
     if lowest >= LEARNED and highest <= ABSENT:
         return f"Exactly the unbiased block is learned: {found}."
     return f"Not (yet) the pattern of the theory: {found}."

@@ -277,8 +277,8 @@ def verdict(results, latents, causal_dependence):
     inside = results.predicted_factors.isin({f"s_{i}" for i in latents.unbiased} | {"s_inv"})
     # a perturbed s̃_i is s_i plus noise that no encoder can know of: biased like s_i itself
     lowest, highest = results[inside].r2_nonlinear.min(), max([0.0, *results[~inside].r2_nonlinear])
-    found = (f"the unbiased block {semantics(latents.unbiased)} has nonlinear R² of at least {lowest:.2f}, everything else at "
-             f"most {highest:.2f}")  # fmt: skip
+    found = (f"the unbiased block {semantics(latents.unbiased)} has nonlinear R² of at least {lowest:.3f}, everything else at "
+             f"most {highest:.3f}")  # fmt: skip
     if lowest >= LEARNED and highest <= ABSENT:
         return f"Exactly the unbiased block is learned: {found}."
     if lowest >= LEARNED and causal_dependence:

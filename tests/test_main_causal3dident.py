@@ -308,11 +308,11 @@ FOUND = "is found, and what is the image's own is not: "
     ("shape", "x", "y", "rotation", "words"),
     [
         (0.9, 0.95, 0.85, 0.05, f"What is unbiased {FOUND}{{object_shape, object_xpos, object_ypos}} has nonlinear MCC "
-         "of at least 0.85 in the"),
+         "of at least 0.850 in the"),
         (0.3, 0.95, 0.85, -1, f"Part of what is unbiased {FOUND}{{object_xpos, object_ypos}} has nonlinear MCC of at least "
-         "0.85 in the image encoding, the rotations R² of at most 0.00; not (yet) {object_shape}, with at most 0.30."),
+         "0.850 in the image encoding, the rotations R² of at most 0.000; not (yet) {object_shape}, with at most 0.300."),
         (0.3, 0.5, 0.7, 0, "Not (yet) the pattern of the theory: {object_shape, object_xpos, object_ypos} has nonlinear MCC of "
-         "at least 0.30"),
+         "at least 0.300"),
         (0.9, 0.9, 0.9, 0.2, "Not (yet) the pattern of the theory"),
     ],
 )  # fmt: skip

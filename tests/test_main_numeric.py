@@ -341,8 +341,8 @@ def test_the_verdict_is_about_the_worst_factors(inside, outside, dependent, word
     rows = [(name, factor, 0.0, score) for name in ("hz_x", "hz_t") for factor, score in scores.items()]
     results = pd.DataFrame(rows, columns=["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"])
     sentence = main_numeric.verdict(results, latents, dependent)
-    assert sentence.startswith(words) and f"at least {inside:.2f}" in sentence
-    assert f"at most {max(outside, 0):.2f}" in sentence
+    assert sentence.startswith(words) and f"at least {inside:.3f}" in sentence
+    assert f"at most {max(outside, 0):.3f}" in sentence
 
 
 # --------------------------------------------------------------------------------------------------------------
