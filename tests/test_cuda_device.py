@@ -53,7 +53,7 @@ def small(monkeypatch):
         (latent_spaces, "CONDITION_DRAWS", 1000),
         (mlp_probes, "MAX_EPOCHS", 3),
         (main_numeric, "FAST_PROBES", (5, 10.0)),
-        (eval_numeric_predict, "FAST_STEPS", 5),
+        (eval_numeric_predict, "FAST_STEPS", (5, 5)),
         (eval_numeric_predict, "STEPS", 5),
         (probes, "LOGISTIC_ITERATIONS", 5),
     ):

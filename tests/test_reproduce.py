@@ -633,7 +633,7 @@ def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch
     model = Model(numeric_setting("tiny", "independent", 3, 1), 1, tmp_path / "models")
     assert (model.directory / "results.csv").exists()
     # the downstream tasks as `run` asks for them, in this process and with fewer steps
-    monkeypatch.setattr(eval_numeric_predict, "FAST_STEPS", 20)
+    monkeypatch.setattr(eval_numeric_predict, "FAST_STEPS", (20, 20))
     [(_, script, *flags)] = model.commands([PREDICT, CLASSIFY])
     assert Path(script).name == "eval_numeric_predict.py" and eval_numeric_predict.main(flags) == 0
     assert model.missing([RESULTS, PREDICT, CLASSIFY]) == []

@@ -78,7 +78,7 @@ SMALL = {
     ("eval_numeric_predict", "STEPS"): 20,
     ("latent_spaces", "CONDITION_DRAWS"): 200,
     ("mlp_probes", "MAX_EPOCHS"): 10,
-    ("eval_numeric_predict", "FAST_STEPS"): 20,
+    ("eval_numeric_predict", "FAST_STEPS"): (20, 20),
     ("image_text", "PROBE_STEPS"): {"code": 10, "paper": 10},
     ("image_text", "MONITOR_PAIRS"): 24,
     ("probes", "threadpool_limits"): lambda *_, **__: contextlib.nullcontext(),  # there is one thread
