@@ -46,8 +46,8 @@ from running.pictures import plot_downstream_scores
 from running.staging import digests, is_recorded, staged
 
 STEPS = 10_000
-FAST_STEPS = (40_000, 2_500)  # of --probes fast: regressions in parts, whose steps are 0.35 as long; the classifier, 4 times
-PART_RATE = 0.35
+FAST_STEPS = (40_000, 2_500)  # of --probes fast: regressions in parts, whose steps are 0.3 as long; the classifier, 4 times
+PART_RATE = 0.3
 EXPONENTIAL_FACTOR = {"code": 0.6, "paper": 0.4}  # factor of Σ e^{−|v|} in F
 JUMP, JUMP_PROBABILITY = 10.0, 0.1
 FIT, TEST, SHIFTED, PROBE = range(4)  # substreams of random numbers
