@@ -2,9 +2,11 @@
 
     python benchmarks/fast_downstream.py models/numeric-fast/ind_select_5_seed1
     python benchmarks/fast_downstream.py models/numeric-fast/dep_perturb_3_seed3 --repeats 3    # over initial weights, too
+    python benchmarks/fast_downstream.py models/numeric-fast/dep_perturb_3_seed3 --chunk 512    # rounded otherwise
 
 For each model the exact scores by the evaluation's first initial weights, and the differences from them: of the fast probes by
-the same weights, and with --repeats of both by others. Set OMP_NUM_THREADS=1 for seconds of one core.
+the same weights, and with --repeats of both by others. With --chunk, first of the exact probes whose sums over all samples are
+taken in other parts, and so round otherwise. Set OMP_NUM_THREADS=1 for seconds of one core.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_numeric
+import mlp_probes
 from eval_numeric_predict import FIT, PROBE, SHIFTED, TEST, encode, score_tasks
 from latent_spaces import seeded_generator
 from running.devices import describe_device
@@ -40,6 +43,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path, help="model directories")
     parser.add_argument("--repeats", type=int, default=1, help="initial weights of either kind")
+    parser.add_argument("--chunk", type=int, help="samples whose activations are computed at a time")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -47,17 +51,21 @@ def main():
     print(f"{'':32}     y1      y2      y3      y4     iid shifted")
     for directory in args.models:
         samples, protocol, seed = samples_of(directory, device)
-        first = None
-        for kind in ("paper", "fast"):
-            for repeat in range(args.repeats):
-                own = seed + repeat * OTHER_WEIGHTS
-                generator, began = seeded_generator(own, "downstream", substream=PROBE), time.process_time()
-                regression, classification = score_tasks(*samples, protocol, generator, kind)
-                scores, seconds = [*regression.values(), *classification.values()], time.process_time() - began
-                shown = scores if first is None else [score - exact for score, exact in zip(scores, first, strict=True)]
-                first = first or scores
-                numbers = " ".join(f"{value:+7.3f}" for value in shown)
-                print(f"{directory.name:22} {kind:5}{repeat + 1:3} {numbers}   {seconds:6.1f} s", flush=True)
+        first, usual = None, mlp_probes.CHUNK
+        runs = [("paper", repeat, usual) for repeat in range(args.repeats)]
+        runs += [("paper", 0, args.chunk)] if args.chunk else []
+        runs += [("fast", repeat, usual) for repeat in range(args.repeats)]
+        for kind, repeat, chunk in runs:
+            mlp_probes.CHUNK = chunk
+            own = seed + repeat * OTHER_WEIGHTS
+            generator, began = seeded_generator(own, "downstream", substream=PROBE), time.process_time()
+            regression, classification = score_tasks(*samples, protocol, generator, kind)
+            scores, seconds = [*regression.values(), *classification.values()], time.process_time() - began
+            shown = scores if first is None else [score - exact for score, exact in zip(scores, first, strict=True)]
+            first = first or scores
+            numbers = " ".join(f"{value:+7.3f}" for value in shown)
+            name = f"{kind}{repeat + 1:3}" if chunk == usual else f"{kind}, {chunk}"
+            print(f"{directory.name:20} {name:11} {numbers}   {seconds:6.1f} s", flush=True)
 
 
 if __name__ == "__main__":
