@@ -193,6 +193,18 @@ def test_fast_probes_come_as_far_as_all_steps(monkeypatch):
     assert as_short[0]["y4"] < exact[0]["y4"] - 0.1 and as_short == scores("fast", 1_200, 75)
 
 
+def test_fast_probes_begin_with_the_weights_of_the_exact_ones(monkeypatch):
+    for module, name, value in ((downstream, "STEPS", 3), (downstream, "FAST_STEPS", (3, 3)), (mlp_probes, "LEARNING_RATE", 0.0)):
+        monkeypatch.setattr(module, name, value)
+    samples = synthetic_samples(600, 5, 0, "cpu")
+    exact, fast, other = (
+        downstream.score_tasks(*samples, "code", torch.Generator().manual_seed(seed), probes)
+        for seed, probes in ((1, "paper"), (1, "fast"), (2, "fast"))
+    )
+    assert fast[0] == pytest.approx(exact[0], abs=1e-4) and fast[1] == pytest.approx(exact[1], abs=0.02)
+    assert all(abs(other[0][task] - exact[0][task]) > 1e-3 for task in exact[0])
+
+
 def reference_network(size, outputs):
     """In float64, the network whose initial weights a probe of `size` dimensions takes from seed 0."""
     hidden, output = mlp_probes.initial_network(size, outputs, torch.Generator().manual_seed(0))
