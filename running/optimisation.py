@@ -290,10 +290,10 @@ class InputWhitening:
         return {name: [self._covariances[name], inverse] for name, inverse in self._inverses.items()}
 
     def load_state_dict(self, state):
-        """Take the matrices of `state_dict`; raises ValueError if they are not those of the layers."""
-        expected = {name: 2 * [(torch.strided, 2 * (layer.in_features,))] for name, layer in self._layers.items()}
+        """Take the matrices of `state_dict`; raises ValueError if they are of other layers, or of none."""
+        expected = {name: 2 * [(torch.strided, 2 * (self._layers[name].in_features,))] for name in state if name in self._layers}
         found = {name: [(matrix.layout, tuple(matrix.shape)) for matrix in pair] for name, pair in state.items()}
-        if found != expected:
+        if found != expected or not found:
             raise ValueError("its preconditioner is of other layers")
         devices = {name: layer.weight.device for name, layer in self._layers.items()}
         self._covariances, self._inverses = (

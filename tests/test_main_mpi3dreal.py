@@ -308,6 +308,7 @@ def outcome(directory):
         "",
         "--recipe fast --bias-type perturbation --train-steps 40",
         "--final-batch-size 40",
+        "--preconditioner inputs",
         "--optimiser muon --spare-dimensions 4 --first-batch-size 20",
         "--supervised --encoding-size 3",
     ],
