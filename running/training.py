@@ -91,7 +91,12 @@ def train(experiment, directory):
     def log():
         row = {"step": progress.step, "loss": mean_loss(), "lr": learning_rate(args, share_done),
                "seconds": round(seconds(), 3)}  # fmt: skip
-        columns, text = experiment.monitor()
+        try:
+            columns, text = experiment.monitor()
+        except (ValueError, torch.linalg.LinAlgError) as error:  # the last update may have been the one that was too far
+            raise InputError(
+                f"the encodings after step {progress.step} cannot be scored: {error}; lower --lr, or use --precision fp32"
+            ) from None
         progress.log.append({**row, **columns})
         loss_sum.zero_()
         progress.loss_steps = 0

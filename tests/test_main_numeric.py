@@ -637,6 +637,11 @@ def test_bad_flags(run, tmp_path, flags, words):
 def test_evaluation_with_the_training_seed(run, trained):
     before = contents(trained[0])
     fails(run, "--evaluate --seed 1", "--seed 1 is the training seed", base="--no-cuda")
+def test_an_update_that_makes_encodings_explode_is_one_line_where_they_are_scored(run):
+    """The loss of its step was finite."""
+    fails(run, "--seed 1 --lr 1e30 --train-steps 2 --log-steps 1", "the encodings after step 1 cannot be scored: ")
+
+
     assert contents(trained[0]) == before
 
 
