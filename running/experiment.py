@@ -152,7 +152,8 @@ def add_run_flags(parser):
          "pair or not, by a learned scale (Zhai et al., 2023)", "infonce")  # fmt: skip
     flag("--init", ("default", "he"), "encoders' weights: PyTorch's default or He's")
     flag("--lr", number(0, above=True), "Adam's learning rate, its peak under a schedule")
-    flag("--optimiser", ("adam", "muon"), "muon takes the filters of convolutions, Adam all else; see optimisation.py")
+    flag("--optimiser", ("adam", "muon"), "muon takes the filters of convolutions and an MLP's matrices but the last, Adam "
+         "all else; see running/optimisation.py")  # fmt: skip
     flag("--layer-lr", ("uniform", "fan-in"), "of all layers alike, or larger where the fan-in is smaller; see there")
     flag("--preconditioner", ("none", "inputs"), "of Adam's gradients; inputs: whiten by each layer's inputs; see there")
     flag("--lr-schedule", tuple(LR_SCHEDULES), "one cycle warms up and comes down to nothing")

@@ -1,6 +1,6 @@
 """One training step, and the optimisers behind it.
 
-Adam, and what learns in a fraction of its steps: for deep MLPs rates by layer and a preconditioner, for CNNs Muon.
+Adam, and what learns in a fraction of its steps: rates by layer, a preconditioner, and Muon.
 """
 
 import torch
