@@ -174,7 +174,7 @@ def run_experiment(experiment_class, argv=None):
     with ranks.joined(), contextlib.ExitStack() as held:
         ranks.require_alike({"flags": " ".join(sys.argv[1:] if argv is None else argv)})
         args, given, directory = ranks.from_first(lambda: settled_flags(experiment_class, argv, held))
-        if args.evaluate or args.export_official:
+        if args.evaluate or args.export_official is not None:
             work = evaluate_again if args.evaluate else export_model
             return work(experiment_class, args, directory) if ranks.rank() == 0 else 0
         if args.resume and ranks.from_first(lambda: store.is_finished(directory)):
@@ -207,10 +207,17 @@ def settled_flags(experiment_class, argv, held):
     """
     parser = experiment_class.parser()
     args, given = parser.parse(argv)
-    directory = store.find_directory(args, experiment_class.default_id(args))
-    if args.export_official:
-        return args, given, directory
-    held.enter_context(occupied(directory))
+    while True:
+        directory = store.find_directory(args, experiment_class.default_id(args))
+        if args.export_official is not None:
+            return args, given, directory
+        try:
+            held.enter_context(occupied(directory))
+            break
+        except InputError:
+            if "model_id" in given:
+                raise
+            args.model_id = None  # another run has just taken the fresh name
     store.tidy(directory, experiment_class.weight_files)
     store.adopt_stored_flags(args, given, parser, directory)
     store.refuse_to_overwrite(args, directory, parser)

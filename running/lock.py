@@ -50,7 +50,8 @@ def _locked(directory):
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not os.access(directory, os.W_OK):
                 return None
-            error.filename = str(directory)  # not a name that nobody knows
+            # not a name that nobody knows, but where another user's old lock is what must go
+            error.filename = str(file if error.errno == errno.EACCES and file.exists() else directory)
             raise
         try:
             if _take(descriptor):

@@ -45,7 +45,8 @@ def run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(main_numeric, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
 
     def call(flags="", model="m", base=TINY, model_dir=tmp_path / "models"):
-        argv = [*base.split(), "--model-dir", str(model_dir), "--model-id", model, *flags.split()]
+        named = ["--model-id", model] if model else []
+        argv = [*base.split(), "--model-dir", str(model_dir), *named, *flags.split()]
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             run_script(lambda: main_numeric.main(argv))

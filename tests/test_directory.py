@@ -78,6 +78,36 @@ def test_the_lock_ends_with_its_process(tmp_path, run):
     assert not list((tmp_path / "models/m").glob(".*"))
 
 
+def test_the_lock_that_another_user_left_is_named(tmp_path, monkeypatch):
+    with occupied(tmp_path / "m"):
+        (tmp_path / "m/file").touch()
+    (tmp_path / "m" / lock.LOCK).touch()
+
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(lock.os, "open", refused)
+    with pytest.raises(PermissionError) as caught, occupied(tmp_path / "m"):
+        pass
+    assert caught.value.filename == str(tmp_path / "m" / lock.LOCK)
+
+
+def test_of_two_runs_that_take_the_same_fresh_name_the_second_takes_the_next(run, tmp_path, monkeypatch):
+    """Between the look for a name and the lock another run may take it."""
+    names, fresh = [], store.fresh_id
+
+    def late(model_dir, name):
+        names.append(name if not names else fresh(model_dir, name))
+        return names[-1]
+
+    monkeypatch.setattr(store, "fresh_id", late)
+    assert run("--seed 3", None)[0] == 0
+    first = names.pop()
+    with occupied(tmp_path / "models" / first):
+        assert run("--seed 3", None)[0] == 0
+    assert names == [first, f"{first}-2"] and (tmp_path / "models" / names[1] / "results.csv").exists()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_without_locks_a_process_of_this_host_that_runs_is_respected(tmp_path, monkeypatch, code):
     def refused(*_):

@@ -629,6 +629,7 @@ def fails(run, flags, words, **options):
         ("--load-args", "args.json is missing"),
     ],
 )
+        ("--export-official=", "holds no finished model"),
 def test_bad_flags(run, tmp_path, flags, words):
     fails(run, flags, words)
     assert not (tmp_path / "models").exists()
