@@ -35,6 +35,7 @@ DAMAGED = (OSError, EOFError, RuntimeError, ValueError, OverflowError, struct.er
 DAMAGED_ARCHIVE = (*DAMAGED, zipfile.BadZipFile, lzma.LZMAError)
 DAMAGED_IMAGE = (*DAMAGED, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # which Pillow else prints, and goes on
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of damaged EXIF beside a sound picture
 LARGEST_GRID = 4096  # bytes of the file of a handful of integers
 GPU_RESERVE = 4 * 2**30  # bytes of GPU memory that images leave for the training
 DECODED_AT_ONCE = 1024  # images handed to the threads at a time
@@ -66,13 +67,7 @@ def open_npz_images(path):
                 return _map_images(path, start + stream.tell(), shape), grid
         unpacked = _unpacked(path, member)
         if not unpacked.exists():
-            if member.file_size > (free := shutil.disk_usage(path.parent).free):
-                need = f"{member.file_size / 1e9:.2f} GB once, and {path.parent} has {free / 1e9:.2f} GB free"
-                raise InputError(f"{path} is compressed and is unpacked into {need}; copy the folder to a larger disk")
-            print(f"{path} is compressed: unpacking {member.file_size / 1e9:.2f} GB once into {unpacked}", flush=True)
-            made = _made_once(unpacked, "the images are compressed and are unpacked")
-            with made as temporary, archive.open(member) as stream, open(temporary, "wb") as target:
-                shutil.copyfileobj(stream, target, 2**24)
+            _unpack(path, archive, member, unpacked)
     images = _map_npy(unpacked)
     checked_once(unpacked, lambda: _check_crc(unpacked, member.CRC))
     return images, grid
@@ -80,6 +75,19 @@ def open_npz_images(path):
 
 def _unpacked(path, member):
     return path.with_name(f"{path.stem}.{member.CRC:08x}.npy")
+
+
+def _unpack(path, archive, member, unpacked):
+    with locked(path):  # of jobs that start together one unpacks, the others wait
+        if unpacked.exists():
+            return
+        if member.file_size > (free := shutil.disk_usage(path.parent).free):
+            need = f"{member.file_size / 1e9:.2f} GB once, and {path.parent} has {free / 1e9:.2f} GB free"
+            raise InputError(f"{path} is compressed and is unpacked into {need}; copy the folder to a larger disk")
+        print(f"{path} is compressed: unpacking {member.file_size / 1e9:.2f} GB once into {unpacked}", flush=True)
+        made = _made_once(unpacked, "the images are compressed and are unpacked")
+        with made as temporary, archive.open(member) as stream, open(temporary, "wb") as target:
+            shutil.copyfileobj(stream, target, 2**24)
 
 
 @contextlib.contextmanager
@@ -164,11 +172,21 @@ def _made_once(path, what):
         yield temporary
 
 
+@contextlib.contextmanager
+def _damage_as_value_error():
+    """Context in which NumPy parses the header of an array, which is Python: of a damaged one it may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"its header: {error}") from None
+
+
 def _read_image_header(stream, name):
     """Shape of the array in the .npy format that `stream` is left in front of; InputError unless it is (N, H, W, 3) uint8."""
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(stream)
+    with _damage_as_value_error():
+        shape, fortran_order, dtype = read_header(stream)
     if dtype.hasobject:
         raise InputError(f"{name} is a pickled array, which is not opened: it could run any code; expected uint8")
     if dtype != np.uint8:
@@ -183,7 +201,9 @@ def _read_grid(archive, path):
         return None
     if archive.getinfo("grid.npy").file_size > LARGEST_GRID:
         raise InputError(f"{path} is damaged: `grid` must be the sizes of the factors, a few integers")
-    grid = np.lib.format.read_array(io.BytesIO(archive.read("grid.npy")), allow_pickle=False)
+    content = io.BytesIO(archive.read("grid.npy"))
+    with _damage_as_value_error():
+        grid = np.lib.format.read_array(content, allow_pickle=False)
     if grid.ndim != 1 or grid.dtype.kind not in "iu" or (grid < 1).any():
         raise InputError(f"{path} is damaged: `grid` must be the sizes of the factors, positive integers")
     return tuple(grid.tolist())

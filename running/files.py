@@ -70,7 +70,7 @@ def _locked_temporary(path):
 
 @contextlib.contextmanager
 def locked(path):
-    """Context in which no other process is in `locked` with this path; an empty file of that name stays.
+    """Context in which no other process is in `locked` with this path; where there is no file, an empty one is left.
 
     Where the file cannot be made, or the file system has no locks, nothing is waited for.
     """

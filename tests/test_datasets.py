@@ -1,11 +1,15 @@
 """MPI3D-Complex as tensors, against a plain reading of its files; whoever wrote them, and whatever is wrong with them."""
 
+import contextlib
 import fcntl
 import io
 import json
 import os
 import resource
+import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,6 +272,39 @@ def test_a_compressed_file_is_unpacked_once_with_a_message(mpi3d, capsys):
     # other images of the same name are not taken for these
     save_npz(mpi3d / MPI3D_FILE, compressed=True, images=255 - images, grid=grid)
     assert (open_npz_images(mpi3d / MPI3D_FILE)[0] == 255 - images).all()
+
+
+def test_of_jobs_that_start_together_one_unpacks_and_the_others_wait(mpi3d, monkeypatch):
+    images, grid = images_and_grid(mpi3d)
+    save_npz(mpi3d / MPI3D_FILE, compressed=True, images=images, grid=grid)
+    copy, calls = shutil.copyfileobj, []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        time.sleep(0.3)
+        copy(*arguments)
+
+    monkeypatch.setattr(image_reading.shutil, "copyfileobj", counted)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: open_npz_images(mpi3d / MPI3D_FILE)[0], range(3)))
+    assert len(calls) == 1 and all((array == images).all() for array in found)
+
+
+@pytest.mark.parametrize("member", ["images", "grid"])
+def test_a_header_with_one_bit_changed_is_one_line(tmp_path, member):
+    """NumPy parses a header as Python, which fails in many ways."""
+    save_npz(tmp_path / "whole.npz", images=np.zeros((2, 4, 4, 3), np.uint8), grid=np.array([1, 2]))
+    with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    whole = content[f"{member}.npy"]
+    for bit in range(8 * 128):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+            for name, data in {**content, f"{member}.npy": bytes(changed)}.items():
+                archive.writestr(name, data)
+        with contextlib.suppress(InputError):
+            open_npz_images(tmp_path / "other.npz")
 
 
 def test_a_checksum_is_computed_once_until_the_file_changes(mpi3d, monkeypatch):
@@ -572,6 +609,19 @@ def test_the_vocabulary_is_that_of_the_training_captions_by_appearance(mpi3d):
     expected = dict.fromkeys(["{pad}", "{eos}", "{unk}", *(word for line in lines for word in tokenise(line))])
     assert list(pairs.vocabulary.items()) == list(rendered.items()) == [(word, i) for i, word in enumerate(expected)]
     assert both_ways.keys() == {"w2i", "i2w"} and words == {str(i): word for i, word in enumerate(expected)}
+
+
+def test_a_vocabulary_of_other_captions_is_refused(mpi3d):
+    """What an interrupted --overwrite leaves: captions of now and the vocabulary of before; and captions that were edited."""
+    file = mpi3d / "train/text_selection_2.txt"
+    lines = file.read_text().splitlines(keepends=True)
+    number = next(number for number, line in enumerate(lines) if "red" in line)
+    replace(file, "".join([*lines[:number], lines[number].replace("red", "scarlet"), *lines[number + 1 :]]))
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(InputError, match=f"vocab_selection_2.json lacks a word of line {number + 1} of {file}: .* remove it"):
+            load_mpi3d(mpi3d, "selection", 2)
+    os.remove(mpi3d / "vocab_selection_2.json")
+    assert "scarlet" in load_mpi3d(mpi3d, "selection", 2)[0].vocabulary
 
 
 def test_splits_may_be_parts_of_one_file(tmp_path):

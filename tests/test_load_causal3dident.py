@@ -220,6 +220,7 @@ MAP_DAMAGE = {
     "another": lambda content: b"x" * 300,
     "without a checksum": lambda content: content[:-4],
     "zeroed": lambda content: content[:-64] + bytes(64),
+    "the header": lambda content: content[:128].replace(b")", b"(") + content[128:],
     "a pixel": lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:],
 }
 
