@@ -301,7 +301,8 @@ def audit(factors, captions, seed=0):
     in_numbers = [name for name in factors if factors[name].dtype == float]
     # "Red" is "red": values are what captions are compared by, their words
     in_words = factors.drop(columns=in_numbers).map(lambda value: " ".join(words_of(value)), na_action="ignore")
-    factors = factors.assign(**in_words)
+    factors = factors.copy()
+    factors[in_words.columns] = in_words
     classes = {name: in_classes(factors[name]) for name in factors}
     vectoriser = CountVectorizer(
         analyzer=lambda words: words + [" ".join(pair) for pair in itertools.pairwise(words)],

@@ -14,6 +14,8 @@ from matplotlib.backend_bases import FigureCanvasBase
 from running.command_line import InputError
 from running.files import replaced
 
+matplotlib.rcParams["text.parse_math"] = False  # names of factors, and captions, may hold a $
+
 REFERENCES = {"floor": "untrained encoders", "ceiling": "encoders trained on the factors' labels"}
 # Texts in cells stay out of the layout: they lie within the axes, and measuring them takes most of the time.
 IN_CELL = {"ha": "center", "va": "center", "in_layout": False}

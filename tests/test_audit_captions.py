@@ -250,6 +250,15 @@ def test_the_script(files, call):
     assert pd.read_csv(files / "audit.csv").verdict.tolist() == ["told"]
 
 
+def test_factors_may_have_any_name(files, call):
+    """Such as an argument's of pandas, or what Matplotlib would take for mathematics."""
+    colours = (files / "factors.csv").read_text().split()[1:]
+    (files / "factors.csv").write_text("self,a$b_{$\n" + "".join(f"{colour},{colour}s\n" for colour in colours))
+    code, _, err = call()
+    assert code == 0, err
+    assert pd.read_csv(files / "audit.csv").factor.tolist() == ["self", "a$b_{$"] and (files / "audit.png").exists()
+
+
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
