@@ -1,7 +1,7 @@
 """MLP probes of frozen encodings, networks D → 100 (ReLU) → k: many at once, since each alone is far too small for a processor.
 
 `fit_and_predict` trains as scikit-learn's MLPRegressor and MLPClassifier do, in minibatches and until the loss stalls;
-`FullBatchProbes` as the downstream tasks of Section 5.1 ask, on all samples in every step, or nearly so in a tenth of the time.
+`FullBatchProbes` as the downstream tasks of Section 5.1 ask, on all samples in every step, or nearly so in an eighth of the time.
 Everything is in float32.
 """
 
