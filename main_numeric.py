@@ -8,7 +8,8 @@
     python main_numeric.py --model-id NAME --resume            # continue a run that was stopped
     python main_numeric.py --model-id NAME --evaluate --seed 7 # evaluate a trained model again
 
-Subsets are numbers: of ten semantics, the prefixes {0}, {0, 1}, …, {0 … 9} are 0, 10, 55, 175, 385, 637, 847, 967, 1012, 1022.
+Subsets are numbered by size, then in order: of ten semantics, {0}, {0, 1}, …, {0 … 9} are 0, 10, 55, 175, 385, 637, 847, 967,
+1012, 1022. Any other: python -c "from latent_spaces import index_from_subset; print(index_from_subset({1, 4}, 10))"
 A model directory holds args.json, g_x.pt, g_t.pt, f_x.pt, f_t.pt, checkpoint.pt, train_log.csv, results.csv, .png, geometry.csv.
 """
 
