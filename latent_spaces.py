@@ -108,14 +108,14 @@ def biased_blocks(theta, beta, n):
 LATENTS = ("gaussian", "laplace", "uniform")  # distributions of independent semantics
 # Flags of the setting: name, kind, help, default.
 SETTING = (
-    ("--semantics-n", integer(1), "semantic latents s", 10),
-    ("--modality-n", integer(0), "modality-specific latents m_x, and as many m_t", 5),
-    ("--theta-value", integer(0), "selection bias θ: number of the subset I_θ that the text speaks of", 1022),
+    ("--semantics-n", integer(1, 10_000), "semantic latents s", 10),
+    ("--modality-n", integer(0, 10_000), "modality-specific latents m_x, and as many m_t", 5),
+    ("--theta-value", integer(0), "selection bias θ: number of I_θ, what the text tells; from 0, by size, then in order", 1022),
     ("--beta-value", integer(-1), "perturbation bias ρ: number of I_ρ, what the text may state wrongly, -1 = none", -1),
     ("--change-prob", number(0, 1), "probability that a perturbable semantic is perturbed", 0.75),
     ("--causal-dependence", bool, "dependent latents: covariances drawn from a Wishart distribution", None),
     ("--latents", LATENTS, "of independent semantics, all of one variance", "gaussian"),
-    ("--omission-prob", number(0, 1), "probability that a text omits a selected semantic, as a mask tells its encoder", 0.0),
+    ("--omission-prob", number(0, 1, below=True), "probability that a text omits what it tells; a mask says so", 0.0),
     ("--margin-param", number(1e-6, 1e6), "standard deviation of independent latents", 1.0),
     ("--cond-param", number(1e-6, 1e6), "standard deviation of independent perturbations", 1.0),
     ("--n-mixing-layer", integer(1, 1000), "linear layers of the generative functions g_x, g_t", 3),
@@ -140,6 +140,8 @@ def checked_block(args):
 
 def with_marginal(normal, kind):
     """Standard normal numbers as ones of another distribution of LATENTS with mean 0 and variance 1, by its quantiles."""
+    if kind not in LATENTS:
+        raise ValueError(f"latents {kind!r}, expected one of {', '.join(LATENTS)}")
     if kind == "gaussian":
         return normal
     beyond = torch.special.erfc(normal.double().abs() / 2**0.5)  # share of numbers that are larger, of either sign

@@ -263,14 +263,15 @@ def integer(minimum, maximum=float("inf"), *, or_zero=False):
     return parse
 
 
-def number(minimum=0.0, maximum=float("inf"), *, above=False):
-    """Kind of a flag: a finite number in [minimum, maximum], or in (minimum, maximum] with `above`."""
+def number(minimum=0.0, maximum=float("inf"), *, above=False, below=False):
+    """Kind of a flag: a finite number in [minimum, maximum], without the minimum if `above`, without the maximum if `below`."""
 
     def parse(text):
         value = float(text)
-        if not (minimum <= value <= maximum) or value == float("inf") or (above and value == minimum):
+        outside = not minimum <= value <= maximum or (above and value == minimum) or (below and value == maximum)
+        if outside or value == float("inf"):
             bounds = f"{'above' if above else 'of at least'} {minimum:g}"
-            bounds += f" and at most {maximum:g}" if maximum < float("inf") else ""
+            bounds += f" and {'below' if below else 'at most'} {maximum:g}" if maximum < float("inf") else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected a number {bounds}")
         return value
 

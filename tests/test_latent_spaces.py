@@ -253,6 +253,8 @@ def test_marginals_by_quantiles_keep_their_tails_and_the_gaussian_its_bits():
     for kind, distribution in (("laplace", stats.laplace(scale=2**-0.5)), ("uniform", stats.uniform(-(3**0.5), 2 * 3**0.5))):
         exact = [distribution.ppf(stats.norm.cdf(u)) if u < 0 else -distribution.ppf(stats.norm.cdf(-u)) for u in normal.tolist()]
         assert with_marginal(normal, kind).tolist() == pytest.approx(exact, rel=1e-6, abs=1e-7)
+    with pytest.raises(ValueError, match="latents 'student', expected one of gaussian, laplace, uniform"):
+        with_marginal(normal, "student")
 
 
 def test_dependent_semantics_are_gaussian():

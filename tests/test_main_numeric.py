@@ -584,6 +584,8 @@ def fails(run, flags, words, **options):
     "flags, words",
     [
         ("--omission-prob 0.2 --spare-dimensions 2", "with --omission-prob image and text agree on no direction alone"),
+        ("--omission-prob 1", "--omission-prob: 1 is out of range, expected a number of at least 0 and below 1"),
+        ("--semantics-n 1000000000000", "--semantics-n: 1000000000000 is too large"),
         ("--theta-value 7", "--theta-value 7 is out of range: 3 semantics have the subsets 0 … 6"),
         ("--theta-value -1", "--theta-value: -1 is too small"),
         ("--beta-value 7", "--beta-value 7 is out of range: 3 semantics have the subsets -1 … 6"),
@@ -627,22 +629,22 @@ def fails(run, flags, words, **options):
         ("--evaluate --export-official there", "exclude each other"),
         ("--evaluate", "args.json is missing"),
         ("--load-args", "args.json is missing"),
+        ("--export-official=", "holds no finished model"),
     ],
 )
-        ("--export-official=", "holds no finished model"),
 def test_bad_flags(run, tmp_path, flags, words):
     fails(run, flags, words)
     assert not (tmp_path / "models").exists()
 
 
-def test_evaluation_with_the_training_seed(run, trained):
-    before = contents(trained[0])
-    fails(run, "--evaluate --seed 1", "--seed 1 is the training seed", base="--no-cuda")
 def test_an_update_that_makes_encodings_explode_is_one_line_where_they_are_scored(run):
     """The loss of its step was finite."""
     fails(run, "--seed 1 --lr 1e30 --train-steps 2 --log-steps 1", "the encodings after step 1 cannot be scored: ")
 
 
+def test_evaluation_with_the_training_seed(run, trained):
+    before = contents(trained[0])
+    fails(run, "--evaluate --seed 1", "--seed 1 is the training seed", base="--no-cuda")
     assert contents(trained[0]) == before
 
 
