@@ -64,8 +64,8 @@ def parse_flags(argv):
     parser.flag("--no-cuda", bool, "stay on the CPU")
     parser.flag("--precision", ("fp32", "tf32", "bf16"), "of products; tf32 on CUDA, bf16 in the model alone", "fp32")
     parser.flag("--protocol", ("code", "paper"), "tasks and shift of the paper's runs or of its text (the model's)")
-    parser.flag("--probes", ("paper", "fast"), f"{STEPS:,} full-batch steps, or an eighth of their time for nearly the same scores "
-                "(the model's)")  # fmt: skip
+    parser.flag("--probes", ("paper", "fast"), f"{STEPS:,} full-batch steps, or an eighth of their time for nearly the "
+                "same scores (the model's)")  # fmt: skip
     parser.flag("--overwrite", bool, "replace the results of an earlier evaluation")
     parser.section("setting", "args.json of the model has it; a flag that is given must agree with it")
     for name, kind, text, _ in main_numeric.SETTING:
