@@ -14,7 +14,11 @@
 JOBS ?= 2
 PYTHON ?= python3
 PYTHON311 ?= python3.11
-ifdef ENV
+# to shells ENV is a file that they read first, and clusters set it: that is no environment
+ifneq ($(and $(ENV),$(wildcard $(ENV)/.)),)
+ifeq ($(wildcard $(ENV)/bin/python),)
+$(error ENV=$(ENV) holds no bin/python)
+endif
 BIN := $(ENV)/bin
 INSTALLED :=
 else

@@ -1,7 +1,9 @@
 """Every dependency is imported somewhere, and every import is of a dependency that is declared."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -51,3 +53,22 @@ def test_the_package_needs_what_its_code_imports_in_versions_that_the_pinned_one
     for name, bound in bounds.items():
         pinned, lowest = (list(map(int, version.split("."))) for version in (requirements()[name][0], bound))
         assert pinned >= lowest, name
+
+
+def test_make_takes_the_environment_that_is_named_and_no_start_file_of_a_shell(tmp_path):
+    """Shells read the file $ENV when they start, and clusters set it."""
+    (tmp_path / "there/bin").mkdir(parents=True)
+    (tmp_path / "there/bin/python").touch()
+    (tmp_path / "profile.sh").touch()
+
+    def demo(env):
+        own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of a make around this one
+        done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, env=own | env, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    with_none = demo({"ENV": ""})
+    assert ".venv/bin/python main_numeric.py" in with_none[1] and demo({"ENV": f"{tmp_path}/profile.sh"}) == with_none
+    code, said = demo({"ENV": f"{tmp_path}/there"})
+    assert code == 0 and f"{tmp_path}/there/bin/python main_numeric.py" in said and "install" not in said
+    code, said = demo({"ENV": f"{tmp_path}"})
+    assert code == 2 and f"ENV={tmp_path} holds no bin/python" in said
