@@ -5,7 +5,7 @@ import itertools
 
 from datasets import causal_bias
 from grids.cells import Cell, Figure
-from grids.models import BLENDER, DataSet, ResultFile, Setting
+from grids.models import BLENDER, SCALES, DataSet, ResultFile, Setting
 from main_causal3dident import Causal3dIdentExperiment
 from reading.causal3dident import (
     CAUSAL_BIAS_IDS,
@@ -91,7 +91,9 @@ def causal3dident_cells(figure, scale):
             yield Cell(keys, panel, factor, column, setting, RESULTS, where, score, learned, clipped=metric == "r2")
 
 
-_figure = functools.partial(Figure, experiment="causal3dident", make_cells=causal3dident_cells, paper="causal3dident.csv")
+_figure = functools.partial(
+    Figure, experiment="causal3dident", make_cells=causal3dident_cells, paper="causal3dident.csv", compared=tuple(SCALES)
+)
 FIGURES = (
     _figure("fig6", "nonlinear scores on Causal3DIdent, image", options={"probe": "nonlinear", "modality": "image"}),
     _figure("fig16", "nonlinear scores on Causal3DIdent, text", options={"probe": "nonlinear", "modality": "text"}),

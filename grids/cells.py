@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from grids.models import ResultFile, Setting
+from grids.models import COMPARED, ResultFile, Setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Figure:
     """A figure or table of the paper, named fig3 or table4; its cells are what its experiment makes of the options.
 
     experiment: its name; make_cells(figure, scale): iterable of Cells; paper: CSV of the paper's numbers, if it prints any;
-    curves: whether it is drawn as curves.
+    curves: whether it is drawn as curves; compared: the scales whose numbers stand beside the paper's.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Figure:
     paper: str = ""
     options: dict = dataclasses.field(default_factory=dict)
     curves: bool = False
+    compared: tuple = COMPARED
 
     @property
     def number(self):

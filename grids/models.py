@@ -18,9 +18,9 @@ PUBLISHED = "results/standin/models"  # models without their weights
 SCALES = {
     "paper": "the paper's runs: its dimensions, settings, recipe and steps, with --protocol code",
     "fast": "the paper's dimensions and settings, trained with the fast recipe",
-    "tiny": "a smaller problem with fewer semantics, not comparable with the paper's numbers",
+    "tiny": "a smaller problem: four semantics, or stand-in images",
 }
-COMPARED = ("paper", "fast")  # scales whose numbers stand beside the paper's
+COMPARED = ("paper", "fast")  # scales of the paper's dimensions, whose numbers stand beside the paper's
 BLENDER = ".venv-blender/bin/python"  # interpreter of the scripts that render
 
 

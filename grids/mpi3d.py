@@ -5,7 +5,7 @@ import itertools
 
 from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE, MPI3D_GRID, MPI3D_SOURCE, mpi3d_bias
 from grids.cells import Cell, Figure
-from grids.models import DataSet, ResultFile, Setting
+from grids.models import SCALES, DataSet, ResultFile, Setting
 from main_mpi3dreal import SMALLEST_ENCODING, Mpi3dExperiment
 
 FOLDER, STANDIN = "data/MPI3d_real_complex", "data/mpi3d_standin"
@@ -55,7 +55,7 @@ def mpi3d_cells(figure, scale):
 
 _figure = functools.partial(Figure, experiment="mpi3d", make_cells=mpi3d_cells)
 FIGURES = (
-    _figure("fig5", "nonlinear MCC on MPI3D-Complex", paper="mpi3d.csv", options={"metric": "mcc_mlp"}),
-    _figure("fig12", "linear MCC on MPI3D-Complex", paper="mpi3d.csv", options={"metric": "mcc_logreg"}),
+    _figure("fig5", "nonlinear MCC on MPI3D-Complex", paper="mpi3d.csv", compared=tuple(SCALES), options={"metric": "mcc_mlp"}),
+    _figure("fig12", "linear MCC on MPI3D-Complex", paper="mpi3d.csv", compared=tuple(SCALES), options={"metric": "mcc_logreg"}),
     _figure("fig13", "encoding sizes on MPI3D-Complex", options={"metric": "mcc_mlp", "sizes": (1, 2, 3, 4)}),
 )

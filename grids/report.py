@@ -10,7 +10,7 @@ import pandas as pd
 
 from grids.figures import chosen_figures
 from grids.geometry import write_geometry
-from grids.models import COMPARED, ROOT, SCALES, Model
+from grids.models import ROOT, SCALES, Model
 from probes import ABSENT, LEARNED
 from running.command_line import InputError
 from running.files import write_bytes, write_csv
@@ -39,7 +39,7 @@ def read_results(models, damaged, setting, file):
 
 
 def measured(figure, scale, results):
-    """DataFrame of a figure's cells: keys, mean, std (n − 1), seeds, and at COMPARED scales paper, difference, note.
+    """DataFrame of a figure's cells: keys, mean, std (n − 1), seeds, and at scales that are compared paper, difference, note.
 
     Where the theory gives numbers also theory, the mean over the seeds, and from_theory, the mean distance from it of a seed.
     """
@@ -56,7 +56,7 @@ def measured(figure, scale, results):
             record |= {"theory": theory.mean(), "from_theory": (values - theory).abs().mean()}
         records.append({**record, **hidden})
     table = pd.DataFrame(records)
-    if scale not in COMPARED:
+    if scale not in figure.compared:
         return table
     if figure.paper:
         paper = pd.read_csv(ROOT / "paper" / figure.paper, keep_default_na=False).rename(columns={"value": "paper"})
@@ -75,7 +75,7 @@ def summarise(tables, scale):
     for figure, table in tables.items():
         computed = (table.seeds > 0).sum()
         row = {"figure": figure.name, "scale": scale, "cells": len(table), "computed": computed, "seeds": seeds_in_words(table)}
-        if scale in COMPARED:
+        if scale in figure.compared:
             for name in ["", "independent_"] if "semantics" in table else [""]:
                 away = distances(table[table.semantics == "independent"] if name else table)
                 row[f"{name}compared"] = away.count()
@@ -109,7 +109,7 @@ def counts_in_words(summary, scale):
     """How many cells are computed, and how many of them are near the paper's numbers."""
     total = counts(summary)
     words = f"{total.computed} of {total.cells} cells computed"
-    if scale not in COMPARED:
+    if not total.get("compared"):
         return f"{words} (a smaller problem, not compared with the paper)"
     near, nearer = total[f"within_{NEAR}"], total[f"within_{CLOSE}"]
     words += f", {nearer} of {total.compared} lie within ±{CLOSE} of the paper, {near} within ±{NEAR}"
@@ -146,11 +146,11 @@ def printed_decimals(table):
 
 
 def draw(figure, table, scale, folder):
-    """Draw a figure in the paper's arrangement, and at COMPARED scales beside the paper's; returns the PNGs' paths."""
+    """Draw a figure in the paper's arrangement, and beside the paper's at scales that are compared; returns the PNGs' paths."""
     seeds = seeds_in_words(table[table.seeds > 0])
     title = f"{figure.name}: {figure.title} — {scale} scale, {seeds} seed{'' if seeds == '1' else 's'}"
     ours, path = panels_of(table, "mean"), folder / f"{figure.name}.png"
-    paper = panels_of(table, "paper") if scale in COMPARED and figure.paper else {}
+    paper = panels_of(table, "paper") if scale in figure.compared and figure.paper else {}
     if figure.curves:
         plot_score_curves(ours, panels_of(table, "std"), paper, path, title)
         return [path]
@@ -252,6 +252,7 @@ def scale_section(scale, tables, summary, pictures):
             alt, image = html.escape(f"{path.stem}, {scale} scale"), base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<p><img alt="{alt}" src="data:image/png;base64,{image}"></p>')
         heading = f"{name}, {scale} scale: every number (mean ± standard deviation over seeds{colours})"
+        colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in figure.compared)
         parts.append(f"<details><summary>{heading}</summary>{figure_tables(tables[figure])}</details>")
     return "\n".join([*parts, "</section>"])
 

@@ -815,7 +815,7 @@ def test_the_geometry_of_a_figure_s_models_is_drawn_against_the_bias(call, tmp_p
     assert recall.loc["texts", "[3]"] == pytest.approx(0.1 * (GEOMETRY.scores.index("recall_t") + 4))
 
 
-def test_scales_have_tables_of_their_own_and_tiny_is_not_compared(call, undrawn, fast_models, tmp_path):
+def test_scales_have_tables_of_their_own_and_fewer_semantics_are_not_compared(call, undrawn, fast_models, tmp_path):
     setting = numeric_setting("tiny", "independent", 3, 1)
     write_model(fast_models, setting, 1, table5_rows("tiny", 0.5, 0.5))
     code, out, _ = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
@@ -863,6 +863,22 @@ def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, 
     table = pd.read_csv(tmp_path / "report/fast/fig16.csv", keep_default_na=False, na_values=[""])
     row = table[(table.bias_type == "selections") & (table.bias_id == 0)].set_index("factor")
     assert row["mean"].to_dict() == {"object_shape": 1.0, "text_phrasing": -0.1}
+def test_models_of_stand_in_images_are_reported_beside_the_paper(call, undrawn, tmp_path):
+    """They have the paper's settings and factors; the counts are those of the CSVs, one by one."""
+    shutil.copytree(REPOSITORY / "results/standin/models", tmp_path / "models")
+    code, out, err = call(f"report causal3dident --scale tiny --models {tmp_path}/models --output {tmp_path}/report")
+    assert code == 0, err
+    paper = pd.read_csv(REPOSITORY / "paper/causal3dident.csv", keep_default_na=False)
+    near = 0
+    for name in ("fig6", "fig16", "fig17", "fig18"):
+        table = pd.read_csv(tmp_path / f"report/tiny/{name}.csv", keep_default_na=False)
+        both = table.merge(paper, on=["figure", "probe", "metric", "bias_type", "bias_id", "modality", "factor"])
+        assert len(both) == len(table) and (both.paper == both["value"]).all()
+        near += ((both["mean"] - both["value"]).abs() <= 0.1 + 1e-9).sum()
+        assert (tmp_path / f"report/tiny/{name}_beside_paper.png").exists()
+    assert f"462 of 462 cells computed, 312 of 462 lie within ±0.05 of the paper, {near} within ±0.1" in out
+
+
     page = (tmp_path / "report/index.html").read_text()
     assert ">nan<" not in page and "1 of 2 cells" not in page and "2 of 2 cells" in page
 
