@@ -13,6 +13,7 @@ from grids.geometry import write_geometry
 from grids.models import ROOT, SCALES, Model
 from probes import ABSENT, LEARNED
 from running.command_line import InputError
+from running.directory import stored_args
 from running.files import write_bytes, write_csv
 from running.pictures import plot_score_curves, plot_score_grid, plot_side_by_side
 
@@ -29,7 +30,13 @@ def read_results(models, damaged, setting, file):
     seeds = [path.name.removeprefix(prefix) for path in (Path(models) / setting.folder).glob(f"{prefix}*")]
     for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
         model = Model(setting, seed, Path(models))
-        model.stored()
+        try:
+            if (model.directory / "args.json").exists():
+                stored_args(model.directory)
+        except InputError as error:
+            damaged[str(error)] = model
+            continue
+        model.stored()  # one of another setting, recipe or scale is not left out: the report ends with it
         try:
             if model.finished() and (model.directory / file.name).exists():
                 results[model] = model.read(file)
@@ -244,15 +251,14 @@ def scale_section(scale, tables, summary, pictures):
         closest = f"{nearer} of {compared} cells ({nearer / compared:.1%}) lie within ±{CLOSE} of the paper"
         parts.append(f"<p>Independent semantics: {closest}, {near} ({near / compared:.1%}) within ±{NEAR}.</p>")
     parts.append(pattern(tables, scale))
-    colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in COMPARED)
     for figure, paths in pictures.items():
+        colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in figure.compared)
         name = html.escape(figure.name)
         parts.append(f"<h2>{name}: {html.escape(figure.title)} ({scale} scale)</h2>")
         for path in paths:
             alt, image = html.escape(f"{path.stem}, {scale} scale"), base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<p><img alt="{alt}" src="data:image/png;base64,{image}"></p>')
         heading = f"{name}, {scale} scale: every number (mean ± standard deviation over seeds{colours})"
-        colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in figure.compared)
         parts.append(f"<details><summary>{heading}</summary>{figure_tables(tables[figure])}</details>")
     return "\n".join([*parts, "</section>"])
 

@@ -883,7 +883,9 @@ def test_models_of_stand_in_images_are_reported_beside_the_paper(call, undrawn, 
     assert ">nan<" not in page and "1 of 2 cells" not in page and "2 of 2 cells" in page
 
 
-@pytest.mark.parametrize("damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing", "a row is inf"])
+@pytest.mark.parametrize(
+    "damage", ["encoding,predicted_factors,r2_linear\n", "", "one row is missing", "a row is inf", "args.json"]
+)
 def test_a_damaged_file_is_named_and_not_averaged(call, undrawn, fast_models, tmp_path, damage):
     file = fast_models / "numeric-fast/ind_select_8_perturb_2_seed2/results.csv"
     whole = file.read_text()
@@ -905,6 +907,9 @@ def test_models_of_another_protocol_recipe_or_scale_are_refused(call, fast_model
     setting = numeric_setting("fast", "independent", 8, 2)
     write_model(fast_models, setting, 2, table5_rows("fast", 0.9, 0.9), **changed)
     name = next(iter(changed)).replace("_", "-")
+    if damage == "args.json":
+        file = file.with_name(damage)
+        damaged[damage] = file.read_text()[:-9]
     for command in (f"report table5 --output {tmp_path}/report", "run table5 --dry-run"):
         answer = call(f"{command} --scale fast --models {fast_models}")
         assert is_one_line_error(answer, "ind_select_8_perturb_2_seed2/args.json", f"--{name}")
