@@ -125,7 +125,8 @@ def run_here(work, options, ended):
     """
     per_job, cores, gpus = options.gpus_per_job, usable_cores(), []
     if given := per_job and os.environ.get("CUDA_VISIBLE_DEVICES"):
-        gpus = given.split(",")
+        # as CUDA reads it: what follows a name of no device, as -1, is hidden
+        gpus = list(itertools.takewhile(lambda name: not re.fullmatch(r"\s*(-.*|NoDevFiles|)\s*", name), given.split(",")))
     elif per_job:
         import torch  # seconds, which nothing else here needs
 

@@ -484,6 +484,11 @@ def test_jobs_have_their_share_of_the_cores_and_a_gpu_of_their_own(fake, monkeyp
     environments.clear()
     assert reproduce.main(["run", "all", "--scale", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
     assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["4"]
+    fake(e="--steps 1")
+    environments.clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1,0")  # no GPU, as CUDA reads it
+    assert reproduce.main(["run", "all", "--scale", "tiny", "--seeds", "1", "--gpus-per-job", "2"]) == 0
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == [""]
 
 
 def test_several_gpus_for_a_job_train_one_model(fake, call):
