@@ -172,7 +172,8 @@ def main(argv=None):
     command.flag("--cpus-per-job", integer(1), "threads (here: the cores shared out; SLURM: 4)")
     command.section("SLURM; account and the like come from the environment, as SBATCH_ACCOUNT")
     command.flag("--partition", str, "(the cluster's default)")
-    command.flag("--time", integer(1), "a job that takes longer is requeued and goes on", 720, metavar="MINUTES")
+    command.flag("--time", integer(5), "a job that takes longer is told 90 seconds before, requeued and goes on", 720,
+                 metavar="MINUTES")  # fmt: skip
     command.flag("--mem", number(0, above=True), "a job", 8.0, metavar="GB")
     args = parser.parse_args(argv)
     return args.function(args)
