@@ -224,15 +224,25 @@ def jobs_of_earlier_calls(records):
     return found
 
 
+def scripts(commands):
+    """Names of the scripts that the commands of a job run."""
+    return [Path(word).name for command in commands for word in command if word.endswith(".py")]
+
+
 def run_on_slurm(work, options, ended):
     """Run the jobs of `work` (Model → commands) as an array on SLURM, options.jobs at a time; `ended` as of `run_here`.
 
-    What an earlier call left in the queue is waited for, not submitted again. Raises InputError if SLURM refuses.
+    What an earlier call left in the queue is waited for, not submitted again, unless it does not run all that is wanted now: the
+    new job begins when that ends. Raises InputError if SLURM refuses.
     """
     cpus, folder = options.cpus_per_job or 4, Path(options.models) / "logs/submitit"
     environment = threads(cpus, options.gpus_per_job) | ({} if options.gpus_per_job else {"CUDA_VISIBLE_DEVICES": ""})
-    records = {model.log(".job").read_text().strip(): model for model in work if model.log(".job").exists()}
-    waiting = jobs_of_earlier_calls({job_id: model for job_id, model in records.items() if re.fullmatch(r"\d+(_\d+)?", job_id)})
+    earlier = {}
+    for model in [model for model in work if model.log(".job").exists()]:
+        job_id, *runs = model.log(".job").read_text().split() or [""]  # of earlier versions it names no scripts
+        if re.fullmatch(r"\d+(_\d+)?", job_id) and (not runs or {*scripts(work[model])} <= {*runs}):
+            earlier[job_id] = model
+    waiting = jobs_of_earlier_calls(earlier)
     queued = set(waiting.values())
     new = {model: make_job(model, commands, environment) for model, commands in work.items() if model not in queued}
     if waiting:
@@ -251,7 +261,7 @@ def run_on_slurm(work, options, ended):
             reason = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
             raise InputError(f"SLURM refuses the jobs: {reason[-1]}") from None
         for model, job in zip(new, jobs, strict=True):
-            model.log(".job").write_text(f"{job.job_id}\n")
+            model.log(".job").write_text(f"{job.job_id} {' '.join(scripts(work[model]))}\n")
             waiting[job.job_id] = model
         array = f"submitted {len(jobs)} jobs as {jobs[0].job_id.split('_')[0]}"
         print(f"{array}; Ctrl-C leaves them in the queue, the same command waits for them again", flush=True)

@@ -593,6 +593,17 @@ def test_jobs_that_squeue_leaves_out_while_sacct_has_them_run_are_waited_for(slu
     assert not calls("sbatch") and len(calls("sacct")) >= 22 and "--jobs=5" in calls("sacct")[0]
 
 
+def test_a_queued_job_that_runs_less_than_is_wanted_now_is_followed_by_another(slurm, call):
+    """Such as a model's training that an earlier figure asked for, where this one needs its downstream tasks too."""
+    calls = slurm(squeue=["echo 5"], sbatch=["exit 1"])
+    JOB.write_text("5 another.py\n")
+    assert is_one_line_error(call(ON_SLURM), "SLURM refuses the jobs") and len(calls("sbatch")) == 1
+    calls = slurm(squeue=["echo 5", "true"], sacct=[TRAINED + accounting("COMPLETED")])
+    JOB.write_text("5 another.py fake_training.py\n")
+    Path("models/fake-tiny/slow_seed1").mkdir(parents=True, exist_ok=True)
+    assert call(ON_SLURM)[0] == 0 and not calls("sbatch")
+
+
 def test_a_queue_that_does_not_answer_is_one_line_and_nothing_is_submitted(slurm, call):
     calls = slurm(squeue=[*jobs.LONG_ABSENCES * ["exit 1"], "true"], sbatch=["echo Submitted batch job 7"])
     JOB.write_text("5_3\n")
@@ -607,7 +618,7 @@ def test_a_job_that_never_started_is_told_by_what_slurm_said_of_it(slurm, call):
     JOB.write_text("5\n")
     code, _, err = call(ON_SLURM)
     assert code == 2 and "slow_seed1: slurmstepd: error: the node has no disk" in err
-    assert JOB.read_text() == "7\n" and len(calls("sbatch")) == 1
+    assert JOB.read_text() == "7 fake_training.py\n" and len(calls("sbatch")) == 1
     assert len(calls("squeue")) == 2 * jobs.LONG_ABSENCES
     assert "#SBATCH --requeue" in Path("script").read_text() and "wckey" not in Path("script").read_text()
     slurm(squeue=["true"], sacct=[accounting("CANCELLED by 0")], sbatch=["echo Submitted batch job 5"])
@@ -852,22 +863,6 @@ def test_mpi3d_is_reported_beside_the_paper_and_a_figure_without_its_numbers_alo
     assert not (tmp_path / "report/fast/fig13_beside_paper.png").exists()
 
 
-@pytest.mark.parametrize("damage", [False, True])
-def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, tmp_path, monkeypatch, damage):
-    """The real picture of Figure 16 beside the paper's, whose panels have no cell where a caption does not state a factor."""
-    monkeypatch.setattr(report, "plot_score_grid", lambda panels, path, title: path.write_bytes(b"drawn"))
-    setting = next(iter(FIGURES["fig16"].cells("fast"))).setting
-    rows = causal_rows(setting, object_shape=(0.4, 1.0), text_phrasing=(0.2, None if damage else -0.1))
-    write_model(tmp_path / "models", setting, 1, rows, causal3dident.RESULTS)
-    code, _, err = call(f"report fig16 --models {tmp_path}/models --output {tmp_path}/report")
-    if damage:  # a score that must be there is not
-        assert code == 2 and "no finite mcc_mlp of text text_phrasing" in err and len(err.splitlines()) == 1
-        return
-    assert code == 0, err
-    assert (tmp_path / "report/fast/fig16_beside_paper.png").stat().st_size > 10_000
-    table = pd.read_csv(tmp_path / "report/fast/fig16.csv", keep_default_na=False, na_values=[""])
-    row = table[(table.bias_type == "selections") & (table.bias_id == 0)].set_index("factor")
-    assert row["mean"].to_dict() == {"object_shape": 1.0, "text_phrasing": -0.1}
 def test_models_of_stand_in_images_are_reported_beside_the_paper(call, undrawn, tmp_path):
     """They have the paper's settings and factors; the counts are those of the CSVs, one by one."""
     shutil.copytree(REPOSITORY / "results/standin/models", tmp_path / "models")
@@ -884,6 +879,22 @@ def test_models_of_stand_in_images_are_reported_beside_the_paper(call, undrawn, 
     assert f"462 of 462 cells computed, 312 of 462 lie within ±0.05 of the paper, {near} within ±0.1" in out
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_factors_that_captions_leave_out_are_blank_in_tables_and_pictures(call, tmp_path, monkeypatch, damage):
+    """The real picture of Figure 16 beside the paper's, whose panels have no cell where a caption does not state a factor."""
+    monkeypatch.setattr(report, "plot_score_grid", lambda panels, path, title: path.write_bytes(b"drawn"))
+    setting = next(iter(FIGURES["fig16"].cells("fast"))).setting
+    rows = causal_rows(setting, object_shape=(0.4, 1.0), text_phrasing=(0.2, None if damage else -0.1))
+    write_model(tmp_path / "models", setting, 1, rows, causal3dident.RESULTS)
+    code, _, err = call(f"report fig16 --models {tmp_path}/models --output {tmp_path}/report")
+    if damage:  # a score that must be there is not
+        assert code == 2 and "no finite mcc_mlp of text text_phrasing" in err and len(err.splitlines()) == 1
+        return
+    assert code == 0, err
+    assert (tmp_path / "report/fast/fig16_beside_paper.png").stat().st_size > 10_000
+    table = pd.read_csv(tmp_path / "report/fast/fig16.csv", keep_default_na=False, na_values=[""])
+    row = table[(table.bias_type == "selections") & (table.bias_id == 0)].set_index("factor")
+    assert row["mean"].to_dict() == {"object_shape": 1.0, "text_phrasing": -0.1}
     page = (tmp_path / "report/index.html").read_text()
     assert ">nan<" not in page and "1 of 2 cells" not in page and "2 of 2 cells" in page
 
@@ -896,6 +907,9 @@ def test_a_damaged_file_is_named_and_not_averaged(call, undrawn, fast_models, tm
     whole = file.read_text()
     without_a_row = "\n".join(whole.splitlines()[:-1])
     damaged = {"one row is missing": without_a_row, "a row is inf": whole.replace("0.8\n", "inf\n", 1)}
+    if damage == "args.json":
+        file = file.with_name(damage)
+        damaged[damage] = file.read_text()[:-9]
     file.write_text(damaged.get(damage, damage))
     answer = call(f"report table5 --models {fast_models} --output {tmp_path}/report")
     assert is_one_line_error(answer, str(file), "left out of the report")
@@ -912,9 +926,6 @@ def test_models_of_another_protocol_recipe_or_scale_are_refused(call, fast_model
     setting = numeric_setting("fast", "independent", 8, 2)
     write_model(fast_models, setting, 2, table5_rows("fast", 0.9, 0.9), **changed)
     name = next(iter(changed)).replace("_", "-")
-    if damage == "args.json":
-        file = file.with_name(damage)
-        damaged[damage] = file.read_text()[:-9]
     for command in (f"report table5 --output {tmp_path}/report", "run table5 --dry-run"):
         answer = call(f"{command} --scale fast --models {fast_models}")
         assert is_one_line_error(answer, "ind_select_8_perturb_2_seed2/args.json", f"--{name}")

@@ -78,7 +78,7 @@ def test_an_array_whose_one_job_is_cancelled_and_requeued_ends_with_the_results_
     name = "ind_select_3_perturb_1_seed1"
     record = folder / models / f"logs/numeric-tiny/{name}.job"
     until(record.exists)
-    job_id = record.read_text().strip()
+    job_id = record.read_text().split()[0]
     assert "_" in job_id  # it is an array
     log = folder / models / f"logs/numeric-tiny/{name}.log"
     until(lambda: log.exists() and re.search(r"step +40/600", log.read_text()))
@@ -99,8 +99,8 @@ def test_a_job_that_is_cancelled_for_good_is_listed_with_its_log_and_a_refusal_i
     process = reproduced(words, folder)
     record = folder / "cancelled/logs/numeric-tiny/dep_select_3_perturb_1_seed1.job"
     until(record.exists)
-    until(lambda: squeue(record.read_text().strip(), "State") == "RUNNING")
-    subprocess.run(["scancel", record.read_text().strip()], check=True)
+    until(lambda: squeue(record.read_text().split()[0], "State") == "RUNNING")
+    subprocess.run(["scancel", record.read_text().split()[0]], check=True)
     output = process.communicate(timeout=400)[0]
     assert process.returncode == 2 and "1 of 2 models failed" in output
     assert "cancelled/logs/numeric-tiny/dep_select_3_perturb_1_seed1.log" in output
