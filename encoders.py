@@ -45,10 +45,10 @@ class MLPEncoder(nn.Sequential):
 
 @torch.no_grad()
 def narrowed(encoders, encodings, size):
-    """List of copies of two MLPEncoders that keep the `size` directions along which the encodings of a pair agree best.
+    """List of copies of two encoders that keep the `size` directions along which the encodings of a pair agree best.
 
-    encodings: of pairs, two of (N, D). The directions have the largest ratio of covariance across the two to variance within, and
-    the copies' encodings are their projections onto what these span.
+    encodings: of pairs, two of (N, D), which the last linear layer of each encoder gives. The directions have the largest ratio of
+    covariance across the two to variance within, and the copies' encodings are their projections onto what these span.
     """
     a, b = ((h.double() - h.double().mean(dim=0)).cpu() for h in encodings)
     across, within = a.T @ b + b.T @ a, a.T @ a + b.T @ b
@@ -57,7 +57,7 @@ def narrowed(encoders, encodings, size):
     _, directions = scipy.linalg.eigh(across, within)
     directions = torch.linalg.qr(torch.from_numpy(directions[:, ::-1][:, :size].copy()))[0]
     copies = [copy.deepcopy(encoder) for encoder in encoders]
-    for layer in (encoder[-1] for encoder in copies):
+    for layer in ([layer for layer in encoder.modules() if isinstance(layer, nn.Linear)][-1] for encoder in copies):
         projection = directions.T.to(layer.weight.device)
         weight, bias = projection @ layer.weight.double(), projection @ layer.bias.double()
         layer.weight, layer.bias = (nn.Parameter(part.to(layer.weight.dtype)) for part in (weight, bias))

@@ -335,7 +335,7 @@ class ImageTextExperiment(Experiment):
         at_random = f", and {bias.omitted:.1%} of I_θ at random" if bias.omitted else ""
         loss = f"negatives of {NEGATIVES[args.protocol]} modalities"
         if self.objective:
-            loss = "labels of all factors" if args.supervised else "sigmoid loss"
+            loss = "labels of all factors" if args.supervised else f"{args.loss} loss"
         return {
             "data": f"{args.datapath}: {train_count} pairs to train, {test_count} to evaluate; images of {height} × {width}, "
             f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words{others}",

@@ -236,7 +236,7 @@ class NumericExperiment(Experiment):
         wrong = f", each with probability {args.change_prob:g}" if latents.perturbed else ""
         at_random = f", and each of I_θ with probability {args.omission_prob:g}" if args.omission_prob else ""
         spare = f" and {args.spare_dimensions} more until trained" if args.spare_dimensions and not args.evaluate else ""
-        negatives = "sigmoid loss" if self.objective else f"{args.negatives} negatives"
+        negatives = f"{args.loss} loss" if self.objective else f"{args.negatives} negatives"
         pairs = " to ".join(str(size) for size in dict.fromkeys((args.batch_size, args.final_batch_size)) if size)
         return {
             "latents": f"{n} {kind} semantics, {m} + {m} modality-specific ({args.protocol} protocol)",

@@ -3,8 +3,9 @@
     flags → directory → weights → train → evaluate → args.json
 
 args.json is there from the first moment and says "finished" last of all: killed anywhere between, the run goes on with --resume.
-An evaluation of a trained model takes the place of the earlier one as a whole, at the moment when args.json says so. From the
-first look at its directory to the end no other process works there.
+An evaluation of a trained model takes the place of the earlier one as a whole, at the moment when args.json says so; what it does
+not write, references.csv and encodings.npz without their flags, stays. From the first look at its directory to the end no other
+process works there.
 """
 
 import contextlib

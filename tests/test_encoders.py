@@ -24,6 +24,18 @@ def test_mlp_encoder_has_the_specified_layers(d, size):
     assert encoder(torch.zeros(4, d)).shape == (4, size)
 
 
+class Residual(nn.Module):
+    """An encoder of one's own, which is no nn.Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.last = nn.Linear(5, 5), nn.Linear(5, 5)
+        nn.init.zeros_(self.hidden.weight)
+
+    def forward(self, x):
+        return self.last(x + self.hidden(x))
+
+
 def test_narrowed_encoders_keep_what_both_know_in_whatever_basis():
     """Two numbers that both know, one of them hardly spread, beside three that are louder and that each knows half right."""
     g = torch.Generator().manual_seed(0)
@@ -31,10 +43,10 @@ def test_narrowed_encoders_keep_what_both_know_in_whatever_basis():
     own_t = (own_x + noise) / 2**0.5
     basis = torch.linalg.qr(torch.randn(5, 5, generator=g))[0]
     observed = [torch.cat((shared * torch.tensor([5.0, 1.0]), 4 * own), dim=1) @ basis for own in (own_x, own_t)]
-    encoders = [nn.Sequential(nn.LeakyReLU(1.0), nn.Linear(5, 5)) for _ in range(2)]
+    encoders = [nn.Sequential(nn.LeakyReLU(1.0), nn.Linear(5, 5)), Residual()]
     with torch.no_grad():
-        for encoder in encoders:  # of one basis, as pairs' encodings are
-            encoder[-1].weight.copy_(torch.eye(5))
+        for layer in (encoders[0][1], encoders[1].last):  # of one basis, as pairs' encodings are
+            layer.weight.copy_(torch.eye(5))
         encodings = [encoder(x) for encoder, x in zip(encoders, observed, strict=True)]
         for copied, encoder, x, h in zip(narrowed(encoders, encodings, 2), encoders, observed, encodings, strict=True):
             found = copied(x)
