@@ -47,8 +47,8 @@ class MLPEncoder(nn.Sequential):
 def narrowed(encoders, encodings, size):
     """List of copies of two encoders that keep the `size` directions along which the encodings of a pair agree best.
 
-    encodings: of pairs, two of (N, D), which the last linear layer of each encoder gives. The directions have the largest ratio of
-    covariance across the two to variance within, and the copies' encodings are their projections onto what these span.
+    encodings: of pairs, two of (N, D), which the last linear layer of each encoder gives. The directions have the largest ratio
+    of covariance across the two to variance within, and the copies' encodings are their projections onto what these span.
     """
     a, b = ((h.double() - h.double().mean(dim=0)).cpu() for h in encodings)
     across, within = a.T @ b + b.T @ a, a.T @ a + b.T @ b
