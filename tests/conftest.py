@@ -45,7 +45,7 @@ def run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(main_numeric, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
 
     def call(flags="", model="m", base=TINY, model_dir=tmp_path / "models"):
-        named = ["--model-id", model] if model else []
+        named = [] if model is None else ["--model-id", model]
         argv = [*base.split(), "--model-dir", str(model_dir), *named, *flags.split()]
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
