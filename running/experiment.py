@@ -208,17 +208,15 @@ def settled_flags(experiment_class, argv, held):
     """
     parser = experiment_class.parser()
     args, given = parser.parse(argv)
-    while True:
-        directory = store.find_directory(args, experiment_class.default_id(args))
-        if args.export_official is not None:
-            return args, given, directory
-        try:
-            held.enter_context(occupied(directory))
-            break
-        except InputError:
-            if "model_id" in given:
-                raise
-            args.model_id = None  # another run has just taken the fresh name
+    directory = store.find_directory(args, experiment_class.default_id(args))
+    if args.export_official is not None:
+        return args, given, directory
+    try:
+        held.enter_context(occupied(directory))
+    except InputError:
+        if "model_id" in given or not directory.exists():
+            raise
+        return settled_flags(experiment_class, argv, held)  # another run has just taken the fresh name
     store.tidy(directory, experiment_class.weight_files)
     store.adopt_stored_flags(args, given, parser, directory)
     store.refuse_to_overwrite(args, directory, parser)
