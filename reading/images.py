@@ -6,6 +6,7 @@ MPI3D-Complex has them in an npz file, Causal3DIdent as one file each, which are
 import concurrent.futures
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import itertools
@@ -48,8 +49,8 @@ def open_npz_images(path):
     """(images, grid): memory map (N, H, W, 3) uint8 of the member `images`, and the member `grid` as a tuple, None without it.
 
     A stored member is mapped in place; a compressed one is unpacked once, into a file beside `path` that carries its
-    checksum in its name, and is read for it whenever it has changed. Nothing is ever unpickled. Raises InputError that names what
-    is missing, damaged or of another kind.
+    checksum in its name, in place of an older one, and is read for it whenever it has changed. Nothing is ever unpickled. Raises
+    InputError that names what is missing, damaged or of another kind.
     """
     path = regular_file(path)
     with _opened_npz(path) as (file, archive):
@@ -70,6 +71,7 @@ def open_npz_images(path):
             _unpack(path, archive, member, unpacked)
     images = _map_npy(unpacked)
     checked_once(unpacked, lambda: _check_crc(unpacked, member.CRC))
+    _remove_older(unpacked)
     return images, grid
 
 
@@ -155,6 +157,16 @@ def checked_once(path, check):
 
 def _check_record(path):
     return path.with_name(f".{path.name}.checked")
+
+
+def _remove_older(made):
+    """Remove files of the name of `made` but for its digest, and their records: they were made of what was there before."""
+    stem, digest, _ = made.name.rsplit(".", 2)
+    for other in made.parent.glob(f"{glob.escape(stem)}.{'[0-9a-f]' * len(digest)}.npy"):
+        if other != made:  # also one that a process killed at this place has left
+            for left in (_check_record(other), other):
+                with contextlib.suppress(OSError):  # of no consequence but for the space, and tried again
+                    left.unlink()
 
 
 @contextlib.contextmanager
@@ -256,11 +268,7 @@ def open_image_folder(folder, entries=None):
             with _made_once(decoded, "the images are decoded") as temporary, open(temporary, "wb") as file:
                 _decode_images([Path(entry.path) for entry in entries], file, decoded)
         images = mapped()
-    for other in folder.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(digest)}.npy"):
-        if other != decoded:  # also one that a process killed at this place has left
-            for left in (_check_record(other), other):
-                with contextlib.suppress(OSError):  # of no consequence but for the space, and tried again
-                    left.unlink()
+    _remove_older(decoded)
     return images
 
 

@@ -272,6 +272,9 @@ def test_a_compressed_file_is_unpacked_once_with_a_message(mpi3d, capsys):
     # other images of the same name are not taken for these
     save_npz(mpi3d / MPI3D_FILE, compressed=True, images=255 - images, grid=grid)
     assert (open_npz_images(mpi3d / MPI3D_FILE)[0] == 255 - images).all()
+    # and do not lie there for ever
+    (later,) = mpi3d.glob("*.npy")
+    assert later != unpacked and not (mpi3d / f".{unpacked.name}.checked").exists()
 
 
 def test_of_jobs_that_start_together_one_unpacks_and_the_others_wait(mpi3d, monkeypatch):
