@@ -59,7 +59,7 @@ def prepare_data(work, dry_run):
             for command in data_set.missing():
                 print(shown([command]) if dry_run else f"$ {shlex.join(command)}", flush=True)
                 if not dry_run and (code := subprocess.run(command).returncode):
-                    script = next(Path(word).name for word in command if word.endswith(".py"))
+                    [script] = jobs.scripts([command])
                     raise InputError(f"{script} ended with exit code {code}: the data set is not complete")
         except InputError as error:
             without = [model for model in work if model.setting.data == data_set]

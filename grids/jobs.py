@@ -225,7 +225,7 @@ def jobs_of_earlier_calls(records):
 
 
 def scripts(commands):
-    """Names of the scripts that the commands of a job run."""
+    """Names of the scripts that the commands (lists of words) run."""
     return [Path(word).name for command in commands for word in command if word.endswith(".py")]
 
 

@@ -353,6 +353,7 @@ def test_list_counts_models_and_tells_what_they_need(call, tmp_path, monkeypatch
         ("report figure3", ("'figure3' is no figure",)),
         ("run fig3 --scale huge", ("--scale", "huge")),
         ("run fig3 --seeds 0", ("--seeds", "0")),
+        ("run fig3 --time 4", ("--time", "4 is too small, expected an integer of at least 5")),
         ("report --models nowhere", ("no finished model", "nowhere")),
     ],
 )
