@@ -7,6 +7,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -29,6 +31,8 @@ from rendering_data.Causal3DIdent.generate_latents import PALETTES, PERTURBED
 from rendering_data.Causal3DIdent.generate_text import TEMPLATES
 from running.command_line import InputError
 from tests.scripts import Killed, outcome, replace
+
+ROOT = Path(datasets.__file__).parent
 
 
 def as_jpg(folder):
@@ -186,6 +190,23 @@ def test_of_jobs_that_start_together_one_decodes_and_the_others_wait(causal3dide
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         images = list(pool.map(image_reading.open_image_folder, 3 * [causal3dident / "images"]))
     assert len(calls) == 1 and all(np.array_equal(image, images[0]) for image in images)
+
+
+def test_damaged_exif_beside_a_sound_picture_prints_nothing(tmp_path):
+    """Two lines of warnings by Pillow each, in a process that lets them through."""
+    exif = Image.Exif()
+    exif[0x010E] = "a name"  # big-endian, of 7 bytes with its zero
+    file = tmp_path / "0.jpg"
+    Image.new("RGB", (8, 8)).save(file, exif=exif)
+    content = file.read_bytes()
+    assert content.count(b"\x01\x0e\x00\x02\x00\x00\x00\x07") == 1
+    file.write_bytes(content.replace(b"\x01\x0e\x00\x02\x00\x00\x00\x07", b"\x01\x0e\x00\x02\x00\x00\x77\x07"))
+    plain = "import sys; from PIL import Image, ImageOps; ImageOps.exif_transpose(Image.open(sys.argv[1]))"
+    ours = "import sys; from reading.images import decode_image; print(decode_image(sys.argv[1]).shape)"
+    told = [
+        subprocess.run([sys.executable, "-c", code, file], cwd=ROOT, capture_output=True, text=True) for code in (plain, ours)
+    ]
+    assert "UserWarning" in told[0].stderr and (told[1].stdout, told[1].stderr) == ("(8, 8, 3)\n", "")
 
 
 def test_other_pixels_make_other_pairs(causal3dident):
