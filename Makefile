@@ -1,4 +1,4 @@
-# make demo    train a small model on the CPU, show its table and picture (a minute after installation)
+# make demo    train a small model on the CPU, show its table and picture (seconds, after installation)
 # make demo-mpi3d   draw stand-in images, write captions, train on a selection and a perturbation bias (minutes)
 # make test    run the test suite in two processes, or JOBS=4            make lint    check the style
 # make test-processors   run the numerical tests as processors with other instructions and numbers of threads compute
