@@ -92,7 +92,12 @@ def causal3dident_cells(figure, scale):
 
 
 _figure = functools.partial(
-    Figure, experiment="causal3dident", make_cells=causal3dident_cells, paper="causal3dident.csv", compared=tuple(SCALES)
+    Figure,
+    experiment="causal3dident",
+    make_cells=causal3dident_cells,
+    paper="causal3dident.csv",
+    compared=tuple(SCALES),
+    standin="stand-in shapes",
 )
 FIGURES = (
     _figure("fig6", "nonlinear scores on Causal3DIdent, image", options={"probe": "nonlinear", "modality": "image"}),

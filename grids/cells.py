@@ -40,7 +40,8 @@ class Figure:
     """A figure or table of the paper, named fig3 or table4; its cells are what its experiment makes of the options.
 
     experiment: its name; make_cells(figure, scale): iterable of Cells; paper: CSV of the paper's numbers, if it prints any;
-    curves: whether it is drawn as curves; compared: the scales whose numbers stand beside the paper's.
+    curves: whether it is drawn as curves; compared: the scales whose numbers stand beside the paper's; standin: what its images
+    are at scale tiny, in words.
     """
 
     name: str
@@ -51,10 +52,15 @@ class Figure:
     options: dict = dataclasses.field(default_factory=dict)
     curves: bool = False
     compared: tuple = COMPARED
+    standin: str = ""
 
     @property
     def number(self):
         return int(re.sub(r"\D", "", self.name))
+
+    def titled(self, scale):
+        """Its title, with what stands in for its images."""
+        return f"{self.title}, {self.standin}" if scale == "tiny" and self.standin else self.title
 
     def cells(self, scale):
         return list(self.make_cells(self, scale))

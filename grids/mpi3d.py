@@ -53,7 +53,7 @@ def mpi3d_cells(figure, scale):
             yield Cell(own, panel, factor, column, setting, RESULTS, where, metric, learned, clipped=False)
 
 
-_figure = functools.partial(Figure, experiment="mpi3d", make_cells=mpi3d_cells)
+_figure = functools.partial(Figure, experiment="mpi3d", make_cells=mpi3d_cells, standin="drawings in its place")
 FIGURES = (
     _figure("fig5", "nonlinear MCC on MPI3D-Complex", paper="mpi3d.csv", compared=tuple(SCALES), options={"metric": "mcc_mlp"}),
     _figure("fig12", "linear MCC on MPI3D-Complex", paper="mpi3d.csv", compared=tuple(SCALES), options={"metric": "mcc_logreg"}),

@@ -155,7 +155,7 @@ def printed_decimals(table):
 def draw(figure, table, scale, folder):
     """Draw a figure in the paper's arrangement, and beside the paper's at scales that are compared; returns the PNGs' paths."""
     seeds = seeds_in_words(table[table.seeds > 0])
-    title = f"{figure.name}: {figure.title} — {scale} scale, {seeds} seed{'' if seeds == '1' else 's'}"
+    title = f"{figure.name}: {figure.titled(scale)} — {scale} scale, {seeds} seed{'' if seeds == '1' else 's'}"
     ours, path = panels_of(table, "mean"), folder / f"{figure.name}.png"
     paper = panels_of(table, "paper") if scale in figure.compared and figure.paper else {}
     if figure.curves:
@@ -254,7 +254,7 @@ def scale_section(scale, tables, summary, pictures):
     for figure, paths in pictures.items():
         colours = f"; green: within ±{CLOSE} of the paper, yellow: within ±{NEAR}, red: further" * (scale in figure.compared)
         name = html.escape(figure.name)
-        parts.append(f"<h2>{name}: {html.escape(figure.title)} ({scale} scale)</h2>")
+        parts.append(f"<h2>{name}: {html.escape(figure.titled(scale))} ({scale} scale)</h2>")
         for path in paths:
             alt, image = html.escape(f"{path.stem}, {scale} scale"), base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<p><img alt="{alt}" src="data:image/png;base64,{image}"></p>')
