@@ -14,10 +14,10 @@ import sys
 import traceback
 from pathlib import Path
 
-# Flags of any script that take less memory when they are lowered.
-HEAVY = ("batch_size", "first_batch_size", "final_batch_size", "semantics_n", "modality_n", "n_mixing_layer", "encoding_size",
-         "hidden_size", "hidden_sizes", "spare_dimensions", "whitening_pairs", "num_eval_batches", "n_points", "size", "jobs",
-         "workers")  # fmt: skip
+# Flags of any script that take less memory when they are lowered, and those that are named if they were given.
+HEAVY = ("batch_size", "first_batch_size", "final_batch_size", "num_eval_batches", "n_points", "size", "jobs", "workers")
+HEAVY_IF_GIVEN = ("semantics_n", "modality_n", "n_mixing_layer", "encoding_size", "hidden_size", "hidden_sizes",
+                  "spare_dimensions", "whitening_pairs")  # fmt: skip
 # What torch, its libraries, NumPy and the loader of libraries say of memory that they do not get, or of sizes past all bounds.
 NO_MEMORY = re.compile(
     "can't allocate memory|cannot allocate memory|ALLOC_FAILED|std::bad_alloc|can't start new thread|failed to map segment"
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         description, *rest = (documentation or "").split("\n\n")  # None: python -OO drops docstrings
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False,
                             "description": description, "epilog": "\n\n".join(rest), **options})  # fmt: skip
-        self.recipes, self.differs, self._section = recipes or {}, {}, self
+        self.recipes, self.differs, self.given, self._section = recipes or {}, {}, set(), self
         Parser.latest = self
 
     def section(self, title, description=None):
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         absent = object()
         names = self.destinations
         args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-        given = {name for name in names if getattr(args, name) is not absent}
+        given = self.given = {name for name in names if getattr(args, name) is not absent}
         for name in set(names) - given:
             setattr(args, name, self.get_default(name))
         for name, value in self.recipes[args.recipe].items() if self.recipes else ():
@@ -195,9 +195,13 @@ def is_out_of_memory(error):
 def _with_less_memory(error):
     asked = re.search(r"(?:tried to|unable to) allocate ([\d.]+ ?(?:bytes|[KMGTPE]i?B))", str(error), re.IGNORECASE)
     asked = asked and _readable(asked[1])  # "" says nothing: what was left over was too little for a small thing
-    flags = [f"--{name.replace('_', '-')}" for name in HEAVY if Parser.latest and name in Parser.latest.destinations]
+    known, given = (Parser.latest.destinations, Parser.latest.given) if Parser.latest else ((), ())
+    names = [name for name in HEAVY if name in known] + [name for name in HEAVY_IF_GIVEN if name in given]
     gpu = ", or stay on the CPU with --no-cuda" if "CUDA" in str(error) else ""
-    cure = f"lower {' or '.join(flags)}{gpu}" if flags else "end other programs, or raise the limit (ulimit -v)"
+    flags = " or ".join(f"--{name.replace('_', '-')}" for name in names)
+    cure = f"lower {flags}{gpu}" if names else "end other programs, or raise the limit (ulimit -v)"
+    if "overwrite" in known and "batch_size" in known:
+        cure += "; a run that has begun keeps what it is trained with, unless --overwrite starts it anew"
     return f"too little memory{f' ({asked} at once)' if asked else ''}; {cure}"
 
 

@@ -55,6 +55,16 @@ def test_too_little_memory_is_one_line_with_the_flags_that_lower_the_need(capsys
     assert (code, err.count("\n")) == (2, 1) and "too little memory" in err and "--batch-size" in err and "--seed" not in err
 
 
+def test_too_little_memory_names_the_flags_that_were_given_and_the_way_on(capsys, monkeypatch, tmp_path):
+    """What makes the experiment is named only where it was given; what a begun run is trained with takes --overwrite."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("main_numeric.NumericExperiment.__init__", lambda *_: torch.empty(10**15))
+    main = importlib.import_module("main_numeric").main
+    usual, wide = outcome(capsys, main, "--no-cuda")[2], outcome(capsys, main, "--no-cuda", "--semantics-n", 20, "--overwrite")[2]
+    assert "lower --batch-size or --final-batch-size or --num-eval-batches;" in usual and "--overwrite starts it anew" in usual
+    assert "--num-eval-batches or --semantics-n;" in wide and wide.count("\n") == usual.count("\n") == 1
+
+
 def test_too_little_memory_says_how_much_was_asked_for(capsys):
     assert "(1,000,000.0 GiB at once)" in outcome(capsys, too_large(10**6 * 2**28))[2]
     assert "CPU with --no-cuda" in outcome(capsys, raising(torch.OutOfMemoryError("CUDA out of memory")))[2]
