@@ -7,7 +7,6 @@ left of every other semantic when the block is known, s_j − Σ_jB Σ_BB⁻¹ s
 regression on the image and on the text encoding. If an encoding holds the block and nothing else, they are 1 and 0.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,9 +15,11 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import probes
 from latent_spaces import seeded_generator
 from main_numeric import NumericExperiment
+from running.command_line import Parser, integer, run_script
 from running.directory import trained_args
 
 SAMPLES = 20_000  # to fit, and as many to test
@@ -48,9 +49,9 @@ def directions(experiment, generator):
 
 def main():
     """Print the table of each model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("models", nargs="+", type=Path, help="model directories")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the samples (%(default)s)")
     flags = parser.parse_args()
     for directory in flags.models:
         args, _ = trained_args(directory, NumericExperiment)
@@ -62,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

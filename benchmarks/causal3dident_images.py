@@ -11,7 +11,6 @@ the PSNR of the 8-bit images to references of 2,048 samples, rendered plainly an
 towards any denoiser, with noise of their own.
 """
 
-import argparse
 import contextlib
 import math
 import os
@@ -24,8 +23,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from reading.causal3dident import SHAPES
 from rendering_data.Causal3DIdent.generate_images import Renderers, check_assets, render_settings, shape_file
+from running.command_line import Parser, integer, run_script
 from running.cores import cpu_name, usable_cores
 
 IMAGES = 100_000  # of the data set
@@ -86,18 +87,18 @@ def spread(values):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--assets", type=Path, help="folder assets of a clone of Multimodal3DIdent")
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of all forms")
-    parser.add_argument("--per-round", type=int, default=4, help="images of a round")
-    parser.add_argument("--references", type=int, default=8, help="images whose PSNR is measured")
-    parser.add_argument("--reference-samples", type=int, default=2048)
+    parser.add_argument("--size", type=integer(1), default=128)
+    parser.add_argument("--samples", type=integer(1), default=128)
+    parser.add_argument("--rounds", type=integer(1), default=5, help="timed rounds of all forms")
+    parser.add_argument("--per-round", type=integer(1), default=4, help="images of a round")
+    parser.add_argument("--references", type=integer(1), default=8, help="images whose PSNR is measured")
+    parser.add_argument("--reference-samples", type=integer(1), default=2048)
     parser.add_argument("--protocol", choices=("code", "paper"), default="code")
     parser.add_argument("--device", choices=("cpu", "cuda", "optix"), default="cpu")
     parser.add_argument("--keep", type=Path, help="folder for the rendered images (none: they are removed)")
-    parser.add_argument("--seed", type=int, default=0, help="of the latents")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the latents")
     args = parser.parse_args()
     shapes = list(range(len(SHAPES)))
     if args.assets:
@@ -171,4 +172,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,6 @@ the same weights, and with --repeats of both by others. With --chunk, first of t
 taken in other parts, and so round otherwise. Set OMP_NUM_THREADS=1 for seconds of one core.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -17,10 +16,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import main_numeric
 import mlp_probes
 from eval_numeric_predict import FIT, PROBE, SHIFTED, TEST, encode, score_tasks
 from latent_spaces import seeded_generator
+from running.command_line import Parser, integer, run_script
 from running.devices import describe_device
 from running.directory import trained_args
 
@@ -40,10 +41,10 @@ def samples_of(directory, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("models", nargs="+", type=Path, help="model directories")
-    parser.add_argument("--repeats", type=int, default=1, help="initial weights of either kind")
-    parser.add_argument("--chunk", type=int, help="samples whose activations are computed at a time")
+    parser.add_argument("--repeats", type=integer(1), default=1, help="initial weights of either kind")
+    parser.add_argument("--chunk", type=integer(1), help="samples whose activations are computed at a time")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -69,4 +70,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -32,6 +32,7 @@ import torch
 from main_causal3dident import Causal3dIdentExperiment
 from main_mpi3dreal import Mpi3dExperiment
 from main_numeric import NumericExperiment
+from running.command_line import Parser, run_script
 from running.devices import describe_device
 from running.files import write_bytes
 from running.optimisation import GRADIENT_NORM, make_optimiser, training_step
@@ -51,7 +52,7 @@ def script(name, *flags, check=True):
     command = [sys.executable, str(ROOT / name), *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if check and done.returncode:
-        raise RuntimeError(f"{name} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"{name} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-2:]}")
     return done
 
 
@@ -236,7 +237,7 @@ def rendering(options, data):
         command = [str(blender), str(ROOT / tools / "generate_images.py"), *flags]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"generate_images.py: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"generate_images.py: {done.stderr.strip().splitlines()[-2:]}")
     return [
         (f"rendering {count} images, {flags[3]}, start included", f"{(time.perf_counter() - started) / count:.2f} s each", None)
     ]
@@ -299,7 +300,7 @@ def run_section(name, options, data):
 
 def main():
     """Run the sections and write the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
     parser.add_argument("--small", action="store_true", help="small problems, to see that everything runs")
     parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)")
@@ -313,6 +314,8 @@ def main():
                 answer = {"rows": SECTIONS[options.worker](options, options.data), "status": ""}
             except Skipped as reason:
                 answer = {"rows": [], "status": f"skipped: {reason}"}
+            except Exception as error:
+                answer = {"rows": [], "status": f"FAILED: {' '.join(f'{type(error).__name__}: {error}'.split())}"}
         print(json.dumps(answer))
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -341,4 +344,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -27,6 +27,7 @@ import torch
 
 from datasets import MPI3D_FILE, MPI3D_GRID, MPI3D_MEAN, MPI3D_STD, EpochOrder, load_mpi3d
 from rendering_data.MPI3D.render_multimodal_mpi3d import render
+from running.command_line import Parser, integer, run_script
 from running.devices import describe_device
 
 BATCH_SIZE = 256
@@ -113,12 +114,12 @@ def make_blank(folder, positions):
 
 def main():
     """Time each way in a process of its own and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--datapath", default="data/MPI3d_real_complex")
     parser.add_argument("--setting", default="selection_4", help="captions to open (%(default)s)")
-    parser.add_argument("--batches", type=int, default=20, help="of 256, timed the plain way; 20 times as many of ours")
+    parser.add_argument("--batches", type=integer(1), default=20, help="of 256, timed the plain way; 20 times as many of ours")
     parser.add_argument("--make-blank", action="store_true", help="write a folder of the real size to time, and stop")
-    parser.add_argument("--positions", type=int, default=40, help="of each joint in that folder (%(default)s)")
+    parser.add_argument("--positions", type=integer(1), default=40, help="of each joint in that folder (%(default)s)")
     parser.add_argument("--way", choices=("plain", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make_blank:
@@ -135,7 +136,7 @@ def main():
         command = [sys.executable, __file__, "--way", way, "--datapath", args.datapath, "--setting", args.setting]
         done = subprocess.run([*command, "--batches", str(args.batches)], capture_output=True, text=True)
         if done.returncode:
-            print(f"{label:24} failed with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+            print(f"{label:24} failed with exit code {done.returncode}: {done.stderr.strip().splitlines()[-2:]}")
             continue
         results[label] = timed = json.loads(done.stdout)
         print(f"{label:24} opens in {timed['open']:6.2f} s with {timed['memory'] / 1e9:5.2f} GB resident, "
@@ -147,4 +148,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,7 +8,6 @@ one joint's forty positions, so that classes are found nearly always, sometimes,
 set OMP_NUM_THREADS and OPENBLAS_NUM_THREADS to their number.
 """
 
-import argparse
 import itertools
 import sys
 import time
@@ -22,9 +21,11 @@ from sklearn.metrics import matthews_corrcoef
 from sklearn.neural_network import MLPClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import mlp_probes
 import probes
 from datasets import MPI3D_GRID
+from running.command_line import Parser, integer, run_script
 from running.devices import describe_device
 
 SIZE = 5  # dimensions of the encodings
@@ -75,9 +76,9 @@ def sklearn_evaluation(encodings, fit_targets, test_targets, seed):
 
 def main():
     """Run both once and print times and differences."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=23_040, help="to fit, and as many to test (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(__doc__)
+    parser.add_argument("--samples", type=integer(1), default=23_040, help="to fit, and as many to test (%(default)s)")
+    parser.add_argument("--seed", type=integer(0), default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     print(f"{describe_device(torch.device('cpu'))}; {args.samples} + {args.samples} pairs", flush=True)
@@ -96,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

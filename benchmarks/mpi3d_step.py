@@ -25,6 +25,7 @@ from torchvision.models import resnet18
 
 from losses import textbook_image_text_loss
 from main_mpi3dreal import Mpi3dExperiment
+from running.command_line import Parser, integer, run_script
 from running.devices import describe_device, keep_freed_memory, select_device
 from running.optimisation import GRADIENT_NORM, make_optimiser, training_step
 
@@ -99,12 +100,12 @@ def time_form(form, options):
 
 def main():
     """Time every form in a process of its own and print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--device", choices=tuple(FORMS), default="cpu")
     parser.add_argument("--datapath", default="data/MPI3d_real_complex")
-    parser.add_argument("--batch-size", type=int, help="256 on a GPU, 64 on the CPU")
-    parser.add_argument("--steps", type=int, help="100 on a GPU, 3 on the CPU")
-    parser.add_argument("--workers", type=int, default=0, help="processes of the plain DataLoader (%(default)s)")
+    parser.add_argument("--batch-size", type=integer(1), help="256 on a GPU, 64 on the CPU")
+    parser.add_argument("--steps", type=integer(1), help="100 on a GPU, 3 on the CPU")
+    parser.add_argument("--workers", type=integer(0), default=0, help="processes of the plain DataLoader (%(default)s)")
     parser.add_argument("--form", help=argparse.SUPPRESS)
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
@@ -120,7 +121,7 @@ def main():
         command += ["--workers", str(options.workers)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(f"{form:6} failed with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+            print(f"{form:6} failed with exit code {done.returncode}: {done.stderr.strip().splitlines()[-2:]}")
             continue
         rates[form] = float(done.stdout)
         ratio = f"  {rates[form] / rates['plain']:.1f} × plain" if "plain" in rates else ""
@@ -128,4 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,6 @@ initial weights. The encoding is synthetic: a smooth nonlinear mixture of the fi
 noise. Times are of everything that leads from encodings to scores; set OMP_NUM_THREADS to the number of cores.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -20,10 +19,12 @@ from sklearn.metrics import matthews_corrcoef, r2_score
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import eval_numeric_predict
 import mlp_probes
 import probes
 from eval_numeric_predict import class_labels, regression_targets, score_tasks, shift
+from running.command_line import Parser, integer, run_script
 from running.cores import usable_cores
 from running.devices import describe_device
 
@@ -101,14 +102,14 @@ def timed(function, *arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=eval_numeric_predict.STEPS)
-    parser.add_argument("--samples", type=int, default=20_480, help="fitting samples, as many test and shifted ones")
-    parser.add_argument("--dims", type=int, default=5, help="dimensions of the encoding")
-    parser.add_argument("--chunk", type=int, default=mlp_probes.CHUNK, help="samples of a chunk on a CPU")
-    parser.add_argument("--repeats", type=int, default=1, help="timed runs of both, in turn")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples and the initial weights of the first run")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser = Parser(__doc__)
+    parser.add_argument("--steps", type=integer(1), default=eval_numeric_predict.STEPS)
+    parser.add_argument("--samples", type=integer(1), default=20_480, help="fitting samples, as many test and shifted ones")
+    parser.add_argument("--dims", type=integer(1), default=5, help="dimensions of the encoding")
+    parser.add_argument("--chunk", type=integer(1), default=mlp_probes.CHUNK, help="samples of a chunk on a CPU")
+    parser.add_argument("--repeats", type=integer(1), default=1, help="timed runs of both, in turn")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the samples and the initial weights of the first run")
+    parser.add_argument("--threads", type=integer(1), default=torch.get_num_threads(), help="torch threads")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -138,4 +139,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

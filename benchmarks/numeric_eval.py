@@ -9,7 +9,6 @@ some targets are predictable and the others are noise. Pin the cores with taskse
 OPENBLAS_NUM_THREADS to their number. --repeats 0 leaves the linear and MLP probes out.
 """
 
-import argparse
 import resource
 import statistics
 import sys
@@ -26,9 +25,11 @@ from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.neural_network import MLPRegressor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import kernel_ridge
 import mlp_probes
 import probes
+from running.command_line import Parser, integer, run_script
 from running.cores import usable_cores
 from running.devices import describe_device
 
@@ -119,12 +120,12 @@ def largest_difference(scores, reference):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of the linear and MLP probes")
-    parser.add_argument("--baseline-repeats", type=int, default=1, help="timed runs of scikit-learn; 0 leaves it out")
-    parser.add_argument("--samples", type=int, default=20_480, help="fitting samples, and as many test samples")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser = Parser(__doc__)
+    parser.add_argument("--repeats", type=integer(1), default=5, help="timed runs of the linear and MLP probes")
+    parser.add_argument("--baseline-repeats", type=integer(0), default=1, help="timed runs of scikit-learn; 0 leaves it out")
+    parser.add_argument("--samples", type=integer(1), default=20_480, help="fitting samples, and as many test samples")
+    parser.add_argument("--seed", type=integer(0), default=0)
+    parser.add_argument("--threads", type=integer(1), default=torch.get_num_threads(), help="torch threads")
     parser.add_argument("--device", default="cpu", help="where the probes run; scikit-learn runs on the CPU")
     parser.add_argument("--krr", action="store_true", help="kernel ridge regression against GridSearchCV")
     parser.add_argument("--krr-full", action="store_true", help="kernel ridge regression at full size")
@@ -168,4 +169,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

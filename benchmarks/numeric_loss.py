@@ -7,7 +7,6 @@ Negatives are the others of the batch. The floor is what no form of the loss can
 exponentials for each modality, in float32, a block at a time as the loss has them. All take turns in one process.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import losses
+from running.command_line import Parser, integer, run_script
 from running.devices import describe_device, keep_freed_memory
 
 
@@ -49,11 +49,11 @@ def floor(h_x, h_t):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--pairs", type=int, default=1000, help="of the batch (%(default)s)")
-    parser.add_argument("--dimensions", type=int, default=5, help="of the encodings (%(default)s)")
+    parser = Parser(__doc__)
+    parser.add_argument("--pairs", type=integer(1), default=1000, help="of the batch (%(default)s)")
+    parser.add_argument("--dimensions", type=integer(1), default=5, help="of the encodings (%(default)s)")
     parser.add_argument("--scale", type=float, default=8.0, help="standard deviation of the encodings (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
+    parser.add_argument("--rounds", type=integer(1), default=15, help="(%(default)s)")
     args = parser.parse_args()
     keep_freed_memory()
     draw = torch.Generator().manual_seed(0)
@@ -84,4 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

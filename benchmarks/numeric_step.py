@@ -29,6 +29,7 @@ from encoders import initialise
 from latent_spaces import seeded_generator
 from losses import textbook_multimodal_loss
 from main_numeric import NumericExperiment
+from running.command_line import Parser, integer, run_script
 from running.devices import describe_device, has_fast_bf16, keep_freed_memory, select_device
 from running.optimisation import GRADIENT_NORM, make_optimiser, training_step
 from running.schedules import batch_size
@@ -151,10 +152,10 @@ WORK = {"rate": matrix_rate, "time": time_form, "check": gradient_error}
 
 def main():
     """Time every form in processes of its own, in turn, and print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each form, in turn (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps in each process (%(default)s)")
+    parser.add_argument("--rounds", type=integer(1), default=5, help="processes of each form, in turn (%(default)s)")
+    parser.add_argument("--steps", type=integer(1), default=2, help="timed steps in each process (%(default)s)")
     parser.add_argument("--share-done", type=float, default=0.0, help="of the training, for the batch's size (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="time bf16 on a CPU that emulates it, too")
     parser.add_argument("--small", action="store_true", help="a small problem, to see that the benchmark runs")
@@ -200,4 +201,4 @@ def in_process(work):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

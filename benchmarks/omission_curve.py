@@ -6,15 +6,16 @@ Means over the seeds of a rate, with a band of one standard deviation; writes OU
 1 − rate, is the most that a text can tell of a semantic that it omits at that rate.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from running.command_line import InputError, Parser, run_script
 from running.directory import stored_args
-from running.files import write_csv
+from running.files import read_csv, write_csv
 from running.pictures import plot_curves
 
 ENCODINGS = {"hz_x": "image encoding", "hz_t": "text encoding"}
@@ -24,8 +25,11 @@ def scores(directories):
     """DataFrame of all models: encoding, predicted_factors, rate, and of the nonlinear R² mean, std (n − 1), number of seeds."""
     tables = []
     for directory in directories:
-        table = pd.read_csv(directory / "results.csv")
-        tables.append(table.assign(rate=stored_args(directory)["omission_prob"]))
+        rate = stored_args(directory).get("omission_prob")
+        if rate is None:
+            raise InputError(f"{directory} holds no numeric model; name some of --omission-prob")
+        table = read_csv(directory / "results.csv", ["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"])
+        tables.append(table.assign(rate=rate))
     grouped = pd.concat(tables).groupby(["encoding", "predicted_factors", "rate"]).r2_nonlinear
     return grouped.agg(["mean", "std", "count"]).round(4).reset_index()
 
@@ -50,7 +54,7 @@ def draw(table, path):
 
 def main():
     """Print the table, and write it and its picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("models", nargs="+", type=Path, help="model directories")
     parser.add_argument("--output", default="omission", help="OUTPUT.csv and OUTPUT.png (%(default)s)")
     flags = parser.parse_args()
@@ -61,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,7 +11,6 @@ flag goes to the script.
 Writes benchmarks/time_to_identification.csv and .png, and prints when the worst unbiased factor passed some levels.
 """
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -33,7 +32,7 @@ from latent_spaces import biased_blocks
 from main_causal3dident import Causal3dIdentExperiment
 from main_mpi3dreal import Mpi3dExperiment
 from main_numeric import NumericExperiment
-from running.command_line import InputError, run_script
+from running.command_line import InputError, Parser, integer, run_script
 from running.files import write_csv
 from running.pictures import save_figure
 
@@ -134,11 +133,11 @@ def draw(curves, score, setting, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--experiment", choices=tuple(CURVES), default="numeric", help="(%(default)s)")
     parser.add_argument("--minutes", type=float, default=15, help="of each run (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[1])
+    parser.add_argument("--jobs", type=integer(1), default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--models", type=Path, help="folder that keeps the runs' model directories; else they are removed")
     parser.add_argument("--output", type=Path, default=HERE / "time_to_identification", help="without suffix")
     args, flags = parser.parse_known_args()

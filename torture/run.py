@@ -9,7 +9,6 @@ given again, with --resume where it trains. What keeps a run from its work must 
 of the promises is printed, and every trial in which one was not held; the exit code is 1 if there is one.
 """
 
-import argparse
 import collections
 import functools
 import gc
@@ -25,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from running.command_line import InputError, Parser, integer, run_script
 from torture import trials
 from torture.children import preloaded
 
@@ -92,11 +92,11 @@ def held(asked, work, jobs):
 
 def main():
     """Try what is asked for; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=0, metavar="N", help="so many trials of each promise and task, drawn (all)")
+    parser = Parser(__doc__)
+    parser.add_argument("--each", type=integer(0), default=0, metavar="N", help="so many trials of each promise and task (all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="the trials whose name has this in it")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="trials at once (the cores)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of what is drawn (%(default)s)")
+    parser.add_argument("--jobs", type=integer(1), default=len(os.sched_getaffinity(0)), help="trials at once (the cores)")
     parser.add_argument("--keep", metavar="FOLDER", help="where the folders of trials that were not held stay")
     args = parser.parse_args()
     if not preloaded():
@@ -109,6 +109,8 @@ def main():
         tasks, pairs = project.tasks(work)
         gc.freeze()  # else every child would copy what the collector touches
         found = chosen(planned(tasks, pairs, work, rng), args.each, args.only, rng)
+        if not found:
+            raise InputError(f"no trial has {args.only!r} in its name; without --only all are tried")
         print(f"{len(found)} trials, {args.jobs} at once", flush=True)
         well = held(found, work, args.jobs)
         gc.unfreeze()
@@ -116,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)
