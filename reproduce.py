@@ -52,7 +52,10 @@ def shown(commands):
 
 
 def prepare_data(work, dry_run):
-    """Make the data sets of `work` (Model → commands), or print how; takes out, and returns by reason, models without one."""
+    """Make the data sets of `work` (Model → commands), or print how; returns by reason the models without one.
+
+    They are taken out, unless all is but printed.
+    """
     left_out = {}
     for data_set in dict.fromkeys(model.setting.data for model in work if model.setting.data):
         try:
@@ -64,8 +67,9 @@ def prepare_data(work, dry_run):
         except InputError as error:
             without = [model for model in work if model.setting.data == data_set]
             left_out.setdefault(str(error), []).extend(without)
-            print(f"{len(without)} models are left out: {error}", flush=True)
-            for model in without:
+            if not dry_run and len(without) < len(work):
+                print(f"{len(without)} models are left out: {error}", flush=True)
+            for model in () if dry_run else without:
                 del work[model]
     return left_out
 
@@ -81,11 +85,11 @@ def run(args):
     counts = f"{len(lacking) - len(work)} are done, " + (f"{len(damaged)} damaged, " if damaged else "")
     print(f"{args.scale} scale: {len(needed)} models, {counts}{len(work)} to do", flush=True)
     left_out = prepare_data(work, args.dry_run)
-    if left_out and not work and not damaged:
-        raise InputError(next(iter(left_out)))
     if args.dry_run:
         for commands in work.values():
             print(shown(commands))
+    if left_out and not damaged and (args.dry_run or not work):
+        raise InputError(next(iter(left_out)))
     failures, count, started = {}, itertools.count(1), time.monotonic()
 
     def ended(model, complaints):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import itertools
 import os
 import re
@@ -256,7 +257,8 @@ def run_on_slurm(work, options, ended):
         chosen = {"gpus_per_node": options.gpus_per_job, "partition": options.partition}
         executor.update_parameters(**asked, **{name: value for name, value in chosen.items() if value})
         try:
-            jobs = executor.submit_array(list(new.values()))
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, which the error tells as well
+                jobs = executor.submit_array(list(new.values()))
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
             reason = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
             raise InputError(f"SLURM refuses the jobs: {reason[-1]}") from None

@@ -266,6 +266,7 @@ def test_what_renders_is_run_by_blender_s_python_and_missed_in_one_line(call, tm
     monkeypatch.setattr(models, "ROOT", tmp_path)
     answer = call("run fig6 --scale tiny --seeds 1 --dry-run")
     assert is_one_line_error(answer, "contact_sheet.png is missing", ".venv-blender/bin/python", "`make blender`")
+    assert "left out" not in answer[1] and answer[1].count("python main_causal3dident.py --recipe fast") == 14
     (tmp_path / ".venv-blender/bin").mkdir(parents=True)
     (tmp_path / ".venv-blender/bin/python").touch()
     code, out, _ = call("run fig6 --scale tiny --seeds 1 --dry-run")
