@@ -22,7 +22,7 @@ HEAVY_IF_GIVEN = ("semantics_n", "modality_n", "n_mixing_layer", "encoding_size"
 NO_MEMORY = re.compile(
     "can't allocate memory|cannot allocate memory|ALLOC_FAILED|std::bad_alloc|can't start new thread|failed to map segment"
     "|calculation overflowed|multiplication overflow|array is too big|maximum allowed dimension|invalid storage size"
-    "|overflow when unpacking|too large to convert",
+    "|overflow when unpacking|too large to convert|CUDA error: out of memory|Failed to CUDA calloc",
     re.IGNORECASE,
 )
 

@@ -15,7 +15,11 @@ BF16_WIDTH = 500
 
 
 def select_device(no_cuda):
-    """torch.device of a run: a GPU if there is one, unless `no_cuda`; each of several processes has its own, or InputError."""
+    """torch.device of a run: a GPU if there is one, unless `no_cuda`; each of several processes has its own, or InputError.
+
+    PyTorch begins with convolutions in TF32: from here on all is computed in full but where `matrix_precision` says otherwise.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return own_gpu() if torch.cuda.is_available() and not no_cuda else torch.device("cpu")
 
 

@@ -185,7 +185,8 @@ def run_experiment(experiment_class, argv=None):
         stored = ranks.from_first(lambda: store.stored_args(directory)) if goes_on else None
         with ranks.agreed():
             device = select_device(args.no_cuda)
-            args.precision = settled_precision(args.precision, device, experiment_class.widest_layer(args))
+            if not (stored and args.precision == "tf32"):  # a run may move to a CPU, which computes that in full
+                args.precision = settled_precision(args.precision, device, experiment_class.widest_layer(args))
             if device.type == "cpu":
                 limit_memory()
             experiment = experiment_class(args, device)
@@ -313,7 +314,9 @@ def export_model(experiment_class, args, directory):
 
 def print_description(experiment):
     """Say what is trained or evaluated, and where."""
-    lines = experiment.describe() | {"device": f"{describe_device(experiment.device)}, {experiment.args.precision}"}
+    precision, device = experiment.args.precision, experiment.device
+    precision = "fp32" if precision == "tf32" and device.type == "cpu" else precision
+    lines = experiment.describe() | {"device": f"{describe_device(device)}, {precision}"}
     print("\n".join(f"{name:12} {line}" for name, line in lines.items()), flush=True)
 
 

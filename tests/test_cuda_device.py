@@ -501,6 +501,9 @@ def test_probes_wait_once_an_epoch_and_score_as_on_a_cpu(monkeypatch):
 
 ERRORS = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.12 GiB."),
+    "context": RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
+    ),
     "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …"),
     "numpy": MemoryError("Unable to allocate 3.12 GiB for an array"),
@@ -518,7 +521,7 @@ def test_an_evaluation_without_memory_keeps_the_model_and_says_how_to_go_on(tmp_
             return call(main_numeric, flags)
 
     flags = f"{NUMERIC} --num-eval-batches 2"
-    if error in ("gpu", "cublas"):
+    if error in ("gpu", "context", "cublas"):
         with cuda_device():
             code, _, err = train(flags)
     else:
@@ -527,7 +530,7 @@ def test_an_evaluation_without_memory_keeps_the_model_and_says_how_to_go_on(tmp_
     assert all(
         words in err for words in ("too little memory", "is kept", "--resume and --num-eval-batches below 2 or --mlp-eval")
     )
-    assert ("--no-cuda" in err) == (error in ("gpu", "cublas"))
+    assert ("--no-cuda" in err) == (error in ("gpu", "context", "cublas"))
     directory = directory_of(tmp_path)
     trained = (directory / "f_x.pt").read_bytes()
     assert not (directory / "results.csv").exists()
@@ -552,3 +555,35 @@ def test_other_errors_of_an_evaluation_are_not_taken_for_a_lack_of_memory(monkey
     monkeypatch.setattr(main_numeric, "kernel_ridge_r2", fail)
     code, _, err = call(main_numeric, f"{NUMERIC} --no-cuda")
     assert code == 1 and "Traceback" in err and "RuntimeError: mat1 and mat2" in err and "too little memory" not in err
+
+
+@pytest.mark.parametrize(
+    "script_flags",
+    ["--evaluate --seed 2", "--overwrite --seed 1 --whitening-pairs 16 --train-steps 2 --log-steps 2 --batch-size 20"],
+)
+def test_convolutions_are_computed_in_full_where_no_training_has_come_before(mpi3d, tmp_path, capsys, monkeypatch, script_flags):
+    monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
+    monkeypatch.setattr(mlp_probes, "MAX_EPOCHS", 3)
+    monkeypatch.setattr(main_mpi3dreal, "plot_factor_scores", lambda tables, path, *_: path.write_bytes(b"drawn"))
+    place = ["--datapath", mpi3d, "--model-dir", tmp_path, "--model-id", "m"]
+    training = ["--seed", "1", "--train-steps", "2", "--log-steps", "2", "--batch-size", "20"]
+    with cuda_device() as device:
+        assert outcome(capsys, main_mpi3dreal.main, *place, *training)[0] == 0
+        torch.backends.cudnn.allow_tf32 = True  # as PyTorch starts
+        device.lowered.clear()
+        assert outcome(capsys, main_mpi3dreal.main, *place, *script_flags.split())[0] == 0
+    assert not device.lowered, device.lowered
+
+
+def test_a_run_in_tf32_moves_to_the_cpu(tmp_path, monkeypatch, call):
+    """Which is what the message of an evaluation without memory advises; it goes on in full."""
+
+    def fail(*_):
+        raise ERRORS["gpu"]
+
+    with cuda_device(), monkeypatch.context() as patch:
+        patch.setattr(main_numeric, "kernel_ridge_r2", fail)
+        assert "--no-cuda" in call(main_numeric, f"{NUMERIC} --num-eval-batches 2 --precision tf32")[2]
+    code, out, err = call(main_numeric, "--resume --no-cuda")
+    assert code == 0 and "threads, fp32" in out, err
+    assert json.loads((directory_of(tmp_path) / "args.json").read_text())["precision"] == "tf32"
