@@ -369,7 +369,7 @@ def reference_scores(experiment, seed):
     """What scores could have been: dict "floor" → DataFrame as of `evaluate`, with --floor, "ceiling" → one, if there is one."""
     references = {}
     if experiment.args.floor:
-        with untrained(experiment):
+        with ranks.alone(), untrained(experiment):
             references["floor"] = experiment.evaluate(seed)
     return references | ({} if experiment.ceiling is None else {"ceiling": experiment.ceiling})
 

@@ -22,11 +22,12 @@ START = datetime.timedelta(minutes=5)  # within which all processes must have be
 # writing of a checkpoint.
 SILENCE = datetime.timedelta(minutes=10)
 _meeting_place = None  # the store by which the processes found each other
+_alone = False
 
 
 def size():
     """Number of the processes, 1 unless torchrun started several."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
 def rank():
@@ -51,6 +52,17 @@ def own_gpu():
         raise InputError("this build of PyTorch has no NCCL, by which GPUs add up; start one process, or use --no-cuda")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+@contextlib.contextmanager
+def alone():
+    """Context in which this process waits for no other: what its modules compute, they compute of its own batch."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 # beginning and ending together

@@ -29,7 +29,7 @@ IMAGES = ("--no-cuda --seed 3 --bias-id 1 --batch-size 13 --train-steps 20 --log
 CASES = {
     "independent": ("numeric", NUMERIC),
     "batch": ("numeric", f"{NUMERIC} --recipe fast --final-batch-size 40 --lr 0.00001"),
-    "both": ("mpi3d", f"{IMAGES} --recipe fast --optimiser muon --first-batch-size 17 --spare-dimensions 4"),
+    "both": ("mpi3d", f"{IMAGES} --recipe fast --optimiser muon --first-batch-size 17 --spare-dimensions 4 --floor"),
     "sigmoid": ("numeric", f"{NUMERIC} --loss sigmoid --lr 0.00001"),
     "sigmoid_images": ("mpi3d", f"{IMAGES} --loss sigmoid --lr 0.000002"),
     "supervised": ("mpi3d", f"{IMAGES} --supervised"),
@@ -219,3 +219,16 @@ def test_what_keeps_processes_from_joining_is_one_line(monkeypatch):
     with pytest.raises(InputError, match="no NCCL"):
         select_device(no_cuda=False)
     assert select_device(no_cuda=True).type == "cpu"
+
+
+def test_checkpoints_follow_the_time_in_several_processes_too(tmp_path):
+    flags = f"{NUMERIC} --model-dir {tmp_path} --model-id m --log-steps 1000 --checkpoint-minutes 0.000001"
+    started(2, {"run": {"script": "numeric", "flags": flags, "in_last": [18, "SIGKILL"]}})
+    assert 0 < load_torch(tmp_path / "m/checkpoint.pt")["progress"]["step"] < 20
+
+
+def test_processes_of_other_versions_do_not_train_together(tmp_path):
+    flags = f"{NUMERIC} --model-dir {tmp_path} --model-id m"
+    plan = {"script": "numeric", "flags": flags, "in_last": {"versions": {"torch": "0"}}}
+    _, seen, errors = started(2, {"run": plan})
+    assert seen["run"][0] == 2 and "process 1 has other versions than the first" in errors[0]
