@@ -166,9 +166,14 @@ class Muon(Adam):
 
 
 def matrices_for_muon(modules):
-    """List of the weights of linear layers that Muon takes: in a network of these alone, all but the last layer's."""
+    """List of the weights of linear layers that Muon takes: in a network of these alone, all but the last layer's.
+
+    Maps that stand side by side, as LabelLoss has them, are last layers all of them.
+    """
     matrices = []
     for module in modules.values():
+        if any(isinstance(part, nn.ModuleDict) for part in module.modules()):
+            continue
         layers = [layer for layer in module.modules() if not list(layer.children()) and list(layer.parameters())]
         if all(isinstance(layer, nn.Linear) for layer in layers):
             matrices += [layer.weight for layer in layers[:-1]]

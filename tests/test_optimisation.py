@@ -1,11 +1,13 @@
 """Adam and Muon against torch's, the preconditioner against its formula in float64 and against what it is for."""
 
 import argparse
+from argparse import Namespace
 
 import pytest
 import torch
 from torch import nn
 
+from losses import LabelLoss
 from running import optimisation
 from running.optimisation import Adam, InputWhitening, Muon, fan_in_rates, make_optimiser, matrices_for_muon, orthogonalised
 
@@ -135,6 +137,13 @@ def test_muon_takes_the_weights_of_networks_of_linear_layers_alone_but_the_last_
             assert step.abs().max().item() == pytest.approx(
                 1e-3 * optimisation.REFERENCE_FAN_IN / (5 if place == 1 else 6), rel=1e-3
             )
+
+
+def test_muon_leaves_the_maps_to_labels_to_adam():
+    """They are last layers, all of them, wherever they stand."""
+    labels = {"shape": torch.arange(4), "x": torch.rand(4), "colour": torch.arange(4) % 3}
+    heads = nn.ModuleDict({name: LabelLoss(5, labels) for name in ("image", "text")})
+    assert matrices_for_muon({"objective": heads}) == matrices_for_muon({"objective": heads["text"]}) == []
 
 
 def test_rates_are_larger_where_the_fan_in_is_smaller():
@@ -289,3 +298,25 @@ def test_small_batches_and_dead_layers_stay_finite(rows):
     network(torch.randn(rows, 3, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     preconditioner.precondition()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_gradients_are_whitened_first_then_clipped(kind):
+    args = Namespace(layer_lr="uniform", preconditioner="inputs", optimiser=kind)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+    inputs = torch.diag(torch.tensor([30.0, 3.0, 0.3])).repeat(100, 1)
+    optimiser = make_optimiser({"m": network}, args)
+    for factor, is_clipped in ((100.0, True), (0.01, False)):
+        optimiser.zero_grad()
+        (factor * network(inputs)).square().mean().backward()
+        plain = network[0].weight.grad.clone()
+        other = InputWhitening({"m": network})
+        other.before_forward(0)
+        network(inputs)
+        other.precondition()
+        whitened, network[0].weight.grad = network[0].weight.grad, plain.clone()
+        norm = optimiser.step(1e-9)
+        assert norm.item() == pytest.approx(whitened.norm().item(), rel=1e-4)
+        assert whitened.norm() < 0.5 * plain.norm() and (whitened.norm() > 2) == is_clipped
+        expected = whitened * (2 / whitened.norm() if is_clipped else 1)
+        torch.testing.assert_close(network[0].weight.grad, expected, rtol=1e-3, atol=1e-6)
