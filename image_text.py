@@ -112,8 +112,7 @@ class ImageTextExperiment(Experiment):
         default_size = args.hidden_size if args.supervised else self.default_encoding_size(len(self.setting.unbiased))
         self.encoding_size = args.encoding_size or default_size
         self.width = self.encoding_size + (0 if args.evaluate or args.supervised else args.spare_dimensions)
-        image = ImageEncoder(self.width, self.mean, self.std, args.hidden_size)
-        self.modules = {"encoder_img": image.to(device), "encoder_txt": self._text_encoder()}
+        self.modules = self._encoders(self.width)
         self.objective = LearnedLogits(self.similarity, args.batch_size).to(device) if args.loss == "sigmoid" else None
         if args.supervised:
             self.labels = {name: {factor: values.to(self.pairs.images.index_device) for factor, values in labels.items()}
@@ -131,10 +130,14 @@ class ImageTextExperiment(Experiment):
         own = self.pairs.splits[split]
         return {"image": own.image_factors, "text": own.text_factors if self.own_text_factors else own.image_factors}
 
-    def _text_encoder(self):
+    def _encoders(self, width):
+        image = ImageEncoder(width, self.mean, self.std, self.args.hidden_size)
+        return {"encoder_img": image.to(self.device), "encoder_txt": self._text_encoder(width)}
+
+    def _text_encoder(self, width):
         args, pairs = self.args, self.pairs
         try:
-            return TextEncoder(len(pairs.vocabulary), pairs.length, self.width).to(self.device)
+            return TextEncoder(len(pairs.vocabulary), pairs.length, width).to(self.device)
         except ValueError as error:
             setting = f"{args.bias_type} {args.bias_id}"
             raise InputError(f"{args.datapath}, {setting}: {error}; shorten or lengthen them in their files") from None
@@ -171,7 +174,7 @@ class ImageTextExperiment(Experiment):
         if stored.get("data") in (None, self.pairs.fingerprint):
             return
         self.pairs = self.pairs.with_training_words()
-        self.modules["encoder_txt"] = self._text_encoder()
+        self.modules["encoder_txt"] = self._text_encoder(self.width)
         if stored["data"] != self.pairs.fingerprint:
             directory = Path(self.args.model_dir) / self.args.model_id
             raise InputError(
@@ -180,21 +183,26 @@ class ImageTextExperiment(Experiment):
             )
 
     def draw_encoders(self):
-        """Both encoders' weights, and with --whitening-pairs their last layers."""
+        """Both encoders' weights, and with --whitening-pairs their last layers; --evaluate draws the spare dimensions as well."""
         args, pairs, generator = self.args, self.pairs, seeded_generator(self.args.seed, "init")
-        initialise_all(self.modules.values(), args.init, generator, self.device)
+        width = self.encoding_size + (0 if args.supervised else args.spare_dimensions)
+        drawn = self.modules if width == self.width else self._encoders(width)
+        initialise_all(drawn.values(), args.init, generator, self.device)
         if args.whitening_pairs:
             rows = torch.randperm(len(pairs.splits["train"]), generator=generator)[: args.whitening_pairs]
             rows = rows.to(pairs.images.index_device)
-            whiten(self.modules["encoder_img"], pairs.images_of("train", rows))
-            whiten(self.modules["encoder_txt"], pairs.tokens_of("train", rows))
+            whiten(drawn["encoder_img"], pairs.images_of("train", rows))
+            whiten(drawn["encoder_txt"], pairs.tokens_of("train", rows))
+        if drawn is not self.modules:
+            for name, encoder in drawn.items():
+                self.modules[name].load_state_dict(self._without_spare(encoder.state_dict()))
+
+    def _without_spare(self, state):
+        return state | {name: state[name][: self.encoding_size].clone() for name in ("linear.weight", "linear.bias")}
 
     def weights(self):
         """State_dicts of both encoders, their last layers without spare dimensions."""
-        states = super().weights()
-        for state in states.values():
-            state |= {name: state[name][: self.encoding_size].clone() for name in ("linear.weight", "linear.bias")}
-        return states
+        return {name: self._without_spare(state) for name, state in super().weights().items()}
 
     def keep(self, directory, step):
         """Write both encoders, and with --save-all-checkpoints once more under the number of the step."""

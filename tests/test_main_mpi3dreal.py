@@ -22,7 +22,7 @@ import main_mpi3dreal
 import probes
 from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_bias
 from image_text import ImageTextExperiment
-from losses import image_text_contrastive_loss
+from losses import image_text_contrastive_loss, textbook_sigmoid_loss
 from main_mpi3dreal import Mpi3dExperiment
 from running import directory as store
 from running import experiment
@@ -658,3 +658,166 @@ def test_a_ceiling_that_is_none_is_named_before_anything_is_computed(run, traine
     code, _, err = run("--supervised --loss sigmoid", model="both")
     assert code == 2 and "--supervised has a loss of its own" in err and not (tmp_path / "models/both").exists()
     assert contents(trained) == before
+
+
+def test_untrained_encoders_have_the_statistics_of_untrained_ones(mpi3d):
+    flags = f"--datapath {mpi3d} --no-cuda --seed 1 --batch-size 20 --protocol paper"
+    model = Mpi3dExperiment(Mpi3dExperiment.parse_flags(flags.split())[0], torch.device("cpu"))
+    model.modules["encoder_img"] = SmallImageEncoder(3, 0, 1)
+    model.draw(None)
+    layers = [layer for encoder in model.modules.values() for layer in encoder.modules() if hasattr(layer, "running_mean")]
+    for layer in layers:
+        layer.running_mean.fill_(5.0), layer.running_var.fill_(7.0)
+    with experiment.untrained(model):
+        assert all((layer.running_mean == 0).all() and (layer.running_var == 1).all() for layer in layers)
+    assert layers and all((layer.running_mean == 5).all() and (layer.running_var == 7).all() for layer in layers)
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+def test_the_floor_of_images_is_that_of_the_training_whoever_evaluates(mpi3d, tmp_path, capsys, monkeypatch, spare):
+    flags = (
+        f"--no-cuda --seed 1 --train-steps 2 --log-steps 2 --batch-size 20 --recipe fast --first-batch-size 0 --precision fp32 "
+        f"--whitening-pairs 16 --spare-dimensions {spare} --floor"
+    )
+    run = small_image_text_run(main_mpi3dreal, SmallImageEncoder, mpi3d, flags, tmp_path, capsys, monkeypatch)
+    assert run()[0] == 0
+    first = pd.read_csv(tmp_path / "models/m/references.csv")
+    results = (tmp_path / "models/m/results.csv").read_bytes()
+    assert run("--evaluate --seed 2 --floor --no-cuda", base="")[0] == 0
+    assert (tmp_path / "models/m/results.csv").read_bytes() == results
+    pd.testing.assert_frame_equal(first, pd.read_csv(tmp_path / "models/m/references.csv"))
+
+
+def test_pixels_are_normalised_as_specified(run, monkeypatch):
+    seen = []
+
+    def noted(size, mean, std, hidden_size):
+        seen.append((size, mean, std, hidden_size))
+        return SmallImageEncoder(size, mean, std, hidden_size)
+
+    monkeypatch.setattr(image_text, "ImageEncoder", noted)
+    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
+    assert run("--seed 1 --train-steps 1 --hidden-size 20")[0] == 0
+    assert seen == [(3, (0.00888889, 0.00888889, 0.00830382), (0.08381344, 0.07622504, 0.06356431), 20)]
+
+
+def model_of(mpi3d, flags, monkeypatch):
+    monkeypatch.setattr(image_text, "ImageEncoder", SmallImageEncoder)
+    args, _ = Mpi3dExperiment.parse_flags([*f"--no-cuda --seed 1 --batch-size 16 {flags}".split(), "--datapath", str(mpi3d)])
+    model = Mpi3dExperiment(args, torch.device("cpu"))
+    model.draw(None)
+    return model
+
+
+def test_the_penalty_grows_with_the_steps_and_is_of_both_encodings(mpi3d, monkeypatch):
+    losses = {}
+    for weight in (0, 0.5):
+        model = model_of(mpi3d, f"--norm-penalty {weight}", monkeypatch)
+        rows = torch.arange(16)
+        model.order = Namespace(next=lambda count, rows=rows: rows[:count])
+        losses[weight] = [model.loss(share).item() for share in (0, 0.5, 1)]
+    h = (model.modules["encoder_img"](model.pairs.images_of("train", rows)),
+         model.modules["encoder_txt"](model.pairs.tokens_of("train", rows)))  # fmt: skip
+    penalty = 0.5 * sum(image_text.length_variance(part, 16).item() for part in h)
+    added = [b - a for a, b in zip(*losses.values(), strict=True)]
+    assert added == pytest.approx([0, penalty / 2, penalty], abs=1e-5)
+
+
+def test_the_last_layers_of_both_encoders_are_whitened(mpi3d, monkeypatch):
+    model = model_of(mpi3d, "--whitening-pairs 288", monkeypatch)  # all: whatever pairs are drawn
+    rows = torch.arange(288)
+    for encoder, inputs in (("encoder_img", model.pairs.images_of), ("encoder_txt", model.pairs.tokens_of)):
+        h = model.modules[encoder](inputs("train", rows)).double()
+        torch.testing.assert_close(torch.cov(h.T, correction=0), torch.eye(5).double(), rtol=0, atol=1e-2)
+
+
+def test_the_seed_draws_the_order_and_the_encoders(mpi3d, monkeypatch):
+    one, other = (model_of(mpi3d, f"--seed {seed}", monkeypatch) for seed in (1, 2))
+    assert not torch.equal(one.order.next(16), other.order.next(16))
+    for name, module in one.modules.items():
+        assert not torch.equal(module.linear.weight, other.modules[name].linear.weight)
+
+
+def test_the_text_encoder_alone_has_its_rate(mpi3d, monkeypatch):
+    assert model_of(mpi3d, "--text-lr-factor 0.5", monkeypatch).rates == {"encoder_txt": 0.5}
+
+
+def test_the_sigmoid_loss_is_of_cosines(mpi3d, monkeypatch):
+    model, rows = model_of(mpi3d, "--loss sigmoid", monkeypatch), torch.arange(16)
+    model.order = Namespace(next=lambda count: rows[:count])
+    h = (model.modules["encoder_img"](model.pairs.images_of("train", rows)),
+         model.modules["encoder_txt"](model.pairs.tokens_of("train", rows)))  # fmt: skip
+    expected = textbook_sigmoid_loss(*(part.double() for part in h), torch.tensor(10.0), torch.tensor(-10.0), "cosine")
+    assert model.loss(0.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("inside", "outside", "found"), [(0.96, 0.04, True), (0.96, 0.3, False), (0.5, 0.04, False)])
+def test_the_verdict_and_the_tables_are_of_the_unbiased_block(inside, outside, found):
+    bias, rows = mpi3d_bias("perturbation", 2), []
+    for modality, name in itertools.product(("text", "image"), MPI3D_GRID):
+        score = inside if name in ("OBJ_COLOR", "OBJ_SHAPE", "OBJ_SIZE") else outside
+        rows.append((modality, name, score / 2, score))
+    results = pd.DataFrame(rows, columns=["modality", "factor_name", "mcc_logreg", "mcc_mlp"])
+    sentence = main_mpi3dreal.verdict(results, bias)
+    assert sentence.startswith("Exactly the unbiased block is learned: " if found else "Not (yet) the pattern")
+    assert f"{{OBJ_COLOR, OBJ_SHAPE, OBJ_SIZE}} has nonlinear MCC of at least {inside:.3f}, everything else at most" in sentence
+    results.loc[results.modality == "image", "mcc_logreg"] += 0.01
+    tables = main_mpi3dreal.score_tables(results)
+    for title, share, more in (("linear MCC", 0.5, 0.01), ("nonlinear MCC", 1, 0)):
+        assert list(tables[title].index) == ["image", "text"] and list(tables[title]) == list(MPI3D_GRID)
+        assert tables[title].loc["image", "OBJ_SIZE"] == pytest.approx(share * inside + more)
+        assert tables[title].loc["text", "CAMERA"] == pytest.approx(share * outside)
+
+
+def test_what_is_misstated_has_no_mark(run):
+    code, out, err = run("--seed 1 --train-steps 1 --bias-type perturbation --bias-id 3")
+    assert code == 0 and "OBJ_COLOR *" in out and "OBJ_SHAPE *" in out and "OBJ_SIZE" in out and "OBJ_SIZE *" not in out, err
+
+
+def test_kept_encodings_and_the_log_are_of_either_modality_and_of_held_out_pairs(run, tmp_path):
+    """The last line of the log, of fewer pairs than a progress line takes, has the scores of the evaluation."""
+    code, _, err = run("--seed 1 --train-steps 30 --lr 0.01 --save-encodings")
+    assert code == 0, err
+    log, results = (pd.read_csv(tmp_path / "models/m" / name) for name in ("train_log.csv", "results.csv"))
+    for row in results.itertuples():
+        assert log[f"{row.modality}_{row.semantic_name}"].iloc[-1] == pytest.approx(row.mcc_logreg, abs=1e-4)
+    with np.load(tmp_path / "models/m/encodings.npz", allow_pickle=False) as file:
+        kept, test = dict(file), file["is_test"]
+    targets = [{"OBJ_SHAPE": torch.from_numpy(kept["OBJ_SHAPE"][part])} for part in (~test, test)]
+    scores = results.set_index(["modality", "semantic_name"]).mcc_logreg
+    assert scores["image", "OBJ_SHAPE"] != scores["text", "OBJ_SHAPE"]
+    for modality in ("image", "text"):
+        fit_h, test_h = probes.standardise(*(torch.from_numpy(kept[f"h_{modality}"][part]) for part in (~test, test)))
+        found = probes.logistic_mcc(fit_h, targets[0], test_h, targets[1])["OBJ_SHAPE"]
+        assert found == pytest.approx(scores[modality, "OBJ_SHAPE"], abs=1e-4)
+
+
+def test_an_exported_model_has_no_flag_that_only_we_have(run, tmp_path):
+    assert run("--seed 1 --train-steps 1")[0] == 0
+    code, _, err = run(f"--export-official {tmp_path / 'out'}", base="--no-cuda")
+    assert code == 0, err
+    shared = {
+        "bias_type",
+        "bias_id",
+        "encoding_size",
+        "hidden_size",
+        "tau",
+        "lr",
+        "batch_size",
+        "train_steps",
+        "seed",
+        "datapath",
+    }
+    assert json.loads((tmp_path / "out/args.json").read_text()).keys() == shared
+
+
+def test_what_hardly_varies_is_stretched_by_100_times_more_than_the_widest():
+    encoder, generator = torch.nn.Sequential(), torch.Generator().manual_seed(0)
+    encoder.linear = torch.nn.Linear(2, 2)
+    x = torch.randn(1000, 2, generator=generator) * torch.tensor([1.0, 1e-4])
+    with torch.no_grad():
+        encoder.linear.weight.copy_(torch.eye(2))
+        image_text.whiten(encoder, x)
+        variances = encoder(x).double().var(dim=0)
+    assert variances.tolist() == pytest.approx([1, 1e-4], rel=0.15)
