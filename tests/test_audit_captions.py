@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgba
 from scipy.stats import chi2_contingency
 
 import audit_captions
@@ -290,3 +291,64 @@ def test_an_unknown_column_and_too_few_rows_are_refused(files, call):
     for name, lines in (("factors.csv", 51), ("captions.txt", 50)):
         (files / name).write_text("".join((files / name).read_text().splitlines(keepends=True)[:lines]))
     assert "expected at least 200" in call()[2]
+
+
+def test_the_seed_draws_the_rows_of_the_probes(files, call):
+    lines = (files / "captions.txt").read_text().splitlines(keepends=True)
+    (files / "captions.txt").write_text("".join([*lines[:200], *reversed(lines[200:])]))  # a third at random
+    scores = []
+    for seed in (1, 2, 1):
+        assert call("--seed", seed)[0] == 0
+        scores.append(pd.read_csv(files / "audit.csv").from_captions[0])
+    assert scores[0] == scores[2] != scores[1]
+
+
+def test_the_picture_shows_the_table(monkeypatch):
+    figures = []
+    monkeypatch.setattr(audit_captions, "save_figure", lambda figure, _: figures.append(figure))
+    report = pd.DataFrame({"factor": ["a", "b", "c"], "verdict": ["told", "misstated", "left out"], "says": [1, 0.8, 0],
+                           "contradicts": [0.01, 0.3, np.nan], "low": [0, 0.2, np.nan], "high": [0.02, 0.45, np.nan],
+                           "from_captions": [0.9, 0.2, 0.1], "from_told": [0, 0.05, 0.3]})  # fmt: skip
+    audit_captions.draw(report, "audit.png")
+    left, right = figures[0].axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["a: told", "b: misstated", "c: left out"]
+    assert [bar.get_width() for bar in left.patches[:3]] == [1, 0.8, 0]
+    assert [bar.get_width() for bar in right.patches[:3]] == [0.9, 0.2, 0.1] and list(right.lines[0].get_xdata()) == [
+        0,
+        0.05,
+        0.3,
+    ]
+    colours = [to_rgba(name) for name in ("tab:blue", "tab:orange", "lightgray")]
+    assert [bar.get_facecolor() for axes in (left, right) for bar in axes.patches[:3]] == 2 * colours
+    (bars,) = left.containers[1].lines[2]
+    assert bars.get_segments()[1][:, 0] == pytest.approx([0.2, 0.45])
+
+
+def test_scores_are_held_out_and_of_the_other_factors():
+    """Random words tell the rows that a probe is fitted on, and nothing of others."""
+    rng = np.random.default_rng(0)
+    colour, shape, maker = (
+        np.array(names)[rng.integers(0, 2, 400)] for names in (["red", "green"], ["ball", "cup"], ["me", "you"])
+    )
+    noise = [" ".join(words) for words in np.array([f"w{k}" for k in range(60)])[rng.integers(0, 60, (400, 10))]]
+    factors = pd.DataFrame({"colour": colour, "shape": shape, "maker": maker})
+    report = audit_captions.audit(factors, [f"a {a} {b} {c}" for a, b, c in zip(colour, shape, noise, strict=True)])
+    assert list(report.verdict) == ["told", "told", "left out"]
+    assert report.from_captions[:2].min() > 0.9 and report.from_captions[2] < 0.2
+    assert report.from_told.max() < 0.2, "no factor is among those that it is told from"
+
+
+def test_a_share_is_of_the_annotated_rows():
+    colour = np.array(["red", "green", None, None], dtype=object)[np.arange(800) % 4]
+    captions = [f"a {word} ball" if word and number % 5 < 3 else "a ball" for number, word in enumerate(colour)]
+    assert audit_captions.audit(pd.DataFrame({"colour": colour}), captions).says[0] == pytest.approx(0.6)
+
+
+def test_slips_whose_rate_may_be_below_the_limit_are_none():
+    """6 of 200: from 1.4 to 6.4 %; 20 of 200: from 6.6 %."""
+    colour = np.array(["red", "green"])[np.arange(200) % 2]
+    for wrong, verdict in ((6, "told"), (20, "misstated")):
+        captions = [f"a {word} ball" for word in [*colour[1 : wrong + 1], *colour[wrong:]]]
+        report = audit_captions.audit(pd.DataFrame({"colour": colour}), captions)
+        assert (report.contradicts[0], report.verdict[0]) == (wrong / 200, verdict)
+        assert ("not colour (misstated in 10%)" in audit_captions.conclusion(report)) == (verdict == "misstated")

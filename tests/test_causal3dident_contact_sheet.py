@@ -71,3 +71,18 @@ def test_what_is_missing_or_damaged_is_named_and_the_picture_kept(data, run):
     code, _, err = run("--output-folder", data)
     assert code == 2 and "holds no images" in err and err.count("\n") == 1
     assert (data / "contact_sheet.png").read_bytes() == before
+
+
+def test_each_image_has_its_own_caption(data, run, monkeypatch):
+    for setting in ("selections_6", "perturbations_6"):
+        (data / "text" / setting / "text_raw.txt").write_text("".join(f"{setting[0]} {k}\n" for k in range(4)))
+    (data / "images/0.png").unlink()  # as when the first batch is not rendered yet
+    for k in (1, 2, 3):
+        Image.new("RGB", (16, 16), (50 * k, 0, 0)).save(data / f"images/{k}.png")
+    drawn = []
+    monkeypatch.setattr(contact_sheet, "draw", lambda images, captions, *_: drawn.extend(zip(images, captions, strict=True)))
+    assert run("--output-folder", data, "--settings", "selections_6", "perturbations_6")[0] == 0
+    assert [int(image[0, 0, 0]) // 50 for image, _ in drawn] == [2, 1, 3], "the shapes 0, 1, 2"
+    for image, caption in drawn:
+        number = int(image[0, 0, 0]) // 50
+        assert caption == f"selections 6: s {number}\nperturbations 6: p {number}"

@@ -7,6 +7,7 @@ of Multimodal3DIdent, those of its shapes that are there are rendered as well.
 import csv
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -321,6 +322,52 @@ def test_a_base_scene_that_is_none_is_named(tmp_path, content):
     assert "base_scene_equal_xyz.blend" in ended.stderr and "fresh clone of Multimodal3DIdent" in ended.stderr
 
 
+class Point(tuple):
+    """Stands for mathutils.Vector: what is subtracted from knows its direction."""
+
+    def __rsub__(self, other):
+        direction = tuple(a - b for a, b in zip(other, self, strict=True))
+        return SimpleNamespace(to_track_quat=lambda *axes: SimpleNamespace(to_euler=lambda: (direction, axes)))
+
+
+@pytest.mark.parametrize(("protocol", "ground_rgb", "light_rgb"), [
+    ("code", (1, -0.14, 0.4), (1, -0.28, 0.2)), ("paper", (1, 0.4, 0.94), (1, 0.2, 0.68))])  # fmt: skip
+def test_latents_are_set_as_specified(scenes, monkeypatch, protocol, ground_rgb, light_rgb):
+    monkeypatch.setattr(scenes, "Euler", tuple)
+    monkeypatch.setattr(scenes, "Vector", Point)
+    shape, other = (SimpleNamespace(location=place) for place in (scenes.PARKED, (1, 2, 3)))
+    ground, spot = SimpleNamespace(location=SimpleNamespace(z=0)), SimpleNamespace(data=SimpleNamespace())
+    latents = BASE | {"object_xpos": 2, "object_ypos": 0, "object_alpharot": 0.25, "object_betarot": 0.5, "object_gammarot": 1.0,
+                      "spotlight_pos": 0.75, "object_color": 1 / 3, "background_color": 0.2, "spotlight_color": 0.3}  # fmt: skip
+    scenes.set_latents({1: (shape, 3.0), 2: (other, 4.0)}, ground, spot, latents, protocol)
+    assert shape.location == (-3, 3, 0) and other.location == scenes.PARKED and ground.location.z == -3
+    assert shape.rotation_euler == pytest.approx((-math.pi / 4, 0, math.pi / 2))
+    assert shape.color == pytest.approx((0, 1, 0, 1))
+    assert spot.location == pytest.approx((8**0.5, 8**0.5, 9))
+    direction, axes = spot.rotation_euler
+    assert direction == pytest.approx((-3 - 8**0.5, 3 - 8**0.5, -9)) and axes == ("-Z", "Y")
+    assert ground.color == pytest.approx((*ground_rgb, 1)) and spot.data.color == pytest.approx(light_rgb)
+
+
+def test_the_scene_is_built_as_specified(scenes, monkeypatch):
+    shape = MagicMock(scale=[1.0, 2.0, 1.0], bound_box=[(0, 0, 0), (1, 1, 2.5)])
+    monkeypatch.setattr(scenes, "load_base_scene", lambda *_: MagicMock())
+    monkeypatch.setattr(scenes, "append", lambda *_: shape)
+    settings = {"size": 128, "samples": 128, "plain": False, "denoise": True, "threads": 1, "device": "cpu",
+                "assets": {"scene": "", "material": ""}, "shapes": [(4, "ShapeArmadillo.blend")]}  # fmt: skip
+    shapes, _, spot = scenes.build_scene(settings)
+    assert shape.scale == [1.5, 3, 1.5] and shape.rotation_mode == "XYZ" and shapes == {4: (shape, 3.75)}
+    light = spot.data
+    assert (light.energy, light.spot_blend, light.shadow_soft_size) == (3000, 0.1, 0.5)
+    assert light.spot_size == pytest.approx(math.radians(35))
+    (corners, _, faces), _ = scenes.bpy.data.meshes.new.return_value.from_pydata.call_args
+    assert sorted(corners) == [(x, y, 0) for x in (-750, 750) for y in (-750, 750)] and len(faces) == 1
+    cycles, render = scenes.bpy.context.scene.cycles, scenes.bpy.context.scene.render
+    kinds = ("max", "diffuse", "glossy", "transmission", "volume", "transparent_max")
+    assert [getattr(cycles, f"{kind}_bounces") for kind in kinds] == [0] * 6
+    assert cycles.samples == render.resolution_x == render.resolution_y == 128
+
+
 # --------------------------------------------------------------------------------------------------------------
 # bad input, found before Blender starts
 
@@ -559,3 +606,30 @@ def test_a_process_that_dies_ends_the_run_with_its_last_words(tmp_path, run, mon
     code, err = run("--workers", 2)
     assert code == 2 and "out of memory" in err and "continues" in err and err.count("\n") == 1
     assert [path.name for path in (tmp_path / "images").iterdir()] == []
+
+
+def test_renderers_are_told_the_defaults_and_a_seed_for_each_image_and_flag(run, monkeypatch):
+    told = []
+
+    class Renderers:
+        def __init__(self, settings, count):
+            self.settings = settings
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def render(self, images):
+            told.append((self.settings, images))
+            return iter(())
+
+    monkeypatch.setattr(generate_images, "renderer_command", lambda: [])
+    monkeypatch.setattr(generate_images, "Renderers", Renderers)
+    for seed in (0, 1, 0):
+        assert run("--seed", seed)[0] == 0
+    settings = told[0][0]
+    assert (settings["samples"], settings["size"], settings["protocol"]) == (128, 128, "code") and settings["denoise"]
+    seeds = [[image["seed"] for image in images] for _, images in told]
+    assert seeds[0] == seeds[2] and len({*seeds[0], *seeds[1]}) == 6

@@ -2,6 +2,7 @@
 
 import colorsys
 import functools
+import hashlib
 import itertools
 import json
 import operator
@@ -371,6 +372,13 @@ def test_damaged_omissions_are_named_and_no_caption_is_lost(omitting, run, chang
     code, _, err = run(generate_text.main, "--output-folder", omitting)
     assert code == 2 and words in err and err.count("\n") == 1
     assert contents(omitting / "text") == before
+
+
+def test_all_templates_to_the_letter():
+    """By their digest, which is that of the table in the specification."""
+    lines = [template for n_factors in range(1, 8) for template in generate_text.TEMPLATES[n_factors]]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert len(lines) == 35 and digest == "7e5504ce08b11c3e4e0af5d5f7db9972967099773e7453aabaa660461f76bc8a"
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What ends a script, whatever a user does: one line and an exit code."""
 
 import argparse
+import errno
 import importlib
 import os
 import resource
@@ -227,3 +228,36 @@ def test_the_commit_is_known_whoever_owns_the_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(directory, "__file__", str(tmp_path / "running" / "directory.py"))
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     assert len(directory.provenance(torch.device("cpu"))["git_commit"]) == 40
+
+
+def test_the_limits_of_control_groups_are_read(tmp_path, monkeypatch):
+    for name, text in (("proc/self/cgroup", "12:memory:/job/1\n5:cpu:/\n0::/user/job\n"),
+                       ("sys/fs/cgroup/user/job/memory.max", "max"), ("sys/fs/cgroup/user/memory.max", "5000"),
+                       ("sys/fs/cgroup/memory/job/memory.limit_in_bytes", "7000")):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "Path", lambda *parts: tmp_path.joinpath(*(part.lstrip("/") for part in parts)))
+    assert sorted(memory._group_limits()) == [5000, 7000, float("inf")]
+
+
+def test_what_others_hold_now_they_may_give_back(monkeypatch, tmp_path):
+    texts = {
+        "/proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 10 kB\nSwapFree: 0 kB\n",
+        "/proc/self/status": "VmData:\t 50 kB\n",
+    }
+    (tmp_path / "group").write_text("")
+    monkeypatch.setattr(memory, "_group_limits", lambda: [float("inf")])
+    monkeypatch.setattr(memory, "Path", lambda name: type("P", (), {"read_text": lambda _: texts[name]})())
+    limits = []
+    monkeypatch.setattr(memory.resource, "setrlimit", lambda _, limit: limits.append(limit))
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (-1, -1))
+    memory.limit_memory()
+    assert limits == [(50 * 1024 + 450 * 1024, -1)]
+
+
+def test_ENOMEM_of_the_system_is_too_little_memory(capsys):
+    def main(argv):
+        raise OSError(errno.ENOMEM, "Not enough space")
+
+    code, _, err = outcome(capsys, main)
+    assert code == 2 and err.startswith("error: too little memory") and err.count("\n") == 1

@@ -245,6 +245,12 @@ def test_batches_may_grow_and_not_exceed_the_data():
         batches.next(24)
 
 
+def test_an_epoch_of_whole_batches_has_every_pair_once():
+    batches = EpochOrder(20, torch.Generator().manual_seed(0))
+    for _ in range(3):
+        assert sorted(torch.cat([batches.next(5) for _ in range(4)]).tolist()) == list(range(20))
+
+
 # --------------------------------------------------------------------------------------------------------------
 # images on disk
 
@@ -688,6 +694,44 @@ def test_captions_and_tables_of_other_editors(mpi3d, change):
     assert pairs.fingerprint == plain.fingerprint
 
 
+def test_the_images_of_alike_captions_make_other_pairs(mpi3d):
+    before, _ = load_mpi3d(mpi3d, "selection", 4)
+    table = pd.read_csv(mpi3d / "train/image_semantics.csv")
+    alike = table.duplicated(list(table)[:5], keep=False)
+    first = table.index[alike][0]
+    second = table.index[(table.iloc[:, :5] == table.iloc[first, :5]).all(axis=1)][1]
+    table.iloc[[first, second]] = table.iloc[[second, first]].to_numpy()
+    replace(mpi3d / "train/image_semantics.csv", table.to_csv(index=False))
+    captions = (mpi3d / "train/text_selection_4.txt").read_text().splitlines()
+    after, _ = load_mpi3d(mpi3d, "selection", 4)
+    assert after.fingerprint != before.fingerprint, captions[first]
+
+
+def test_captions_in_another_order_make_other_pairs(mpi3d):
+    before, _ = load_mpi3d(mpi3d, "selection", 0)
+    lines = (mpi3d / "train/text_selection_0.txt").read_text().splitlines()
+    values = pd.read_csv(mpi3d / "train/text_semantics_selection_0.csv").apply(tuple, axis=1)
+    later = [i for i, line in enumerate(lines) if line in lines[:i]]  # whose captions have appeared before
+    first, second = next((i, j) for i in later for j in later if values[i] == values[j] and lines[i] != lines[j]
+                         and {lines[i], lines[j]} <= {*lines[: min(i, j)]})  # fmt: skip
+    lines[first], lines[second] = lines[second], lines[first]
+    replace(mpi3d / "train/text_selection_0.txt", "\n".join(lines) + "\n")
+    after, _ = load_mpi3d(mpi3d, "selection", 0)
+    assert torch.equal(after.splits["train"].captions.tokens, before.splits["train"].captions.tokens)
+    assert after.fingerprint != before.fingerprint
+
+
+def test_another_word_in_the_same_place_makes_other_pairs(mpi3d):
+    before, _ = load_mpi3d(mpi3d, "selection", 0)
+    (mpi3d / "vocab_selection_0.json").unlink()
+    for split in ("train", "test"):
+        file = mpi3d / split / "text_selection_0.txt"
+        replace(file, file.read_text().replace("olive", "khaki"))
+    after, _ = load_mpi3d(mpi3d, "selection", 0)
+    assert torch.equal(after.splits["train"].captions.tokens, before.splits["train"].captions.tokens)
+    assert after.fingerprint != before.fingerprint
+
+
 # --------------------------------------------------------------------------------------------------------------
 # what is wrong with the files, in one line
 
@@ -975,3 +1019,8 @@ def test_wrong_omissions_are_named_in_one_line(mpi3d, case):
     with pytest.raises(InputError, match=message) as caught:
         load_mpi3d(mpi3d, bias_type, int(bias_id))
     assert "\n" not in str(caught.value)
+
+
+def test_pixels_of_two_levels_are_told(scenes):
+    facts = broken(np.where(scenes > 60, np.uint8(255), np.uint8(0)))
+    assert any("the pixels have a standard deviation of" in fact for fact in facts), facts

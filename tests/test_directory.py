@@ -130,6 +130,28 @@ def test_without_locks_a_process_of_this_host_that_runs_is_respected(tmp_path, m
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["file"]
 
 
+def test_a_process_that_has_ended_and_is_not_waited_for_holds_no_lock():
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert lock._began(ended.pid) == "never"
+    ended.wait()
+
+
+def test_a_lock_whose_file_is_removed_before_it_is_taken_is_made_anew(tmp_path, monkeypatch):
+    real, taken = lock._take, []
+
+    def late(descriptor):
+        if not taken:
+            (tmp_path / "m" / lock.LOCK).unlink()  # as its last holder does
+        taken.append(descriptor)
+        return real(descriptor)
+
+    monkeypatch.setattr(lock, "_take", late)
+    with occupied(tmp_path / "m"), pytest.raises(InputError, match="is in use by process"), occupied(tmp_path / "m"):
+        pass
+    assert len(taken) == 3
+
+
 # --------------------------------------------------------------------------------------------------------------
 # one run
 
@@ -231,6 +253,17 @@ def test_results_of_an_unknown_evaluation_are_not_replaced(run, trained):  # noq
     fails(run, "--evaluate --seed 5", "args.json is damaged: it has the results of an evaluation and not its 'eval_seed'",
           base="--no-cuda")  # fmt: skip
     assert contents(directory) == before
+
+
+def test_a_third_machine_is_compared_with_the_second(tmp_path, capsys):
+    def machine(threads):
+        return {"device": f"CPU x, {threads} threads", "cpu_capability": "AVX2", "kernels": "default kernels", "versions": {}}
+
+    stored = {**machine(1), "machines": [machine(1), machine(2)]}
+    assert store.check_machine(tmp_path, stored, machine(2), False) == {"machines": [machine(1), machine(2)]}
+    assert capsys.readouterr().out == ""
+    assert store.check_machine(tmp_path, stored, machine(1), False)["machines"][2:] == [machine(1)]
+    assert "CPU x, 2 threads, now CPU x, 1 threads" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -97,6 +98,36 @@ def test_initialisation_comes_from_the_generator():
     assert torch.equal(one[0].weight, again[0].weight) and not torch.equal(one[0].weight, other[0].weight)
     with pytest.raises(ValueError, match="xavier"):
         initialise(MLPEncoder(3, 2), "xavier", torch.Generator())
+
+
+def test_narrowed_encoders_project_encodings_and_their_bias():
+    g = torch.Generator().manual_seed(0)
+    shared, own_x, own_t = torch.randn(4000, 2, generator=g), *torch.randn(2, 4000, 3, generator=g)
+    observed = [torch.cat((shared, own), dim=1) for own in (own_x, own_t)]
+    encoders = [torch.nn.Sequential(torch.nn.Linear(5, 5)) for _ in range(2)]
+    with torch.no_grad():
+        for (layer,) in encoders:
+            layer.weight.copy_(torch.eye(5))
+            layer.bias.copy_(torch.tensor([1.0, 2.0, 50.0, 50.0, 50.0]))  # the modalities agree on it, and it tells nothing
+        encodings = [encoder(x) for encoder, x in zip(encoders, observed, strict=True)]
+        for copied, x, h in zip(narrowed(encoders, encodings, 2), observed, encodings, strict=True):
+            assert probes.linear_r2(copied(x), {"both": shared}, copied(x), {"both": shared})["both"] > 0.99
+            torch.testing.assert_close(copied(x), h @ copied[0].weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_narrowed_encoders_keep_the_directions_of_the_largest_ratio_also_where_the_covariance_across_is_not_symmetric():
+    g = torch.Generator().manual_seed(0)
+    a, noise = torch.randn(2, 500, 5, generator=g)
+    h_x, h_t = a, a @ torch.randn(5, 5, generator=g) + noise
+    encoders = [torch.nn.Sequential(torch.nn.Linear(5, 5)) for _ in range(2)]
+    with torch.no_grad():
+        for (layer,) in encoders:
+            layer.weight.copy_(torch.eye(5))
+    kept = narrowed(encoders, (h_x, h_t), 2)[0][0].weight.detach().double().numpy()
+    x, t = (h.double().numpy() - h.double().numpy().mean(axis=0) for h in (h_x, h_t))
+    ratios, directions = np.linalg.eig(np.linalg.inv(x.T @ x + t.T @ t) @ (x.T @ t + t.T @ x))
+    expected = np.linalg.qr(directions[:, np.argsort(-ratios)[:2]])[0]
+    assert np.allclose(kept.T @ kept, expected @ expected.T, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -210,3 +241,9 @@ def test_captions_of_other_lengths_are_refused(length):
 def test_all_lengths_leave_something_to_flatten():
     for length in CAPTION_LENGTHS:
         assert TextEncoder(3, length, 1).linear.in_features >= 1
+
+
+def test_batch_normalisation_of_the_text_encoder_is_pytorch_s():
+    for layer in TextEncoder(5, 20, 3).modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert (layer.momentum, layer.eps, layer.affine, layer.track_running_stats) == (0.1, 1e-5, True, True)

@@ -17,9 +17,11 @@ import eval_numeric_predict as downstream
 import main_numeric
 import mlp_probes
 from benchmarks.numeric_downstream import initial_networks, plain_prediction, plain_scores, synthetic_samples, train_plain
-from latent_spaces import MisalignedLatents
+from latent_spaces import MisalignedLatents, seeded_generator
+from main_numeric import NumericExperiment
 from running import pictures
 from running.command_line import run_script
+from running.directory import trained_args
 from tests.scripts import contents, forget_digests
 
 ROOT = Path(main_numeric.__file__).parent
@@ -588,3 +590,59 @@ def test_the_command_line():
     done = subprocess.run([sys.executable, "eval_numeric_predict.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == "error: the following arguments are required: --model-id (see --help)"
+
+
+def test_encodings_are_those_of_the_semantics_that_come_with_them(run, tmp_path):
+    assert run("--seed 1")[0] == 0
+    setting, _ = trained_args(tmp_path / "models/m", NumericExperiment)
+    model = NumericExperiment(setting, torch.device("cpu"))
+    model.load(tmp_path / "models/m")
+    for protocol in (None, "code", "paper"):
+        h, s = downstream.encode(model, 1, seeded_generator(3, "downstream"), "fp32", protocol)
+        z = model.latents.sample(main_numeric.EVAL_BATCH, seeded_generator(3, "downstream"))
+        assert torch.equal(s, z.s) == (protocol is None)
+        with torch.no_grad():
+            expected = model.networks["f_x"](model.networks["g_x"](torch.cat((s, z.m_x), dim=1)))
+        torch.testing.assert_close(h, expected)
+
+
+def test_the_tasks_are_those_of_the_model_s_own_flags(predict, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(downstream, "FAST_STEPS", (20, 20))
+    assert run("--seed 1 --probes fast --protocol paper")[0] == 0
+    model = tmp_path / "models/m"
+    code, out, err = predict([model])
+    assert code == 0 and "paper protocol" in out, err
+    own = contents(model)
+    record = json.loads(own["args.json"])["downstream"]
+    assert record["protocol"] == "paper" and record["probes"] == "fast"
+    assert predict([model], "--overwrite --protocol paper --probes fast")[0] == 0
+    assert contents(model)["results_predict.csv"] == own["results_predict.csv"]
+
+
+def test_the_shifted_samples_are_others_than_the_test_samples(predict, run, tmp_path, monkeypatch):
+    assert run("--seed 1")[0] == 0
+    kept, encode = [], downstream.encode
+    monkeypatch.setattr(downstream, "encode", lambda *arguments: kept.append(encode(*arguments)) or kept[-1])
+    assert predict([tmp_path / "models/m"])[0] == 0
+    first = [set(s[:, 0].tolist()) for _, s in kept]  # which no shift moves
+    assert all(not a & b for a, b in itertools.combinations(first, 2))
+
+
+def test_all_classes_of_the_paper_are_split_at_the_fitting_set_s_median(monkeypatch):
+    monkeypatch.setattr(downstream, "STEPS", 1)
+    seen, real = [], downstream.class_labels
+    monkeypatch.setattr(downstream, "class_labels", lambda *call: seen.append(call) or real(*call))
+    sets = [(torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)),) * 2 for seed in range(3)]
+    downstream.score_tasks(*sets, "paper", torch.Generator().manual_seed(0))
+    fit, test, shifted = (downstream.regression_targets(s, "paper")[:, 1] for _, s in sets)
+    for (y2, fit_y2, protocol), own in zip(seen, (fit, test, shifted), strict=True):
+        assert torch.equal(y2, own) and torch.equal(fit_y2, fit) and protocol == "paper"
+
+
+def test_the_probes_initial_weights_follow_the_evaluation_s_seed(predict, run, tmp_path, monkeypatch):
+    assert run("--seed 1")[0] == 0
+    seen, real = [], downstream.score_tasks
+    monkeypatch.setattr(downstream, "score_tasks", lambda *call: seen.append(call[4].initial_seed()) or real(*call))
+    for seed in (5, 6, 5):
+        assert predict([tmp_path / "models/m"], f"--overwrite --seed {seed}")[0] == 0
+    assert seen[0] == seen[2] != seen[1]

@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import torch
 
+from running import files
 from running.command_line import InputError
 from running.directory import load_torch
 from running.files import read_csv, read_json
@@ -67,3 +68,19 @@ def test_weights_that_inflate_are_refused_before_they_do(tmp_path):
     with pytest.raises(InputError, match=r"f_x\.pt is damaged \(it holds more than its size"):
         load_torch(tmp_path / "f_x.pt")
     assert time.process_time() - started < 5
+
+
+def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path):
+    for mask in (0o022, 0o002, 0o077):
+        before = os.umask(mask)
+        try:
+            files.write_bytes(tmp_path / "a", b"content")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_of_two_that_write_one_file_neither_removes_the_other_s_half(tmp_path):
+    with files.replaced(tmp_path / "a.pt") as first, files.replaced(tmp_path / "a.pt") as second:
+        assert first.exists() and second.exists()
+        first.touch(), second.touch()

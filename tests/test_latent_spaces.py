@@ -8,6 +8,7 @@ import torch
 from scipy.stats import wishart
 from sklearn.linear_model import LinearRegression
 
+import latent_spaces
 from latent_spaces import (
     MisalignedLatents,
     MixingNetwork,
@@ -280,3 +281,24 @@ def test_texts_omit_each_selected_semantic_at_random_and_a_mask_says_which(proba
     assert told.mask.shape == (size, 0)
     for name in ("s", "s_tilde", "m_x", "m_t"):
         assert torch.equal(getattr(z, name), getattr(told, name)), "the same samples, omitted or not"
+
+
+@pytest.mark.parametrize("protocol", ["code", "paper"])
+def test_standard_deviations_are_those_of_the_flags(protocol):
+    latents = MisalignedLatents(3, 2, 6, 0, 1, margin_param=2.0, cond_param=0.5, protocol=protocol)
+    expected = {"s": 4 * np.eye(3), "epsilon": 0.25 * np.eye(3), "m_x": 4 * np.eye(2), "m_t": 4 * np.eye(2)}
+    for name in expected if protocol == "code" else ("s", "epsilon"):
+        assert np.array_equal(latents.covariances[name], expected[name])
+
+
+def test_no_two_streams_are_one():
+    draws = [torch.randn(4, generator=seeded_generator(1, stream)) for stream in latent_spaces.STREAMS]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+
+def test_the_bound_on_condition_numbers_is_the_specified_element_and_no_stricter(monkeypatch):
+    monkeypatch.setattr(latent_spaces, "CONDITION_DRAWS", 5000)
+    drawn = latent_spaces.random_unit_column_matrices(5000, 4, np.random.default_rng(5))
+    bound = np.sort(np.linalg.cond(drawn))[25]
+    kept = np.linalg.cond(latent_spaces.well_conditioned_matrices(60, 4, np.random.default_rng(5)))
+    assert 0.95 * bound < kept.max() <= bound * (1 + 1e-12)

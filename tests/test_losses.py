@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses
 from losses import (
     LabelLoss,
+    LearnedLogits,
     image_text_contrastive_loss,
     multimodal_contrastive_loss,
     sigmoid_contrastive_loss,
@@ -312,6 +313,52 @@ def test_sigmoid_loss_names_wrong_inputs():
         sigmoid_contrastive_loss(h, torch.zeros(2, 2), one, one)
     with pytest.raises(ValueError, match="none of: distance, cosine"):
         sigmoid_contrastive_loss(h, h, one, one, "angle")
+
+
+def test_a_multiple_of_a_loss_has_that_multiple_of_its_gradients():
+    h_x, h_t = encodings((9, 9), 3)
+    learned = torch.tensor(1.5), torch.tensor(-2.0)
+    for loss, more in ((multimodal_contrastive_loss, ()), (image_text_contrastive_loss, ()), (sigmoid_contrastive_loss, learned)):
+        _, gradients = value_and_gradients(loss, (h_x, h_t, *more), torch.float64)
+        _, scaled = value_and_gradients(lambda *of, loss=loss: 0.25 * loss(*of), (h_x, h_t, *more), torch.float64)
+        for own, whole in zip(scaled, gradients, strict=True):
+            torch.testing.assert_close(own, whole / 4)
+
+
+def test_sigmoid_loss_of_half_precision_is_formed_in_full():
+    h_x, h_t = (h.bfloat16() for h in encodings((8, 8), 3))
+    learned = torch.tensor(1.5), torch.tensor(-2.0)
+    loss, expected = sigmoid_contrastive_loss(h_x, h_t, *learned), textbook_sigmoid_loss(h_x.double(), h_t.double(), *learned)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.01])
+def test_clusters_that_lie_far_apart_keep_the_precision_of_float32(tau):
+    """Distances within a cluster are lost in a float32 product of encodings whose squared length is 10,000 τ."""
+    side, noise, own = encodings((300, 300, 300), 2)
+    h_x = ((100 * side.sign() + noise) * tau**0.5).float().double()
+    h_t = (h_x + 0.3 * own * tau**0.5).float().double()
+    value, gradients = value_and_gradients(multimodal_contrastive_loss, (h_x, h_t), torch.float32, tau=tau)
+    expected, expected_gradients = value_and_gradients(textbook_multimodal_loss, (h_x, h_t), torch.float64, tau=tau)
+    assert abs(value - expected) <= 1e-6 * abs(expected)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        assert relative(found, wanted) < 1e-4
+
+
+def test_sigmoid_loss_does_not_depend_on_the_origin():
+    h_x, h_t = encodings((20, 20), 3)
+    learned = torch.tensor(1.5).double(), torch.tensor(-2.0).double()
+    expected = sigmoid_contrastive_loss(h_x, h_t, *learned).item()
+    assert sigmoid_contrastive_loss(h_x + 2.0**20, h_t + 2.0**20, *learned).item() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("similarity, scale, bias", [("distance", 1.0, -math.log(64)), ("cosine", 10.0, -10.0)])
+def test_learned_logits_begin_where_they_are_said_to(similarity, scale, bias):
+    logits = LearnedLogits(similarity, 64)
+    assert logits.log_scale.exp().item() == pytest.approx(scale) and logits.bias.item() == pytest.approx(bias)
+    h_x, h_t = (h.float() for h in encodings((9, 9), 3))
+    expected = sigmoid_contrastive_loss(h_x, h_t, torch.tensor(scale), torch.tensor(bias), similarity)
+    assert logits(h_x, h_t).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -255,6 +255,15 @@ def test_models_that_know_the_training_words_alone_go_on_with_them(run, tmp_path
     assert code == 2 and "does not hold the images, captions and order" in err
 
 
+def test_what_is_misstated_has_no_mark_and_each_score_its_name(run):
+    code, out, err = run("--seed 1 --train-steps 1 --bias-type perturbations --bias-id 4")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.split()}
+    assert code == 0, err
+    for name, marked, score in (("object_shape", True, "MCC"), ("object_ypos", True, "MCC"), ("spotlight_pos", False, "R²"),
+                                ("object_color", False, "R²"), ("object_color_index", False, "MCC")):  # fmt: skip
+        assert (f"{name} *" in lines[name]) == marked and score in lines[name].split(), lines[name]
+
+
 # --------------------------------------------------------------------------------------------------------------
 # bad input
 

@@ -1,6 +1,7 @@
 """main_numeric.py as a user runs it: every flag, the files it writes, and one line for whatever is wrong."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -13,12 +14,17 @@ import pandas as pd
 import pytest
 import torch
 
+import eval_numeric_predict as downstream
 import main_numeric
+import mlp_probes
+import probes
 from latent_spaces import MisalignedLatents, seeded_generator
 from losses import textbook_multimodal_loss
 from main_numeric import NumericExperiment
 from running import devices, experiment
 from running import directory as model_directory
+from running.geometry import geometry
+from running.staging import digest
 from tests.conftest import TINY
 from tests.scripts import Killed, contents, forget_digests
 
@@ -175,7 +181,8 @@ def test_how_often_progress_is_logged_changes_nothing(run, tmp_path):
         *("--n-mixing-layer 2", "--encoding-size 4", "--init he", "--lr-schedule onecycle", "--lr 0.01"),
         *("--negatives batch", "--protocol paper", "--precision bf16", "--batch-size 20", "--train-steps 41"),
         *("--preconditioner inputs", "--layer-lr fan-in", "--final-batch-size 30"),
-        *("--modality-n 2", "--semantics-n 4", "--spare-dimensions 2"),
+        *("--modality-n 2", "--semantics-n 4", "--spare-dimensions 2", "--latents laplace", "--omission-prob 0.3"),
+        *("--loss sigmoid", "--optimiser muon"),
     ],
 )
 def test_every_flag_changes_what_is_trained(run, tmp_path, monkeypatch, flags):
@@ -447,6 +454,156 @@ def test_evaluation_without_a_seed_draws_one_that_is_not_the_training_s(run, tra
     monkeypatch.setattr(model_directory, "drawn_seed", lambda: next(drawn))
     assert run("--evaluate", base="--no-cuda")[0] == 0
     assert json.loads(contents(directory)["args.json"])["eval_seed"] == 77
+
+
+@pytest.mark.parametrize("flags, schedule", [("--probes fast", (5, 10.0)), ("--probes paper", ())])
+def test_the_evaluation_takes_the_probes_of_the_flag(run, tmp_path, monkeypatch, flags, schedule):
+    monkeypatch.setattr(main_numeric, "FAST_PROBES", (5, 10.0))
+    seen, real = [], probes.mlp_r2
+    monkeypatch.setattr(probes, "mlp_r2", lambda *call: seen.append(call[4:]) or real(*call))
+    drawn_model(flags, tmp_path).evaluate(7)
+    assert seen == [schedule]
+
+
+def test_the_verdict_is_about_images_alone_where_texts_omit_at_random():
+    latents = MisalignedLatents(3, 1, 3, -1, 0, omission_prob=0.25)
+    scores = {"s_0": 0.95, "s_1": 0.95, "s_inv": 0.95, "s_2": 0.0, "m_x": 0.0, "m_t": 0.0}
+    rows = [(h, name, 0.0, score * share) for h, share in (("hz_x", 1), ("hz_t", 0.75)) for name, score in scores.items()]
+    results = pd.DataFrame(rows, columns=["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"])
+    assert main_numeric.verdict(results, latents, False).startswith("Exactly the unbiased block is learned")
+    told = MisalignedLatents(3, 1, 3, -1, 0)
+    assert main_numeric.verdict(results, told, False).startswith("Not (yet)")
+
+
+def test_the_monitor_scores_other_samples_than_it_fits_on(run, tmp_path, monkeypatch):
+    seen, real = [], probes.linear_r2
+    monkeypatch.setattr(probes, "linear_r2", lambda *data: seen.append(data) or real(*data))
+    drawn_model("", tmp_path).monitor()
+    assert len(seen) == 2
+    for _, fit_targets, _, test_targets in seen:
+        assert not set(fit_targets["s_0"].flatten().tolist()) & set(test_targets["s_0"].flatten().tolist())
+
+
+def test_the_sigmoid_loss_begins_with_the_odds_of_a_batch(run, tmp_path):
+    model = drawn_model("--loss sigmoid --batch-size 30", tmp_path)
+    assert model.objective.similarity == "distance" and model.objective.bias.item() == pytest.approx(-math.log(30))
+
+
+def test_the_batch_grows_while_the_training_goes_on(run, tmp_path, monkeypatch):
+    for flags, passes in (("--negatives batch", 1), ("--negatives independent", 2), ("--loss sigmoid", 1)):
+        model, drawn = drawn_model(f"--batch-size 10 --final-batch-size 40 {flags}", tmp_path), []
+        real = model.latents.sample
+        monkeypatch.setattr(
+            model.latents, "sample", lambda count, g, real=real, drawn=drawn: drawn.append(count) or real(count, g)
+        )
+        for share in (0, 0.5, 0.999):
+            model.loss(share)
+        assert drawn == [10 * passes, 20 * passes, 40 * passes], flags
+
+
+def test_the_paper_s_recipe_is_the_specified_one():
+    args, _ = NumericExperiment.parse_flags([])
+    defaults = {"recipe": "paper", "hidden_sizes": "paper", "optimiser": "adam", "probes": "paper", "loss": "infonce",
+                "latents": "gaussian", "omission_prob": 0.0}  # fmt: skip
+    assert {name: getattr(args, name) for name in defaults} == defaults
+
+
+def test_geometry_is_of_the_test_samples_in_the_metric_of_the_loss(run, tmp_path):
+    assert run("--seed 1 --save-encodings")[0] == 0
+    directory = tmp_path / "models/m"
+    with np.load(directory / "encodings.npz") as kept:
+        h_x, h_t = (torch.from_numpy(kept[name][kept["is_test"]]) for name in ("hz_x", "hz_t"))
+    found = pd.read_csv(directory / "geometry.csv").iloc[0].to_dict()
+    assert found == pytest.approx(geometry(h_x, h_t, "distance"), rel=1e-6)
+
+
+def test_the_paper_s_numbers_of_samples_and_steps():
+    assert main_numeric.EVAL_BATCH == 4096 and downstream.STEPS == 10_000 and mlp_probes.MAX_EPOCHS == 10_000
+
+
+@pytest.mark.parametrize("inside, outside", [(0.89, 0.04), (0.96, 0.11)])
+def test_the_verdict_has_the_bounds_of_the_specification(inside, outside):
+    latents = MisalignedLatents(3, 1, 6, 2, 0)
+    scores = {"s_0": inside, "s_1": 0.99, "s_inv": 0.98, "s_2": outside}
+    rows = [(name, factor, 0.0, score) for name in ("hz_x", "hz_t") for factor, score in scores.items()]
+    results = pd.DataFrame(rows, columns=["encoding", "predicted_factors", "r2_linear", "r2_nonlinear"])
+    assert main_numeric.verdict(results, latents, False).startswith("Not (yet)")
+
+
+def test_the_mlp_probes_follow_the_evaluation_s_seed(run, tmp_path, monkeypatch):
+    model, seen, real = drawn_model("", tmp_path), [], probes.mlp_r2
+    monkeypatch.setattr(probes, "mlp_r2", lambda *call: seen.append(call[3].initial_seed()) or real(*call))
+    for seed in (5, 6, 5):
+        model.evaluate(seed)
+    assert seen[0] == seen[2] != seen[1]
+
+
+@torch.no_grad()
+def test_what_is_kept_of_spare_dimensions_is_chosen_by_both_modalities(run, tmp_path, monkeypatch):
+    model, seen, real = drawn_model("--spare-dimensions 2", tmp_path), [], main_numeric.narrowed
+    monkeypatch.setattr(main_numeric, "narrowed", lambda *call: seen.append(call) or real(*call))
+    _, h_x, h_t = model.sample(main_numeric.EVAL_BATCH, seeded_generator(1, "narrow"))
+    model.complete()
+    ((_, (x, t), size),) = seen
+    assert torch.equal(x, h_x) and torch.equal(t, h_t) and size == 2
+
+
+def test_initial_weights_and_batches_follow_the_training_seed(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    one, other = drawn_model("", tmp_path), drawn_model("--seed 2", tmp_path / "other")
+    for name in ("g_x", "g_t", "f_x", "f_t"):
+        pairs = zip(one.networks[name].parameters(), other.networks[name].parameters(), strict=True)
+        assert all(not torch.equal(a, b) for a, b in pairs), name
+    assert one.generators["train"].initial_seed() != other.generators["train"].initial_seed()
+
+
+def test_the_samples_follow_the_evaluation_s_seed(run, tmp_path):
+    model, seen = drawn_model("", tmp_path), []
+    for seed in (5, 6, 5):
+        model.evaluate(seed)
+        seen.append(model.evaluated["test"]["s_0"])
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
+def test_memory_is_limited_before_a_training_and_an_evaluation_on_a_cpu(run, monkeypatch):
+    limited, real = [], NumericExperiment.__init__
+    monkeypatch.setattr(experiment, "limit_memory", lambda: limited.append("limited"))
+    monkeypatch.setattr(NumericExperiment, "__init__", lambda *given: (limited.append("built"), real(*given))[1])
+    assert run("--seed 1")[0] == 0 and limited == ["limited", "built"]
+    assert run("--evaluate --seed 5", base="--no-cuda")[0] == 0 and limited == 2 * ["limited", "built"]
+
+
+def test_what_an_evaluation_leaves_alone_stays_known_by_its_digest(run, trained):
+    directory, _ = trained
+    assert run("--evaluate --seed 5 --save-encodings", base="--no-cuda")[0] == 0
+    stored = json.loads((directory / "args.json").read_text())
+    (directory / "args.json").write_text(json.dumps({**stored, "save_encodings": False}))
+    assert run("--evaluate --seed 6", base="--no-cuda")[0] == 0
+    recorded = json.loads((directory / "args.json").read_text())["files"]
+    assert recorded["encodings.npz"] == digest(directory / "encodings.npz")
+
+
+def test_a_model_whose_weights_are_not_written_yet_is_not_evaluated(run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(model_directory, "save_weights", lambda *_: (_ for _ in ()).throw(Killed()))
+        run("--seed 1")
+    code, _, err = run("--evaluate --seed 5", base="--no-cuda")
+    assert code == 2 and "is trained, but its weights are not written yet; --resume does that" in err
+
+
+def test_an_evaluation_with_the_same_seed_keeps_no_copy(run, trained):
+    directory, _ = trained
+    assert run("--evaluate --seed 2 --num-eval-batches 2", base="--no-cuda")[0] == 0
+    assert not list(directory.glob("results_seed*"))
+
+
+def test_a_model_whose_evaluation_was_killed_can_be_evaluated_with_another_seed(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(NumericExperiment, "evaluate", lambda *_: (_ for _ in ()).throw(Killed()))
+        run("--seed 1")
+    code, _, err = run("--evaluate --seed 5", base="--no-cuda")
+    assert code == 0, err
+    assert json.loads((tmp_path / "models/m/args.json").read_text())["finished"]
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ import pytest
 from scipy.stats import binomtest, chisquare
 
 import datasets
+from datasets import BIAS_IDS, BIAS_TYPES, MPI3D_FILE
 from rendering_data.MPI3D import render_multimodal_mpi3d as captions
 from rendering_data.MPI3D import render_standin_images as standin
+from rendering_data.MPI3D import show_pairs
 from tests.scripts import contents, exit_code
 
 SIZES = dict(zip(datasets.MPI3D_GRID, (4, 4, 2, 3, 3, 8, 8), strict=True))
@@ -392,3 +394,27 @@ def test_captions_take_the_grid_of_the_images_in_the_folder(drawn, tmp_path, cap
 def test_scripts_run_from_anywhere_and_help_says_that_these_are_no_photographs(tmp_path):
     done = subprocess.run([sys.executable, standin.__file__, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "DRAWINGS, NOT PHOTOGRAPHS" in done.stdout
+
+
+def test_pairs_are_shown_with_their_own_captions(mpi3d, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(show_pairs, "plot_captioned_images", lambda *shown: drawn.update(images=shown[0], captions=shown[1]))
+    assert show_pairs.main(["--datapath", str(mpi3d), "--output", str(tmp_path / "pairs.png"), "--count", "3"]) == 0
+    rows = pd.read_csv(mpi3d / "test/image_semantics.csv")[:3]
+    with np.load(mpi3d / MPI3D_FILE) as content:
+        places = np.ravel_multi_index(tuple(rows.to_numpy().T), tuple(content["grid"]))
+        assert np.array_equal(drawn["images"], content["images"][places])
+    for bias_type, bias_id in itertools.product(BIAS_TYPES, BIAS_IDS):
+        lines = (mpi3d / f"test/text_{bias_type}_{bias_id}.txt").read_text().splitlines()[:3]
+        assert drawn["captions"].pop(f"{bias_type} {bias_id}") == lines
+    assert not drawn["captions"]
+
+
+def test_colours_shapes_and_cameras_are_in_the_order_of_the_data_set():
+    """yellow, green, olive, red; coffee-cup, tennis-ball, croissant, beer-cup; top, center, bottom; purple, sea-green, salmon."""
+    yellow, green, olive, red = np.array(standin.OBJECT_COLORS)
+    assert min(yellow[:2]) > 1.5 * max(olive) and green.argmax() == 1 and red.argmax() == 0 and olive[2] < min(olive[:2])
+    assert [color.index(max(color)) for color in standin.RIM_COLORS] == [2, 1, 0]
+    assert [shape.__name__ for shape in standin.SHAPES] == ["coffee_cup", "tennis_ball", "croissant", "beer_cup"]
+    tables = [standin.draw_scene(elevation)[0].mean() for elevation in standin.ELEVATIONS]
+    assert tables[0] > tables[1] > tables[2], "seen from above, the table is rounder"

@@ -167,7 +167,9 @@ def test_an_exported_model_is_theirs_and_comes_back_with_its_bits(run, tmp_path)
     assert code == 2 and "exists already" in err
 
 
-@pytest.mark.parametrize("flags", ["--causal-dependence", "--protocol paper", "--omission-prob 0.3"])
+@pytest.mark.parametrize(
+    "flags", ["--causal-dependence", "--protocol paper", "--omission-prob 0.3", "--latents uniform", "--hidden-sizes 7,5"]
+)
 def test_what_their_code_could_not_evaluate_is_not_exported(run, tmp_path, flags):
     assert run(f"--seed 1 {flags}")[0] == 0
     code, _, err = run(f"--export-official {tmp_path / 'out'}", base="--no-cuda")
@@ -207,3 +209,10 @@ def test_their_model_of_images_is_evaluated_more_than_once(tmp_path, mpi3d, caps
     for name, state in states.items():
         assert same(torch.load(tmp_path / "out" / f"{name}.pt", weights_only=True), state)
     assert json.loads((tmp_path / "out/args.json").read_text())["encoding_size"] == (size or 2)
+
+
+def test_an_exported_model_has_all_of_their_flags(run, tmp_path):
+    assert run("--seed 1")[0] == 0 and run(f"--export-official {tmp_path / 'out'}", base="--no-cuda")[0] == 0
+    own = {"evaluate", "load_args", "log_steps", "model_dir", "model_id", "no_cuda"}  # of a call, not of a model
+    args = json.loads((tmp_path / "out/args.json").read_text())
+    assert NUMERIC.keys() - args.keys() == own

@@ -459,3 +459,22 @@ def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(kept, call, mon
     code, _, err = call()
     assert code == 2 and "No space left on device" in err and err.count("\n") == 1
     assert contents(folder) == before
+
+
+def test_the_maps_have_the_colours_of_the_factor_that_images_hold_best(drawn):
+    arrays, noise = random_arrays(), np.random.default_rng(1).normal(size=(4, 400, 1))
+    for name, own, n in (("hz_x", "s_0", noise[:2]), ("hz_t", "s_1", noise[2:])):
+        arrays[name] = np.hstack((arrays[own], arrays["s_0"] + arrays["s_1"] + n[0], n[1])).astype(np.float32)
+    maps, _, out = drawn(arrays)
+    scores = printed(out)
+    assert scores["s_0"][0] > 0.9 > scores["s_1"][0] and scores["s_1"][1] > 0.9 > scores["s_0"][1]
+    assert maps[3].get_title(loc="left") == "s_0"
+
+
+@pytest.mark.parametrize(("names", "similarity"), [(("hz_x", "hz_t"), "distance"), (("h_image", "h_text"), "cosine")])
+def test_the_gap_is_that_of_the_model_s_similarity(drawn, names, similarity):
+    arrays = random_arrays(names)
+    maps, _, _ = drawn(arrays)
+    h = [torch.from_numpy(arrays[name][arrays["is_test"]]).double() for name in names]
+    gaps = {kind: f"{geometry(*h, kind)['modality_gap']:.3f}" for kind in ("distance", "cosine")}
+    assert gaps["distance"] != gaps["cosine"] and gaps[similarity] in maps[2].get_title(loc="left")

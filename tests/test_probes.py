@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -285,6 +286,34 @@ def test_gpu_agrees_with_cpu():
         )
     for own, expected, tolerance in zip(results["cuda"], results["cpu"], (1e-6, 1e-6, 1e-2), strict=True):
         assert own == pytest.approx(expected, abs=tolerance)
+
+
+def test_the_grid_of_kernel_ridge_is_the_specified_one():
+    assert kernel_ridge.ALPHAS == (1.0, 0.1, 0.01, 0.001) and kernel_ridge.FOLDS == 3
+    assert pytest.approx(np.logspace(-2, 2, 4)) == kernel_ridge.GAMMAS
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_initial_weights_are_those_of_mlp_regressor():
+    row = mlp_probes.initial_row(11, 2, torch.Generator().manual_seed(0))
+    hidden, output, bias = (part[0] for part in mlp_probes.views(row[None], 11, 2))
+    model = MLPRegressor(max_iter=1, learning_rate_init=1e-12).fit(np.zeros((300, 10)), np.zeros((300, 2)))
+    for own, theirs in ((hidden[:-1], model.coefs_[0]), (hidden[-1], model.intercepts_[0]), (output, model.coefs_[1])):
+        assert own.abs().max().item() == pytest.approx(np.abs(theirs).max(), rel=0.06)
+        assert own.std().item() == pytest.approx(theirs.std(), rel=0.25)
+    assert 0 < bias.abs().max() <= output.abs().max() * 1.05
+
+
+def test_a_shared_factor_has_the_precision_that_it_needs(monkeypatch):
+    monkeypatch.setattr(kernel_ridge, "DIRECT_SIZE", 0)
+    needed, given, real = {0.01: torch.float64, 100.0: torch.float32}, {}, kernel_ridge._ridge_solver
+    monkeypatch.setattr(kernel_ridge, "_precision", lambda h, gamma: needed[gamma])
+    monkeypatch.setattr(kernel_ridge, "GAMMAS", tuple(needed))
+    monkeypatch.setattr(kernel_ridge, "_ridge_solver", lambda h, gamma, alpha, dtype: (
+        given.setdefault(gamma, dtype) and real(h, gamma, alpha, dtype)))  # fmt: skip
+    h, y = torch.randn(2, 60, 2, generator=torch.Generator().manual_seed(0))
+    kernel_ridge.kernel_ridge_r2(h, {"y": y}, h, {"y": y})
+    assert given == needed
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -25,8 +27,9 @@ from grids.cells import Cell, Figure
 from grids.figures import FIGURES, chosen_figures, needed_models
 from grids.geometry import GEOMETRY
 from grids.models import COMPARED, SCALES, DataSet, Model, ResultFile, Setting, expected_args, flags_of
-from grids.numeric import CLASSIFY, PREDICT, RESULTS, SEMANTICS, numeric_setting
+from grids.numeric import CLASSIFY, PREDICT, RESULTS, SEMANTICS, TASKS, numeric_setting
 from latent_spaces import biased_blocks
+from running import staging
 from running.command_line import InputError, run_script
 from running.staging import digest
 
@@ -673,6 +676,128 @@ def test_the_real_scripts_train_and_evaluate_a_model(call, tmp_path, monkeypatch
     assert code == 2 and out.count("seed1  damaged: ") == 2 == out.count("at fast scale has") and "0 done" in out
 
 
+NOT_ENDED = ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED", "SIGNALING", "CONFIGURING", "COMPLETING",
+             "RESIZING", "STAGE_OUT")  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [*NOT_ENDED, "COMPLETED"])
+def test_what_sacct_says_of_a_job_that_squeue_leaves_out(monkeypatch, state):
+    asked = []
+
+    def says(*command):
+        asked.append(command)
+        return "" if command[0] == "squeue" else f"JobID|State\n5_3|{state}\n"
+
+    monkeypatch.setattr(jobs, "slurm_says", says)
+    absences = {"5_3": 0}
+    looks = [jobs.look_for_jobs(absences) for _ in range(3)]
+    assert "--array" in asked[0], "an array's jobs are known by 5_3, not by 5_[0-3]"
+    ended = state == "COMPLETED"
+    assert looks == ([(set(), set()), (set(), {"5_3"}), (set(), {"5_3"})] if ended else 3 * [({"5_3"}, set())])
+
+
+@pytest.mark.parametrize("executor", ["slurm", "local"])
+def test_signals_of_a_job_s_child(monkeypatch, executor):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+    code = "import signal as s; print(*(s.getsignal(n).name for n in (s.SIGTERM, s.SIGUSR2)), s.pthread_sigmask(s.SIG_BLOCK, ()))"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        said = subprocess.check_output([sys.executable, "-c", code], preexec_fn=jobs.ModelJob.set_signals, text=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert said.split() == ["SIG_IGN" if executor == "slurm" else "SIG_DFL", "SIG_IGN", "set()"]
+
+
+@pytest.mark.parametrize("executor", ["slurm", "local"])
+def test_a_job_that_slurm_stops_waits_to_be_requeued(tmp_path, monkeypatch, executor):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+    slept, previous = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(jobs.time, "sleep", slept.append)
+    job = jobs.ModelJob([[sys.executable, "-c", "raise SystemExit(1)"]], str(tmp_path / "log"), str(tmp_path / "lock"), {})
+    job.stopped = True
+    try:
+        assert job() == 143 and slept == ([90] if executor == "slurm" else [])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_several_gpus_of_a_job_are_its_own_and_share_its_threads(fake, monkeypatch):
+    environments, make_job = [], jobs.make_job
+    fake(a="--steps 1", b="--steps 1", c="--steps 1")
+    monkeypatch.setattr(jobs, "make_job", lambda *args: environments.append(args[2]) or make_job(*args))
+    monkeypatch.setattr(Model, "commands", lambda model, files, gpus=1, real=Model.commands: real(model, files))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert reproduce.main(["run", "all", "--scale", "tiny", "--seeds", "1", "--gpus-per-job", "2"]) == 0
+    assert {environment["CUDA_VISIBLE_DEVICES"] for environment in environments} == {"0,1", "2,3"}
+    assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"3"}, "12 cores, two jobs, two processes each"
+
+
+def test_without_gpus_so_many_models_train_at_a_time_as_there_are_cores_up_to_8(fake, monkeypatch):
+    environments, make_job = [], jobs.make_job
+    monkeypatch.setattr(jobs, "make_job", lambda *args: environments.append(args[2]) or make_job(*args))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
+    fake(a="--steps 1")
+    assert reproduce.main(["run", "all", "--scale", "tiny", "--seeds", "1", "--gpus-per-job", "0"]) == 0
+    assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["4"]
+
+
+def test_a_child_that_outlives_its_job_keeps_the_next_one_out(fake, tmp_path):
+    fake(slow="--steps 80")
+    model = Model(figures.FIGURES["slow"].cells("tiny")[0].setting, 1, Path("models"))
+    job = jobs.make_job(model, model.commands([]), {})
+    if not (pid := os.fork()):
+        job()
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not (model.directory / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with open(model.log(".lock"), "a") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    while not (model.directory / "args.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_job_of_a_model_begins_when_the_first_has_ended(fake, monkeypatch):
+    fake(slow="--steps 80")
+    process = started("run slow --scale tiny --seeds 1", "models/fake-tiny/slow_seed1/begun")
+    process.kill()
+    process.wait()  # its job goes on, and has its stderr: `communicate` would wait for that
+    model = Model(figures.FIGURES["slow"].cells("tiny")[0].setting, 1, Path("models"))
+    finished, previous, seen = model.directory / "args.json", signal.getsignal(signal.SIGTERM), []
+    assert not finished.exists()
+    monkeypatch.setattr(jobs.ModelJob, "run", lambda *_: seen.append(finished.exists()) or 0)
+    try:
+        assert jobs.make_job(model, model.commands([]), {})() == 0 and seen == [True]
+    finally:
+        process.stderr.close()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_after_a_command_that_fails_the_next_is_not_run(tmp_path):
+    fail, touch = ([sys.executable, "-c", code] for code in ("raise SystemExit(3)", "open('touched', 'w')"))
+    job = jobs.ModelJob([fail, touch], str(tmp_path / "log"), str(tmp_path / "lock"), {})
+    previous, place = signal.getsignal(signal.SIGTERM), os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        assert job() == 3 and not Path("touched").exists()
+    finally:
+        os.chdir(place)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_the_last_word_about_a_job_is_the_later_one(tmp_path):
+    log, complaints = tmp_path / "log", tmp_path / "err"
+    for later, other in ((log, complaints), (complaints, log)):
+        other.write_text("earlier\n"), os.utime(other, (1, 1))
+        later.write_text("later\n"), os.utime(later, (2, 2))
+        assert reproduce.last_line(log, complaints) == "later"
+
+
 # --------------------------------------------------------------------------------------------------------------
 # the report
 
@@ -1145,3 +1270,54 @@ def test_the_report_opens_in_a_browser(call, fast_models, tmp_path):
     subprocess.run([*command, f"--screenshot={screenshot}", f"file://{tmp_path}/report/index.html"], capture_output=True,
                    timeout=120, check=True)  # fmt: skip
     assert screenshot.stat().st_size > 10_000
+
+
+def test_a_model_of_another_seed_is_not_taken_for_the_one_that_is_asked_for(tmp_path):
+    setting = numeric_setting("tiny", "independent", 1)
+    write_model(tmp_path, setting, 1, []).rename(Model(setting, 2, tmp_path).directory)
+    with pytest.raises(InputError, match="has --seed 1, but ind_select_1_seed2 at tiny scale has 2"):
+        Model(setting, 2, tmp_path).stored()
+
+
+@pytest.mark.parametrize("changed", [{"probes": "paper"}, {"num_eval_batches": 5}, {"precision": "bf16"}, {"protocol": "paper"}])
+def test_downstream_scores_that_were_made_otherwise_do_not_count(tmp_path, changed):
+    setting = numeric_setting("tiny", "independent", 1)
+    write_model(
+        tmp_path, setting, 1, [(task, 0.5) for task in TASKS], PREDICT, downstream={**PREDICT.recorded["tiny"], **changed}
+    )
+    [(name, value)] = changed.items()
+    with pytest.raises(InputError, match=f"was made with {name} {value}"):
+        Model(setting, 1, tmp_path).read(PREDICT)
+
+
+def test_an_unfinished_model_with_results_of_before_does_not_count(tmp_path):
+    setting = numeric_setting("tiny", "independent", 1)
+    rows = [(*keys.values(), 0.5, 0.5) for keys in setting.experiment.result_rows(models.flags_of(setting))]
+    write_model(tmp_path, setting, 1, rows, finished=False)
+    assert Model(setting, 1, tmp_path).missing([numeric.RESULTS]) == [numeric.RESULTS]
+
+
+def test_the_distance_from_the_theory_is_that_of_each_seed(tmp_path, call, undrawn):
+    """Seeds that err to either side do not cancel."""
+    setting = numeric_setting("fast", "independent", 8, 2)
+    for seed, score in ((1, 0.3), (2, 0.1)):
+        write_model(tmp_path / "models", setting, seed, table5_rows("fast", score, score))
+    cells = [dataclasses.replace(cell, theory=lambda seed: 0.2) for cell in figures.FIGURES["table5"].cells("fast")]
+    figure = dataclasses.replace(figures.FIGURES["table5"], make_cells=lambda *_: cells)
+    results = {}
+    table = report.measured(figure, "fast", lambda s, f: report.read_results(tmp_path / "models", results, s, f))
+    computed = table[table.seeds > 0]
+    assert len(computed) and np.allclose(computed.from_theory, 0.1)
+
+
+def test_a_reader_of_a_model_settles_it_first(tmp_path):
+    """Killed between args.json, which names the new results, and their move to their places."""
+    setting = numeric_setting("tiny", "independent", 1)
+    rows = [(*keys.values(), 0.5, 0.5) for keys in setting.experiment.result_rows(models.flags_of(setting))]
+    directory = write_model(tmp_path, setting, 1, rows)
+    staged = directory / staging.STAGED
+    staged.mkdir()
+    (directory / "results.csv").rename(staged / "results.csv")
+    stored = json.loads((directory / "args.json").read_text())
+    (directory / "args.json").write_text(json.dumps({**stored, "eval_seed": 2, "files": staging.digests(staged)}))
+    assert Model(setting, 1, tmp_path).missing([numeric.RESULTS]) == []

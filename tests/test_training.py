@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import encoders
@@ -23,10 +24,10 @@ import latent_spaces
 import losses
 import main_numeric
 from main_numeric import NumericExperiment
-from running import experiment, files, optimisation, schedules, training
+from running import devices, experiment, files, optimisation, ranks, schedules, training
 from running.command_line import InputError
-from running.devices import encoder_precision
-from running.directory import load_torch, load_weights, save_weights
+from running.devices import encoder_precision, matrix_precision, select_device
+from running.directory import load_torch, load_weights, save_torch, save_weights
 from tests.conftest import TINY
 from tests.scripts import Killed
 
@@ -398,6 +399,95 @@ def test_bf16_is_used_where_it_is_asked_for(tmp_path):
     toy.loss = compute_loss
     training.train(toy, tmp_path)
     assert seen == [torch.bfloat16] and toy.module.weight.dtype == torch.float32
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """now[0]: the seconds of the training's clock."""
+    now = [100.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def ticking(toy, clock, seconds, killed_at=None):
+    compute_loss, count = toy.loss, iter(range(1, 10**6))
+
+    def loss(share_done):
+        if next(count) == killed_at:
+            raise Killed
+        clock[0] += seconds
+        return compute_loss(share_done)
+
+    toy.loss = loss
+    return toy
+
+
+def test_a_checkpoint_comes_when_its_minutes_have_passed_and_no_sooner(tmp_path, monkeypatch, clock):
+    steps, real = [], training.save_checkpoint
+    monkeypatch.setattr(training, "save_checkpoint",
+                        lambda content, path: (steps.append(content["progress"]["step"]), real(content, path)))  # fmt: skip
+    training.train(ticking(Toy(train_steps=40, log_steps=15, checkpoint_minutes=0.5), clock, 8), tmp_path)
+    assert steps == [4, 8, 12, 15, 19, 23, 27, 30, 34, 38, 40]
+
+
+def test_the_log_goes_on_with_seconds_and_rates_of_the_whole_run(tmp_path, clock):
+    with pytest.raises(Killed):
+        training.train(ticking(Toy(lr_schedule="onecycle"), clock, 2, killed_at=8), tmp_path)
+    clock[0] += 1000
+    progress = training.train(ticking(Toy(lr_schedule="onecycle"), clock, 2), tmp_path)
+    log = pd.read_csv(tmp_path / "train_log.csv")
+    assert log.seconds.tolist() == [10, 20, 24] and progress.seconds == 24
+    rates = [0.01 * schedules.LR_SCHEDULES["onecycle"](step / 12) for step in (4, 9, 11)]
+    assert np.allclose(log.lr, rates, rtol=1e-6)
+
+
+def test_a_run_that_moves_to_another_kind_of_device_repeats_no_random_numbers(tmp_path, capsys):
+    training.train(Toy(train_steps=12, log_steps=10), tmp_path)
+    content = load_torch(tmp_path / "checkpoint.pt")
+    content["progress"] |= {"step": 10, "log": content["progress"]["log"][:1]}
+    save_torch({**content, "device": "cuda"}, tmp_path / "checkpoint.pt")
+    moved, states = Toy(train_steps=12, log_steps=10), []
+    compute_loss = moved.loss
+    moved.loss = lambda share_done: (states.append(moved.generator.get_state()), compute_loss(share_done))[1]
+    training.train(moved, tmp_path)
+    assert "it goes on with other random numbers" in capsys.readouterr().out
+    assert torch.equal(states[0], torch.Generator().manual_seed(10).get_state())
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    chosen = []
+    for place, name, answer in ((torch.cuda, "is_available", True), (torch.cuda, "device_count", 4), (ranks, "size", 4),
+                                (dist, "is_nccl_available", True)):  # fmt: skip
+        monkeypatch.setattr(place, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for local in (0, 3):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert select_device(no_cuda=False) == torch.device("cuda", local)
+    assert chosen == [0, 3]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_tf32_is_for_convolutions_as_for_products(precision):
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    for switch in switches:
+        switch.allow_tf32 = precision != "tf32"
+    with matrix_precision(precision):
+        assert [switch.allow_tf32 for switch in switches] == 2 * [precision == "tf32"]
+    assert not any(switch.allow_tf32 for switch in switches)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_bf16_of_its_own(monkeypatch, tmp_path, own):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old GPU")
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert devices.settled_precision("auto", gpu) == ("bf16" if own else "fp32")
+    if not own:
+        with pytest.raises(InputError, match="bf16 is not known to an old GPU"):
+            devices.settled_precision("bf16", gpu)
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16" if own else "flags : avx2 avx512f")
+    monkeypatch.setattr(devices, "Path", lambda _: tmp_path / "cpuinfo")
+    assert devices.settled_precision("auto", cpu) == ("bf16" if own else "fp32")
 
 
 # --------------------------------------------------------------------------------------------------------------
