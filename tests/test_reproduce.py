@@ -63,6 +63,7 @@ if __name__ == "__main__":
         time.sleep(0.05)
         step += 1
         (directory / "begun").touch()
+    print(f"until step {step}", flush=True)
     if stopped:
         checkpoint.write_text(str(step))
         sys.exit(143)
@@ -441,11 +442,13 @@ def test_a_run_that_is_killed_leaves_a_job_that_the_same_command_waits_for(fake,
     fake(slow="--steps 60")
     process = started("run slow --scale tiny --seeds 1", "models/fake-tiny/slow_seed1/begun")
     process.kill()
-    process.communicate()
+    process.wait()  # its job goes on, and has its stderr: `communicate` would wait for that
+    assert not Path("models/fake-tiny/slow_seed1/args.json").exists()
     assert call("run slow --scale tiny --seeds 1")[0] == 0
+    process.stderr.close()
     log = Path("models/logs/fake-tiny/slow_seed1.log").read_text()
-    # the second job waited for the first, or trained on from where that one was: never both at once
-    assert next(line for line in log.splitlines() if line.startswith("from step")) == "from step 0"
+    # the second job waited for the first: never both at once
+    assert [line for line in log.splitlines() if " step " in line] == 2 * ["from step 0", "until step 60"]
     results = pd.read_csv("models/fake-tiny/slow_seed1/results.csv")
     assert results.score.tolist() == [1]
 
