@@ -37,10 +37,10 @@ class ImageTextExperiment(Experiment):
 
     A subclass has, beside what every Experiment has: bias_types, bias_ids of the settings, smallest (in words, the encoding
     that is taken for --encoding-size 0), datapath, bias_help, mean and std of the pixels' channels, perturbing (in words, how
-    captions err), own_text_factors (whether text encodings are probed for what captions state, not for what images show),
-    columns (pairs of a column of results.csv and one of `evaluate`), spelling (dict factor → its name there), and
-    bias(bias_type, bias_id), the Bias of a setting; default_encoding_size(unbiased), dimensions for that number of semantics;
-    factors(bias, modality), what encodings are probed for; open(folder, bias_type, bias_id, device, workers), the
+    captions err, {:.0%} their share), own_text_factors (whether text encodings are probed for what captions state, not for
+    what images show), columns (pairs of a column of results.csv and one of `evaluate`), spelling (dict factor → its name
+    there), and bias(bias_type, bias_id), the Bias of a setting; default_encoding_size(unbiased), dimensions for that number of
+    semantics; factors(bias, modality), what encodings are probed for; open(folder, bias_type, bias_id, device, workers), the
     (ImageTextPairs, Bias) of a folder.
     """
 
@@ -333,9 +333,13 @@ class ImageTextExperiment(Experiment):
         """What captions leave out, what they state wrongly, what should be learned, and how."""
         args, pairs, bias = self.args, self.pairs, self.setting
         parameters = sum(parameter.numel() for module in self.modules.values() for parameter in module.parameters())
-        train_count = len(pairs.splits["train"])
+        train = pairs.splits["train"]
+        train_count = len(train)
+        shown, told = train.image_factors, train.text_factors
+        wrong = [] if self.own_text_factors else [shown[name] != told[name] for name in bias.perturbed]
+        perturbing = self.perturbing.format(torch.cat(wrong).double().mean().item() if wrong else 0)
         test_count = sum(map(len, pairs.splits.values())) - train_count
-        left_out = [name for name in pairs.splits["train"].image_factors if name not in bias.selected]
+        left_out = [name for name in train.image_factors if name not in bias.selected]
         height, width = pairs.images.array.shape[1:3]
         others = "".join(f"; {what} made with --protocol {name}" for what, name in pairs.made_by.items() if name != args.protocol)
         sizes = (args.first_batch_size, args.batch_size, args.final_batch_size)
@@ -348,7 +352,7 @@ class ImageTextExperiment(Experiment):
             "data": f"{args.datapath}: {train_count} pairs to train, {test_count} to evaluate; images of {height} × {width}, "
             f"captions of {pairs.length} tokens, {len(pairs.vocabulary)} words{others}",
             "selected": f"I_θ = {names_of(bias.selected)}; captions leave out {names_of(left_out)}{at_random}",
-            "perturbed": f"I_ρ = {names_of(bias.perturbed)}" + (f", {self.perturbing}" if bias.perturbed else ""),
+            "perturbed": f"I_ρ = {names_of(bias.perturbed)}" + (f", {perturbing}" if bias.perturbed else ""),
             "unbiased": f"I_θ \\ I_ρ = {names_of(bias.unbiased)}: what the theory says is learned",
             "encoders": f"ResNet-18 and text CNN → R^{self.encoding_size}{spare}, {parameters:,} parameters",
             "training": f"{args.recipe} recipe: {args.train_steps} steps of {' to '.join(str(n) for n in sizes if n)} pairs, "

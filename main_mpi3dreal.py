@@ -50,7 +50,7 @@ class Mpi3dExperiment(ImageTextExperiment):
         "stated wrongly, of background, camera, size, shape"
     )
     smallest = f"number of unbiased semantics, at least {SMALLEST_ENCODING}"
-    mean, std, perturbing, own_text_factors = MPI3D_MEAN, MPI3D_STD, "each with probability 0.9", False
+    mean, std, perturbing, own_text_factors = MPI3D_MEAN, MPI3D_STD, "wrong in {:.0%} of captions", False
     columns = (("ix", "ix"), ("modality", "modality"), ("semantic_name", "factor_name"),
                ("mcc_logreg", "mcc_logreg"), ("mcc_mlp", "mcc_mlp"))  # fmt: skip
 

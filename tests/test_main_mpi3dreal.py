@@ -24,6 +24,7 @@ from datasets import MPI3D_FILE, MPI3D_GRID, mpi3d_bias
 from image_text import ImageTextExperiment
 from losses import image_text_contrastive_loss, textbook_sigmoid_loss
 from main_mpi3dreal import Mpi3dExperiment
+from rendering_data.MPI3D.render_multimodal_mpi3d import render
 from running import directory as store
 from running import experiment
 from running.directory import LATER_FLAGS
@@ -770,8 +771,12 @@ def test_the_verdict_and_the_tables_are_of_the_unbiased_block(inside, outside, f
         assert tables[title].loc["text", "CAMERA"] == pytest.approx(share * outside)
 
 
-def test_what_is_misstated_has_no_mark(run):
+def test_what_is_misstated_has_no_mark_and_its_share_is_that_of_the_data(run, mpi3d):
+    render(mpi3d, dict(zip(MPI3D_GRID, (4, 4, 2, 2, 3, 2, 1), strict=True)), train_ratio=0.75, seed=0, change_prob=0.2)
+    image, text = (pd.read_csv(mpi3d / f"train/{name}.csv") for name in ("image_semantics", "text_semantics_perturbation_3"))
     code, out, err = run("--seed 1 --train-steps 1 --bias-type perturbation --bias-id 3")
+    perturbed = ["CAMERA", "BACKGROUND", "OBJ_SIZE"]
+    assert f", wrong in {(image[perturbed] != text[perturbed]).mean(axis=None):.0%} of captions" in out
     assert code == 0 and "OBJ_COLOR *" in out and "OBJ_SHAPE *" in out and "OBJ_SIZE" in out and "OBJ_SIZE *" not in out, err
 
 
