@@ -57,8 +57,8 @@ class ImageTextExperiment(Experiment):
         flag("--save-all-checkpoints", bool, "keep each of them, as encoder_img_STEP.pt and encoder_txt_STEP.pt", None,
              "freely")  # fmt: skip
         flag("--datapath", str, "folder of the data set", cls.datapath, "again")
-        flag("--ceiling", str, "a model of --supervised: its scores come into references.csv, and small into the picture",
-             "", "freely")  # fmt: skip
+        flag("--ceiling", str, "a model of --supervised: its scores come into references.csv, and small into the picture; none "
+             "given: no ceiling", "", "freely")  # fmt: skip
         flag("--workers", integer(0, 1000), "threads that read each batch from disk, for a slow disk; 0 = the training's own", 0,
              "freely")  # fmt: skip
         parser.section("encoders and loss")
@@ -71,12 +71,12 @@ class ImageTextExperiment(Experiment):
              f"{100 * FIRST_BATCHES_UNTIL:g} %% of the steps, while the temperature is the first; 0 = --batch-size "
              "always")  # fmt: skip
         flag("--text-lr-factor", number(0, above=True), "learning rate of the text encoder, in units of the image encoder's")
-        flag("--spare-dimensions", integer(0), "dimensions that the encodings have more in the first "
+        flag("--spare-dimensions", integer(0), "extra dimensions of the encodings in the first "
              f"{100 * SPARE_UNTIL:g} %% of the steps")  # fmt: skip
         flag("--whitening-pairs", integer(2, or_zero=True), "set the last layers, before training, so that the encodings of "
              "that many pairs have mean 0 and covariance I in either modality; 0 = leave them as drawn")  # fmt: skip
-        flag("--norm-penalty", number(0), "what the relative variance of the encodings' lengths, which the loss does not see, "
-             "adds to it at the end, and a share of it before, as of the steps")  # fmt: skip
+        flag("--norm-penalty", number(0), "weight in the loss of the relative variance of the encodings' lengths, which the "
+             "cosine does not see: it grows in a straight line from 0 to this")  # fmt: skip
         flag("--supervised", bool, "train on the factors' labels, not by contrast; --encoding-size 0 is --hidden-size then")
         parser.section("setting: what the caption says of the image")
         flag("--bias-type", cls.bias_types, "captions leave factors out, or state them wrongly", cls.bias_types[0])

@@ -76,7 +76,7 @@ class NumericExperiment(Experiment):
         flag = parser.flag
         flag("--hidden-sizes", layer_sizes, "widths of the hidden layers, as 60,60,60; paper: 10 and 50 times the input", "paper")
         flag("--negatives", ("independent", "batch"), "an anchor's: a second batch, or the others of its own")
-        flag("--spare-dimensions", integer(0), "dimensions that the encodings have more until the training ends; then those are "
+        flag("--spare-dimensions", integer(0), "extra dimensions of the encodings until the training ends; then those are "
              "kept along which image and text agree best; a recipe's auto: some, in encodings of the block's size")  # fmt: skip
         parser.section("setting: what the text says of the image")
         for name, kind, text, default in SETTING:

@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         set_by = {recipe: values[destination] for recipe, values in self.recipes.items() if destination in values}
         if set_by:
             text += f" ({', '.join(f'{recipe} {value}' for recipe, value in set_by.items())})"
-        elif default is not None and kind is not bool:
+        elif default not in (None, "") and kind is not bool:
             text += " (%(default)s)"
         if kind is bool:
             options |= {"action": "store_true"}

@@ -129,8 +129,12 @@ class Experiment:
 
 def add_run_flags(parser):
     """Add the flags that every training script shares."""
-    recipes = tuple(parser.recipes)
-    flag = parser.flag
+    recipes, flag = tuple(parser.recipes), parser.flag
+
+    def auto(name, text):
+        """What a recipe's auto means, if one has it."""
+        return f"; a recipe's auto: {text}" if any(values[name] == "auto" for values in parser.recipes.values()) else ""
+
     parser.section("run")
     flag("--model-dir", str, "folder of all models", "models", "call")
     flag("--model-id", str, "folder of this model inside it; none given: a fresh one is made and printed", None, "call")
@@ -160,10 +164,10 @@ def add_run_flags(parser):
     flag("--lr-schedule", tuple(LR_SCHEDULES), "one cycle warms up and comes down to nothing")
     flag("--batch-size", integer(2, 10**7), "pairs a step")
     flag("--final-batch-size", integer(2, 10**7, or_zero=True), "pairs in the last step: the batch grows geometrically from "
-         "--batch-size; 0 = it does not; a recipe's auto: larger for larger encodings")  # fmt: skip
-    flag("--train-steps", integer(1, 10**12), "steps of training; a recipe's auto: by the size of the encodings")
-    flag("--precision", ("fp32", "tf32", "bf16"), "of matrix products; tf32 on CUDA alone; a recipe's auto: bf16 where the "
-         "encoders are wide and the device computes it fast, else fp32")  # fmt: skip
+         "--batch-size; 0 = it does not" + auto("final_batch_size", "larger for larger encodings"))  # fmt: skip
+    flag("--train-steps", integer(1, 10**12), "steps of training" + auto("train_steps", "by the size of the encodings"))
+    flag("--precision", ("fp32", "tf32", "bf16"), "of matrix products; tf32 on CUDA alone" +
+         auto("precision", "bf16 where the encoders are wide and the device computes it fast, else fp32"))  # fmt: skip
 
 
 def run_experiment(experiment_class, argv=None):
