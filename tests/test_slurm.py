@@ -99,7 +99,8 @@ def test_a_job_that_is_cancelled_for_good_is_listed_with_its_log_and_a_refusal_i
     process = reproduced(words, folder)
     record = folder / "cancelled/logs/numeric-tiny/dep_select_3_perturb_1_seed1.job"
     until(record.exists)
-    until(lambda: squeue(record.read_text().split()[0], "State") == "RUNNING")
+    log = record.with_suffix(".log")
+    until(lambda: log.exists() and "step  20/600" in log.read_text())  # SIGTERM in the job's imports would be passed over
     subprocess.run(["scancel", record.read_text().split()[0]], check=True)
     output = process.communicate(timeout=400)[0]
     assert process.returncode == 2 and "1 of 2 models failed" in output
