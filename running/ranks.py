@@ -22,7 +22,7 @@ START = datetime.timedelta(minutes=5)  # within which all processes must have be
 # writing of a checkpoint.
 SILENCE = datetime.timedelta(minutes=10)
 _meeting_place = None  # the store by which the processes found each other
-_alone = False
+_alone = False  # whether this process waits for no other now
 
 
 def size():

@@ -7,6 +7,7 @@ from torch import nn
 
 import image_text
 import mlp_probes
+from running import experiment
 from running.command_line import run_script
 
 # of a trained model of an experiment on images
@@ -42,6 +43,21 @@ def small_image_text_run(script, encoder, datapath, flags, tmp_path, capsys, mon
         return outcome(capsys, script.main, *argv, *more.split())
 
     return call
+
+
+def image_encoders_made(run, encoder, monkeypatch):
+    """List of what a run of one step, which is not evaluated, makes its image encoders of: (size, mean, std, hidden size)."""
+    made = []
+
+    def noted(*arguments):
+        made.append(arguments)
+        return encoder(*arguments)
+
+    monkeypatch.setattr(image_text, "ImageEncoder", noted)
+    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(image_text.ImageTextExperiment, "monitor", lambda _: ({}, ""))
+    assert run("--seed 1 --train-steps 1 --hidden-size 20")[0] == 0
+    return made
 
 
 def exit_code(main, *flags):

@@ -313,11 +313,8 @@ def test_the_picture_shows_the_table(monkeypatch):
     left, right = figures[0].axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["a: told", "b: misstated", "c: left out"]
     assert [bar.get_width() for bar in left.patches[:3]] == [1, 0.8, 0]
-    assert [bar.get_width() for bar in right.patches[:3]] == [0.9, 0.2, 0.1] and list(right.lines[0].get_xdata()) == [
-        0,
-        0.05,
-        0.3,
-    ]
+    assert [bar.get_width() for bar in right.patches[:3]] == [0.9, 0.2, 0.1]
+    assert list(right.lines[0].get_xdata()) == [0, 0.05, 0.3]
     colours = [to_rgba(name) for name in ("tab:blue", "tab:orange", "lightgray")]
     assert [bar.get_facecolor() for axes in (left, right) for bar in axes.patches[:3]] == 2 * colours
     (bars,) = left.containers[1].lines[2]

@@ -14,14 +14,20 @@ import torch
 
 import datasets
 import encoders
-import image_text
 import main_causal3dident
 import probes
 from image_text import ImageTextExperiment
 from main_causal3dident import Causal3dIdentExperiment
 from reading import images as image_reading
-from running import experiment
-from tests.scripts import IMAGE_TEXT_FILES, Killed, SmallImageEncoder, contents, replace, small_image_text_run
+from tests.scripts import (
+    IMAGE_TEXT_FILES,
+    Killed,
+    SmallImageEncoder,
+    contents,
+    image_encoders_made,
+    replace,
+    small_image_text_run,
+)
 
 FLAGS = "--no-cuda --bias-id 3 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
 COLUMNS = ["Unnamed: 0", "ix", "modality", "factor_name", "factor_type", "r2_linreg", "r2_krreg", "mcc_logreg", "mcc_mlp"]
@@ -177,17 +183,8 @@ def test_the_size_of_the_encodings():
 
 
 def test_pixels_are_normalised_as_specified(run, monkeypatch):
-    seen = []
-
-    def noted(size, mean, std, hidden_size):
-        seen.append((size, mean, std, hidden_size))
-        return SmallImageEncoder(size, mean, std, hidden_size)
-
-    monkeypatch.setattr(image_text, "ImageEncoder", noted)
-    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
-    monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
-    assert run("--seed 1 --train-steps 1 --hidden-size 20")[0] == 0
-    assert seen == [(5, (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082), 20)]
+    made = image_encoders_made(run, SmallImageEncoder, monkeypatch)
+    assert made == [(5, (0.4327, 0.2689, 0.2839), (0.1201, 0.1457, 0.1082), 20)]
 
 
 # --------------------------------------------------------------------------------------------------------------

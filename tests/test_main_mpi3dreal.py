@@ -29,7 +29,7 @@ from running import directory as store
 from running import experiment
 from running.directory import LATER_FLAGS
 from running.schedules import temperature
-from tests.scripts import IMAGE_TEXT_FILES, Killed, SmallImageEncoder, contents, small_image_text_run
+from tests.scripts import IMAGE_TEXT_FILES, Killed, SmallImageEncoder, contents, image_encoders_made, small_image_text_run
 
 ROOT = Path(main_mpi3dreal.__file__).parent
 FLAGS = "--no-cuda --bias-id 1 --batch-size 12 --train-steps 12 --log-steps 5 --checkpoint-steps 4 --lr 0.01"
@@ -690,17 +690,8 @@ def test_the_floor_of_images_is_that_of_the_training_whoever_evaluates(mpi3d, tm
 
 
 def test_pixels_are_normalised_as_specified(run, monkeypatch):
-    seen = []
-
-    def noted(size, mean, std, hidden_size):
-        seen.append((size, mean, std, hidden_size))
-        return SmallImageEncoder(size, mean, std, hidden_size)
-
-    monkeypatch.setattr(image_text, "ImageEncoder", noted)
-    monkeypatch.setattr(experiment, "write_evaluation", lambda *_: {})
-    monkeypatch.setattr(ImageTextExperiment, "monitor", lambda _: ({}, ""))
-    assert run("--seed 1 --train-steps 1 --hidden-size 20")[0] == 0
-    assert seen == [(3, (0.00888889, 0.00888889, 0.00830382), (0.08381344, 0.07622504, 0.06356431), 20)]
+    made = image_encoders_made(run, SmallImageEncoder, monkeypatch)
+    assert made == [(3, (0.00888889, 0.00888889, 0.00830382), (0.08381344, 0.07622504, 0.06356431), 20)]
 
 
 def model_of(mpi3d, flags, monkeypatch):
@@ -802,19 +793,8 @@ def test_an_exported_model_has_no_flag_that_only_we_have(run, tmp_path):
     assert run("--seed 1 --train-steps 1")[0] == 0
     code, _, err = run(f"--export-official {tmp_path / 'out'}", base="--no-cuda")
     assert code == 0, err
-    shared = {
-        "bias_type",
-        "bias_id",
-        "encoding_size",
-        "hidden_size",
-        "tau",
-        "lr",
-        "batch_size",
-        "train_steps",
-        "seed",
-        "datapath",
-    }
-    assert json.loads((tmp_path / "out/args.json").read_text()).keys() == shared
+    shared = "bias_type bias_id encoding_size hidden_size tau lr batch_size train_steps seed datapath"
+    assert json.loads((tmp_path / "out/args.json").read_text()).keys() == {*shared.split()}
 
 
 def test_what_hardly_varies_is_stretched_by_100_times_more_than_the_widest():
