@@ -297,7 +297,7 @@ def test_the_grid_of_kernel_ridge_is_the_specified_one():
 def test_initial_weights_are_those_of_mlp_regressor():
     row = mlp_probes.initial_row(11, 2, torch.Generator().manual_seed(0))
     hidden, output, bias = (part[0] for part in mlp_probes.views(row[None], 11, 2))
-    model = MLPRegressor(max_iter=1, learning_rate_init=1e-12).fit(np.zeros((300, 10)), np.zeros((300, 2)))
+    model = MLPRegressor(max_iter=1, learning_rate_init=1e-12, random_state=0).fit(np.zeros((300, 10)), np.zeros((300, 2)))
     for own, theirs in ((hidden[:-1], model.coefs_[0]), (hidden[-1], model.intercepts_[0]), (output, model.coefs_[1])):
         assert own.abs().max().item() == pytest.approx(np.abs(theirs).max(), rel=0.06)
         assert own.std().item() == pytest.approx(theirs.std(), rel=0.25)
