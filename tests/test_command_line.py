@@ -261,3 +261,14 @@ def test_ENOMEM_of_the_system_is_too_little_memory(capsys):
 
     code, _, err = outcome(capsys, main)
     assert code == 2 and err.startswith("error: too little memory") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name, flags", [("omission_curve", "nothing"), ("block_directions", "nothing"), ("numeric_loss", "--pairs -3")]
+)
+def test_what_is_wrong_with_a_benchmark_s_words_is_one_line(capsys, monkeypatch, tmp_path, name, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    code, _, err = outcome(capsys, lambda _: benchmark.main())
+    assert code == 2 and err.count("\n") == 1 and flags.split()[-1] in err, err
