@@ -82,7 +82,7 @@ def score_tables(results):
     """Dict title → DataFrame (linear, nonlinear × factors) of both encodings: R² of continuous factors, MCC of discrete ones."""
     linear, nonlinear = results.r2_linreg.fillna(results.mcc_logreg), results.r2_krreg.fillna(results.mcc_mlp)
     scores = pd.DataFrame({"linear": linear, "nonlinear": nonlinear}).set_index(results.factor_name)
-    return {f"{modality} encoding": scores[(results.modality == modality).array].T for modality in MODALITIES}
+    return {f"{modality} encoding": scores[(results.modality == modality).to_numpy()].T for modality in MODALITIES}
 
 
 def verdict(results, bias):

@@ -233,10 +233,12 @@ def pattern(tables, scale):
         held = f"{cells.holds.sum()} of {len(cells)} cells ({cells.holds.mean():.1%}) are so."
         parts.append(f"<p>{html.escape(experiment)}: {held}{' The rest, with their runs:' if len(broken) else ''}</p>")
         if len(broken):
-            shown = broken[["source", "learned", "mean", "runs"]]
-            shown.columns = ["setting, encoding, factor", "expected", "mean", "runs"]
-            shown["expected"] = shown.expected.map({True: f"≥ {LEARNED}", False: f"≤ {ABSENT}"})
-            shown["runs"] = [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in shown.runs]
+            shown = pd.DataFrame({
+                "setting, encoding, factor": broken.source,
+                "expected": broken.learned.map({True: f"≥ {LEARNED}", False: f"≤ {ABSENT}"}),
+                "mean": broken["mean"],
+                "runs": [", ".join(f"{run} {value:.2f}" for run, value in runs.items()) for runs in broken.runs],
+            })  # fmt: skip
             parts.append(table_html(shown, "text", precision=3))
     return "\n".join(parts) if parts[1:] else ""
 
