@@ -2,6 +2,7 @@
 # make demo-mpi3d   draw stand-in images, write captions, train on a selection and a perturbation bias (minutes)
 # make test    run the test suite in two processes, or JOBS=4            make lint    check the style
 # make test-processors   run the numerical tests as processors with other instructions and numbers of threads compute
+# make test-oldest   run the test suite with the oldest versions that pyproject.toml promises, in .venv-oldest (6 GB)
 # make bench-small   run all that benchmarks/gpu.py measures, at a small size on the CPU
 # make torture stop, fail, damage and race the scripts (about half an hour); make torture-small: a sample, in two minutes
 # make bench   time what benchmarks/README.md quotes
@@ -29,7 +30,7 @@ BLENDER := .venv-blender/bin/python
 BLENDER_INSTALLED := .venv-blender/.installed
 CAUSAL3DIDENT := rendering_data/Causal3DIdent
 
-.PHONY: install blender demo demo-mpi3d demo-causal3dident test test-processors lint audit bench bench-small torture torture-small
+.PHONY: install blender demo demo-mpi3d demo-causal3dident test test-processors test-oldest lint audit bench bench-small torture torture-small
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -84,6 +85,20 @@ PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CP
 test-processors: $(INSTALLED)
 	@set -e; for setting in $(PROCESSORS); do echo "$$setting"; env $$setting $(BIN)/python -m pytest --durations=0 --durations-min=30 $(NUMERICAL); done
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --durations=0 --durations-min=30 -k killed tests/test_training.py tests/test_main_*.py
+
+OLDEST := .venv-oldest/bin/python
+LOWEST := import tomllib; print(*(bound.replace(">=", "==") for bound in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))
+
+# Matplotlib 3.8 calls what later releases of pyparsing warn of.
+.venv-oldest/.installed: pyproject.toml requirements.txt
+	@$(PYTHON311) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "error: the oldest versions are for Python 3.11, and $(PYTHON311) is not there; name one: make test-oldest PYTHON311=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(OLDEST) || $(PYTHON311) -m venv .venv-oldest
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check $$($(PYTHON311) -c '$(LOWEST)') "pyparsing<3.2" \
+		$$(sed -n 's/^\(hypothesis\|nltk\|pytest[a-z-]*\)\(==[0-9.]*\).*/\1\2/p' requirements.txt)
+	@touch $@
+
+test-oldest: .venv-oldest/.installed
+	$(OLDEST) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
