@@ -41,10 +41,14 @@ install: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+define python311
+@$(PYTHON311) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "error: $(1) Python 3.11, and $(PYTHON311) is not there; name one: make $(2) PYTHON311=/path/to/python3.11" >&2; exit 2; }
+endef
+
 blender: $(BLENDER_INSTALLED)
 
 $(BLENDER_INSTALLED): $(CAUSAL3DIDENT)/requirements.txt
-	@$(PYTHON311) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "error: Blender's package needs Python 3.11, and $(PYTHON311) is not there; name one: make blender PYTHON311=/path/to/python3.11" >&2; exit 2; }
+	$(call python311,Blender's package needs,blender)
 	@test -x $(BLENDER) || $(PYTHON311) -m venv .venv-blender
 	$(BLENDER) -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
@@ -91,7 +95,7 @@ LOWEST := import tomllib; print(*(bound.replace(">=", "==") for bound in tomllib
 
 # Matplotlib 3.8 calls what later releases of pyparsing warn of.
 .venv-oldest/.installed: pyproject.toml requirements.txt
-	@$(PYTHON311) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "error: the oldest versions are for Python 3.11, and $(PYTHON311) is not there; name one: make test-oldest PYTHON311=/path/to/python3.11" >&2; exit 2; }
+	$(call python311,the oldest versions need,test-oldest)
 	@test -x $(OLDEST) || $(PYTHON311) -m venv .venv-oldest
 	$(OLDEST) -m pip install --quiet --disable-pip-version-check $$($(PYTHON311) -c '$(LOWEST)') "pyparsing<3.2" \
 		$$(sed -n 's/^\(hypothesis\|nltk\|pytest[a-z-]*\)\(==[0-9.]*\).*/\1\2/p' requirements.txt)
