@@ -14,6 +14,7 @@ import torch
 
 import datasets
 import encoders
+import image_text
 import main_causal3dident
 import probes
 from image_text import ImageTextExperiment
@@ -78,7 +79,8 @@ def test_a_run_writes_the_specified_files(run, tmp_path):
     assert stored["encoding_size"] == 0 and stored["dimensions"] == 5
 
 
-def test_data_of_the_other_protocol_are_named(run, tmp_path, causal3dident):
+def test_data_of_the_other_protocol_are_named(run, tmp_path, causal3dident, monkeypatch):
+    monkeypatch.setitem(image_text.PROBE_STEPS, "paper", 8)
     digest = hashlib.sha256((causal3dident / "latents_image.csv").read_bytes()).hexdigest()
     (causal3dident / "images.json").write_text(json.dumps({"latents": digest, "protocol": "code"}))
     said = "; images made with --protocol code\n"

@@ -78,12 +78,13 @@ def encoded(encoder, inputs, size, protocol):
 
 
 @pytest.mark.parametrize("protocol", ["code", "paper"])
-def test_results_are_the_probes_of_the_two_halves_of_test(run, tmp_path, mpi3d, protocol):
+def test_results_are_the_probes_of_the_two_halves_of_test(run, tmp_path, mpi3d, protocol, monkeypatch):
     """Linear scores by scikit-learn, of encodings that are computed from the files of the run."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import matthews_corrcoef
     from sklearn.preprocessing import StandardScaler
 
+    monkeypatch.setitem(image_text.PROBE_STEPS, "paper", 8)
     assert run(f"--seed 1 --train-steps 40 --batch-size 20 --protocol {protocol}")[0] == 0
     results = pd.read_csv(tmp_path / "models/m/results.csv").set_index(["modality", "semantic_name"]).mcc_logreg
     pairs, _ = main_mpi3dreal.load_mpi3d(mpi3d, "selection", 1)
