@@ -308,7 +308,7 @@ def test_a_data_set_is_made_once_before_its_models_or_named_if_it_cannot_be(fake
 
 def test_the_published_models_are_of_the_settings_as_they_are_now():
     folder = REPOSITORY / "results/standin/models"
-    needed = needed_models(chosen_figures(["causal3dident", "mpi3d"]), "tiny", 2, folder)
+    needed = needed_models(chosen_figures(["causal3dident", "mpi3d"]), "tiny", 3, folder)
     published = {model: model.missing(files) for model, files in needed.items() if model.directory.exists()}
     assert len(published) == len(list(folder.glob("*/*"))) > 0
     assert not any(published.values()), published
